@@ -1,0 +1,112 @@
+"""Exact match and field F1 on JSON answers."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from course_utils import scoring
+from course_utils.scoring import (
+    by_slice,
+    exact_match,
+    field_f1,
+    matches,
+    parse_json_object,
+    same_json,
+)
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 99) | st.text(max_size=5),
+    lambda item: (
+        st.lists(item, max_size=3)
+        | st.dictionaries(st.text(max_size=4), item, max_size=3)
+    ),
+    max_leaves=8,
+)
+objects = st.dictionaries(st.text(max_size=4), values, max_size=4)
+
+
+@pytest.mark.parametrize(
+    ("guess", "truth", "right"),
+    [
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', True),
+        ('\n {"a": 40.0}  ', '{"a": 40}', True),
+        ('{"a": 1}.', '{"a": 1}', False),
+        ('{"a": 1} {"a": 1}', '{"a": 1}', False),
+        ('```json\n{"a": 1}\n```', '{"a": 1}', False),
+        ('{"a": "1"}', '{"a": 1}', False),
+        ('{"a": true}', '{"a": 1}', False),
+        ('{"a": 1, "a": 1}', '{"a": 1}', False),
+        ('{"a": NaN}', '{"a": 1}', False),
+        ("[1]", '{"a": 1}', False),
+        ("", '{"a": 1}', False),
+        ("[" * 100_000, '{"a": 1}', False),
+        ('{"a": [1, 2]}', '{"a": [2, 1]}', False),
+        ('{"a": "K\\u00fcche"}', '{"a": "Küche"}', True),
+    ],
+)
+def test_exact_match_is_json_equality(guess, truth, right):
+    assert matches([guess], [truth]) == [right]
+    assert exact_match([guess, truth], [truth, truth]) == (1.0 if right else 0.5)
+
+
+def test_order_of_actions_matters():
+    one, two = '{"action": "stop"}', '{"action": "go"}'
+    truth = f'{{"actions": [{one}, {two}]}}'
+    assert exact_match([f'{{"actions": [{two}, {one}]}}'], [truth]) == 0.0
+    assert exact_match([truth], [truth]) == 1.0
+
+
+def test_field_f1_by_hand():
+    # 2 of 3 predicted fields are right, 2 of 4 wanted fields are found
+    guess = '{"action": "light", "room": "hall", "level": 3}'
+    truth = '{"action": "light", "room": "hall", "level": 4, "on": true}'
+    assert field_f1([guess], [truth]) == pytest.approx(2 * 2 / (3 + 4))
+    # micro: the unreadable answer adds its 4 missed fields to the denominator
+    assert field_f1([guess, "?"], [truth, truth]) == pytest.approx(4 / (3 + 4 + 4))
+    assert field_f1(['{"a": true}'], ['{"a": 1}']) == 0.0
+    assert field_f1(['{"a": 1.0}'], ['{"a": 1}']) == 1.0
+    assert field_f1(['{"a": []}'], ['{"a": {}}']) == 0.0
+
+
+@given(objects, objects)
+def test_the_two_scores_agree_where_they_must(one, two):
+    a, b = json.dumps(one), json.dumps(two)
+    assert exact_match([a], [a]) == field_f1([a], [a]) == 1.0
+    assert field_f1([a], [b]) == field_f1([b], [a])
+    assert 0.0 <= field_f1([a], [b]) <= 1.0
+    if same_json(one, two):
+        assert field_f1([a], [b]) == exact_match([a], [b]) == 1.0
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_scored_without_an_error(text):
+    assert exact_match([text], ['{"action": "none", "never": 7}']) == 0.0
+    assert parse_json_object(text) is None or isinstance(parse_json_object(text), dict)
+
+
+def test_by_slice_is_the_score_of_each_slice():
+    truths = ['{"a": 1}', '{"a": 2}', '{"a": 3}']
+    guesses = ['{"a": 1}', '{"a": 9}', '{"a": 3}']
+    assert by_slice(guesses, truths, ["x", "y", "y"]) == {"x": 1.0, "y": 0.5}
+    assert by_slice(guesses, truths, ["x", "y", "y"], field_f1) == {"x": 1.0, "y": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: exact_match(["{}"], []), "1 predictions for 0 references"),
+        (lambda: exact_match([], []), "nothing to score"),
+        (lambda: exact_match(["{}"], ["oops"]), "reference 0 is not a JSON object"),
+        (lambda: by_slice(["{}"], ["{}"], []), "0 slices"),
+    ],
+)
+def test_errors_say_what_is_wrong(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_bare_string_is_refused():
+    with pytest.raises(TypeError, match="lists of strings"):
+        scoring.exact_match("{}", "{}")
