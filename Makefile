@@ -1,0 +1,51 @@
+# make course   install, fetch the model, run every lesson (PROFILE=smoke|cpu|t4, LESSON=02)
+# make lab      install, then JupyterLab at lesson 00
+# make test     install, then ruff, unit tests, and every lesson with its exercises
+# make lessons  the lessons' tests alone · make bench · make runs LESSON=02 · make picture
+# make links REPO=owner/name   name the repository everywhere · make clean
+PYTHON ?= python3
+PROFILE ?= cpu
+LESSON ?=
+TORCH_INDEX ?=
+VENV ?= .venv
+LAB_ARGS ?=
+PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+RUN = $(VENV)/bin/python -m
+STAMP = $(VENV)/.installed
+.PHONY: course lab test lessons bench runs picture links clean install
+
+course: $(STAMP)
+	$(RUN) course_utils.course --profile $(PROFILE) $(if $(LESSON),--lesson $(LESSON))
+
+lab: $(STAMP)
+	$(RUN) jupyterlab $(LAB_ARGS) notebooks/00_start_here.ipynb
+
+test: $(STAMP)
+	$(RUN) ruff check . && $(RUN) ruff format --check .
+	$(RUN) pytest -q
+
+lessons: $(STAMP)
+	$(RUN) pytest -q tests/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
+
+bench: $(STAMP)
+	$(RUN) tests.benchmarks
+
+runs: $(STAMP)
+	$(RUN) course_utils.experiments $(LESSON)
+
+picture: $(STAMP)
+	$(RUN) course_utils.picture
+
+links: $(STAMP)
+	$(RUN) course_utils.links $(REPO)
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + v + ": try make PYTHON=python3.12")'
+	@echo "Installing into $(VENV); the first time downloads the packages and takes minutes."
+	$(PYTHON) -m venv $(VENV) && $(RUN) pip install $(PIP_ARGS) -e ".[lessons,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
