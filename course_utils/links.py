@@ -44,7 +44,7 @@ if "google.colab" in sys.modules:
         run(*pip, "uninstall", "-q", "-y", "torchao")  # PEFT refuses such an old one
     old = getattr(sys.modules.get("pyarrow"), "__version__", None)
     if old not in (None, version("pyarrow")):
-        print("Packages changed: Runtime > Restart session, then run this cell again.")"""
+        print("Packages changed: Runtime > Restart session, then run this again")"""
 
 
 def repository(root: Path = ROOT) -> str:
