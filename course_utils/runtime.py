@@ -1,0 +1,272 @@
+"""The machine and the profile: device, dtype, seed, folders, versions.
+
+A profile is the answer to "where does this run?". ``smoke`` executes every line
+in seconds, ``cpu`` makes each lesson's point on a laptop, ``t4`` is Colab's free
+card. The dtype is decided here, once, and nowhere else in the course.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import random
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PROFILES = ("smoke", "cpu", "t4")
+DEFAULT_SEED = 0
+PACKAGES = {
+    "torch": "2.6",
+    "transformers": "5.15",
+    "peft": "0.20",
+    "trl": "1.10",
+    "datasets": "4.7",
+    "accelerate": "1.10",
+    "bitsandbytes": "0.48",
+    "gguf": "0.17",
+    "matplotlib": "3.10",
+    "ipywidgets": "7.7",
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where a lesson runs.
+
+    Attributes:
+        name: ``"smoke"``, ``"cpu"`` or ``"t4"``: the size of the run.
+        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        dtype: the dtype to compute in. Trainable parameters stay in float32
+            wherever this is float16 (a gradient scaler needs it).
+        seed: the seed every lesson starts from.
+    """
+
+    name: str
+    device: str
+    dtype: torch.dtype
+    seed: int = DEFAULT_SEED
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"profile {self.name} · device {self.device} · {dtype}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the readiness report: is it well, what was seen, what to do."""
+
+    ok: bool
+    what: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"✓ {self.what}" if self.ok else f"✗ {self.what}\n    {self.cure}"
+
+
+def get_profile(name: str | None = None) -> Profile:
+    """Choose the profile of this run.
+
+    Args:
+        name: ``"smoke"``, ``"cpu"`` or ``"t4"``; ``None`` reads the environment
+            variable ``COURSE_PROFILE``, and without it looks at the hardware.
+
+    Returns:
+        The profile, with the dtype that this hardware computes well in.
+
+    Raises:
+        ValueError: the name is none of the three.
+        RuntimeError: ``t4`` was asked for and there is no CUDA card.
+    """
+    asked = name or os.environ.get("COURSE_PROFILE") or None
+    if asked is not None and asked not in PROFILES:
+        source = "get_profile" if name else "COURSE_PROFILE"
+        raise ValueError(
+            f"{source}: there is no profile {asked!r}; choose {', '.join(PROFILES)}."
+        )
+    device = find_device()
+    if asked == "t4" and device != "cuda":
+        raise RuntimeError(
+            "profile 't4' needs a CUDA card and none was found. Use profile 'cpu', or "
+            "on Colab choose Runtime > Change runtime type > T4 GPU."
+        )
+    if asked == "cpu" and device == "cuda":
+        device = "cpu"
+    if asked is None:
+        asked = "t4" if device == "cuda" else "cpu"
+    return Profile(asked, device, choose_dtype(device))
+
+
+def find_device() -> str:
+    """Return ``"cuda"``, ``"mps"`` or ``"cpu"``, whichever PyTorch can use here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def choose_dtype(device: str) -> torch.dtype:
+    """Decide the dtype to compute in on a device.
+
+    A CUDA card of compute capability 8.0 or more gets bfloat16; an older one, such
+    as the T4 (7.5), gets float16: ``torch.cuda.is_bf16_supported()`` is not asked,
+    since it says yes on a T4, which only emulates bfloat16. A CPU gets bfloat16
+    where the processor multiplies it in hardware, otherwise float32. Apple's MPS
+    gets float32.
+
+    Args:
+        device: ``"cuda"``, ``"mps"`` or ``"cpu"``.
+    """
+    import torch
+
+    if device == "cuda":
+        capable = torch.cuda.get_device_capability() >= (8, 0)
+        return torch.bfloat16 if capable else torch.float16
+    if device == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Say whether this processor multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
+    import torch
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def set_seed(seed: int = DEFAULT_SEED) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators (CUDA's too).
+
+    Args:
+        seed: a non-negative integer below 2**32.
+
+    Raises:
+        ValueError: the seed is not such an integer.
+    """
+    import numpy
+    import torch
+
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}.")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def checkout_folder() -> Path | None:
+    """Return the root of the checkout this package runs from, or None in a wheel."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def data_folder() -> Path:
+    """Return the folder with the course's data sets and recorded runs."""
+    root = checkout_folder()
+    return root / "data" if root else Path(__file__).resolve().parent / "_data"
+
+
+def build_folder() -> Path:
+    """Return the folder that lessons write into, created if need be.
+
+    It is ``build/`` of the checkout, otherwise ``build/`` of the current folder.
+    """
+    folder = (checkout_folder() or Path.cwd()) / "build"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Return the installed version of each library the course stands on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Describe this machine: processor, cores, memory in GiB, card if any."""
+    import torch
+
+    described = {
+        "system": platform.system(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "bf16": cpu_has_bf16(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+        total = torch.cuda.get_device_properties(0).total_memory
+        described["gpu_gib"] = round(total / 2**30, 2)
+    return described
+
+
+def readiness(profile: Profile | None = None) -> list[Finding]:
+    """Examine this machine and say what is ready and what to mend.
+
+    Args:
+        profile: the profile to be ready for; ``None`` takes ``get_profile()``.
+
+    Returns:
+        Findings to print one a line: Python, each library, memory, disk, device.
+    """
+    from packaging.version import Version
+
+    profile = profile or get_profile()
+    python = platform.python_version()
+    findings = [
+        Finding(
+            sys.version_info >= (3, 11),
+            f"Python {python}",
+            "The course needs Python 3.11 or newer: install one and run `make course`.",
+        )
+    ]
+    for package, version in versions().items():
+        if package == "python":
+            continue
+        floor = PACKAGES[package]
+        new = version != "absent" and Version(version) >= Version(floor)
+        cure = f'Run `pip install "{package}>={floor}"` and restart the kernel.'
+        findings.append(Finding(new, f"{package} {version}", cure))
+    memory = _memory_gib()
+    if memory is not None:
+        cure = "Close other programs; lessons 02 and 08 peak near 4 GiB."
+        findings.append(Finding(memory >= 6, f"memory {memory:.1f} GiB", cure))
+    free_gb = shutil.disk_usage(Path.home()).free / 1e9
+    cure = "Free some space: the built-in model and results take about 2 GB."
+    findings.append(Finding(free_gb >= 3, f"disk {free_gb:.0f} GB free", cure))
+    findings.append(Finding(True, str(profile)))
+    return findings
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return round(psutil.virtual_memory().total / 2**30, 1)

@@ -1,0 +1,159 @@
+"""The profile and its dtype are right for each kind of machine, faked."""
+
+import random
+
+import numpy
+import pytest
+import torch
+
+from course_utils import runtime
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Fake a machine: a CUDA capability, MPS, a processor with bfloat16 or not."""
+    monkeypatch.delenv("COURSE_PROFILE", raising=False)
+
+    def fake(*, capability=None, mps=False, cpu_bf16=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(runtime.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(
+            torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16, raising=False
+        )
+        monkeypatch.setattr(
+            torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False
+        )
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("hardware", "expected"),
+    [
+        ({"capability": (7, 5)}, ("t4", "cuda", torch.float16)),
+        ({"capability": (8, 0)}, ("t4", "cuda", torch.bfloat16)),
+        ({"capability": (8, 9)}, ("t4", "cuda", torch.bfloat16)),
+        ({"mps": True, "cpu_bf16": True}, ("cpu", "mps", torch.float32)),
+        ({"cpu_bf16": True}, ("cpu", "cpu", torch.bfloat16)),
+        ({}, ("cpu", "cpu", torch.float32)),
+    ],
+    ids=["T4", "A100", "L4", "MPS", "CPU with bf16", "CPU"],
+)
+def test_profile_follows_the_hardware(machine, hardware, expected):
+    machine(**hardware)
+    profile = runtime.get_profile()
+    assert (profile.name, profile.device, profile.dtype) == expected
+
+
+def test_amx_alone_is_enough_for_bf16(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(
+        torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False
+    )
+    assert runtime.choose_dtype("cpu") == torch.bfloat16
+
+
+def test_arm_processors_compute_in_float32(machine, monkeypatch):
+    machine(cpu_bf16=True)
+    monkeypatch.setattr(runtime.platform, "machine", lambda: "aarch64")
+    assert runtime.choose_dtype("cpu") == torch.float32
+
+
+def test_environment_chooses_and_argument_wins(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv("COURSE_PROFILE", "smoke")
+    assert runtime.get_profile().name == "smoke"
+    assert runtime.get_profile("cpu").name == "cpu"
+
+
+def test_cpu_profile_stays_on_the_cpu_beside_a_card(machine):
+    machine(capability=(8, 0))
+    assert runtime.get_profile("cpu").device == "cpu"
+    assert runtime.get_profile("smoke").device == "cuda"
+
+
+def test_unknown_profile_names_its_source(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv("COURSE_PROFILE", "gpu")
+    with pytest.raises(ValueError, match="COURSE_PROFILE.*'gpu'.*smoke, cpu, t4"):
+        runtime.get_profile()
+    with pytest.raises(ValueError, match="get_profile.*'laptop'"):
+        runtime.get_profile("laptop")
+
+
+def test_t4_without_a_card_says_what_to_do(machine):
+    machine()
+    with pytest.raises(RuntimeError, match="T4 GPU"):
+        runtime.get_profile("t4")
+
+
+def test_profile_prints_in_words(machine):
+    machine()
+    assert str(runtime.get_profile()) == "profile cpu · device cpu · float32"
+
+
+def test_seed_repeats_all_three_generators():
+    def draw():
+        return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+    runtime.set_seed(7)
+    first = draw()
+    runtime.set_seed(7)
+    assert draw() == first
+    runtime.set_seed(8)
+    assert draw() != first
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7"])
+def test_bad_seed_is_refused(seed):
+    with pytest.raises(ValueError, match="seed must be an integer"):
+        runtime.set_seed(seed)
+
+
+def test_folders_of_a_checkout(monkeypatch):
+    root = runtime.checkout_folder()
+    assert runtime.data_folder() == root / "data"
+    assert runtime.build_folder() == root / "build"
+
+
+def test_build_folder_without_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "checkout_folder", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert runtime.build_folder() == tmp_path / "build"
+    assert runtime.data_folder().name == "_data"
+
+
+def test_readiness_names_the_cure(machine, monkeypatch):
+    machine()
+    old = dict.fromkeys(runtime.PACKAGES, "99.0") | {"trl": "0.9", "gguf": "absent"}
+    monkeypatch.setattr(runtime, "versions", lambda: old)
+    bad = [str(f) for f in runtime.readiness() if not f.ok]
+    assert len(bad) == 2
+    assert "trl 0.9" in bad[0] and 'pip install "trl>=' in bad[0]
+    assert "gguf absent" in bad[1]
+
+
+def test_floors_equal_those_of_the_project_file():
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads(
+        (runtime.checkout_folder() / "pyproject.toml").read_text(encoding="utf-8")
+    )
+    asked = {
+        r.name: next(iter(r.specifier)).version
+        for r in map(Requirement, project["project"]["dependencies"])
+        if r.specifier
+    }
+    assert {name: asked.get(name) for name in runtime.PACKAGES} == runtime.PACKAGES
+
+
+def test_versions_and_hardware_are_plain_data():
+    import json
+
+    assert runtime.versions()["torch"] != "absent"
+    assert json.loads(json.dumps(runtime.hardware()))["cores"] >= 1
