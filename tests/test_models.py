@@ -1,0 +1,170 @@
+"""Models load from a package, a folder or a hub cache, or say why they cannot."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from course_utils import models
+
+WORDS = ["<s>", "</s>", "<unk>", "a", "b", "c"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny Llama with its tokenizer, saved as safetensors."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    words = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(kinds.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    place = tmp_path / "tiny"
+    LlamaForCausalLM(config).save_pretrained(place)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test of this file asks the hub."""
+    monkeypatch.delenv("COURSE_MODEL", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.model
+def test_builtin_model_is_the_one_we_say():
+    models.load_model()
+    start = time.perf_counter()
+    model = models.load_model(dtype=torch.float32)
+    assert time.perf_counter() - start < 3
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert model.dtype == torch.float32 and not model.training
+    tokenizer = models.load_tokenizer()
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt"
+    )
+    out = model.generate(**ids, max_new_tokens=10, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+def test_folder_by_argument_and_by_environment(folder, monkeypatch, capfd):
+    model = models.load_model(str(folder), dtype=torch.float16)
+    assert model.dtype == torch.float16 and model.config.num_hidden_layers == 2
+    monkeypatch.setenv("COURSE_MODEL", str(folder))
+    assert models.load_model().config.hidden_size == 64
+    assert not models.is_builtin() and models.model_name() == str(folder)
+    assert models.load_tokenizer().pad_token == "</s>"
+    shown = capfd.readouterr()
+    assert "Loading" not in shown.out + shown.err, "no progress bars"
+
+
+def test_hub_name_is_found_in_a_local_hub_cache(folder, tmp_path):
+    cache = tmp_path / "hub" / "models--org--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("a" * 40)
+    (cache / "snapshots").mkdir()
+    os.rename(folder, cache / "snapshots" / ("a" * 40))
+    script = (
+        "from course_utils.models import load_model, load_tokenizer\n"
+        "print(load_model('org/tiny').config.hidden_size, "
+        "load_tokenizer('org/tiny').eos_token)"
+    )
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["64", "</s>"], done.stderr
+
+
+def test_missing_model_says_where_it_looked_and_what_to_do():
+    with pytest.raises(models.ModelUnavailable) as caught:
+        models.load_model("org/there-is-no-such-model")
+    message = str(caught.value)
+    assert "From the hub org/there-is-no-such-model" in message
+    assert "unset COURSE_MODEL" in message
+
+
+def test_pickled_weights_are_not_read(folder):
+    model = models.load_model(str(folder))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(models.ModelUnavailable, match="safetensors"):
+        models.load_model(str(folder))
+
+
+def test_without_the_package_the_hub_is_tried_and_both_reasons_given(monkeypatch):
+    def fail(bundle):
+        raise models.ModelUnavailable("pip said no")
+
+    monkeypatch.setattr(models, "prepare", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", os.devnull)
+    with pytest.raises(models.ModelUnavailable) as caught:
+        models.load_model()
+    message = str(caught.value)
+    assert "As a package: pip said no" in message
+    assert "From the hub HuggingFaceTB/SmolLM2-135M-Instruct" in message
+    assert "Cures: connect once" in message and "COURSE_CACHE" in message
+
+
+def test_release_empties_the_model(folder):
+    model = models.load_model(str(folder))
+    models.release(model)
+    assert list(model.parameters()) == []
+
+
+def test_unknown_quantization_lists_the_known():
+    with pytest.raises(ValueError, match="'int3'.*nf4, fp4, int8"):
+        models.load_model(quantization="int3")
+
+
+def test_one_label_is_no_classification():
+    with pytest.raises(ValueError, match="num_labels"):
+        models.load_classifier(num_labels=1)
+
+
+def gradient(model):
+    model.train()
+    weight = model.model.embed_tokens.weight.requires_grad_()
+    ids = torch.tensor([[3, 4, 5, 4, 3, 5]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    found, weight.grad = weight.grad.clone().flatten(), None
+    return found
+
+
+def cosine_after_evaluation(folder, monkeypatch, *, fixed):
+    if not fixed:
+        monkeypatch.setattr(models, "keep_4bit_weights_in_place", lambda model: None)
+    model = models.load_model(str(folder), dtype=torch.float32, quantization="nf4")
+    before = gradient(model)
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[3, 4, 5]]))
+    return torch.cosine_similarity(before, gradient(model), dim=0).item()
+
+
+def test_4bit_weights_survive_an_evaluation_forward(folder, monkeypatch):
+    from bitsandbytes.functional import has_avx512bf16
+
+    assert cosine_after_evaluation(folder, monkeypatch, fixed=True) > 0.999
+    if not has_avx512bf16():
+        pytest.skip("because this processor lacks AVX512-BF16: no repacking to guard")
+    assert cosine_after_evaluation(folder, monkeypatch, fixed=False) < 0.999
