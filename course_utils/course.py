@@ -60,7 +60,7 @@ def kernel_manager() -> Any:
 
     class ThisPython(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            command = [sys.executable, "-m", "ipykernel_launcher"]
+            command = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR"]
             return KernelSpec(
                 argv=[*command, "-f", "{connection_file}"],
                 display_name="this Python",
@@ -68,6 +68,13 @@ def kernel_manager() -> Any:
             )
 
     return AsyncKernelManager(kernel_spec_manager=ThisPython())
+
+
+def kernel_environment() -> dict[str, str]:
+    """Return this process's environment, with this same course_utils on the path."""
+    package_root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path}
 
 
 def describe_failure(notebook: Any, error: Exception) -> str:
@@ -118,7 +125,7 @@ def run_lesson(path: Path, out: Path) -> Outcome:
             km=kernel_manager(),
             timeout=timeout,
             resources={"metadata": {"path": str(path.parent)}},
-        ).execute()
+        ).execute(env=kernel_environment())
     except Exception as error:  # whatever a lesson does, the next ones still run
         failure = describe_failure(notebook, error)
     seconds = time.perf_counter() - started

@@ -1,0 +1,7 @@
+"""Settings for every pytest run, `pytest --nbmake notebooks/` included."""
+
+import os
+
+# Kernels inherit these: the smoke profile, and the kernel of this environment.
+os.environ.setdefault("COURSE_PROFILE", "smoke")
+os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")

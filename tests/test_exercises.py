@@ -1,0 +1,65 @@
+"""The register of exercises: numbers, hints, and tests that never raise."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from course_utils import exercises
+from course_utils.exercises import Exercise, exercise, find
+
+PACKAGE = Path(exercises.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def own_register(monkeypatch):
+    monkeypatch.setattr(exercises, "REGISTER", {})
+
+
+def test_a_registered_exercise_is_found_with_its_hint():
+    @exercise("97.1", hint="Halve it.")
+    def _(answer):
+        return answer == 2
+
+    found = find("97.1")
+    assert found.hint == "Halve it."
+    assert found.accepts(2) and not found.accepts(3)
+
+
+def test_a_number_is_registered_once_and_needs_a_hint():
+    exercise("97.1", hint="Halve it.")(lambda answer: True)
+    with pytest.raises(ValueError, match="twice"):
+        exercise("97.1", hint="Halve it.")
+    with pytest.raises(ValueError, match="no hint"):
+        exercise("97.2", hint=" ")
+
+
+@pytest.mark.parametrize("answer", ["four", None, [], object(), float("nan")])
+def test_an_exception_in_a_test_means_wrong(answer):
+    assert not Exercise("97.1", lambda a: 1 / 0, "hint").accepts(answer)
+    assert not Exercise("97.1", lambda a: a + 1 == 5, "hint").accepts(answer)
+
+
+def test_missing_facts_mean_wrong_and_not_an_error():
+    assert not Exercise("97.1", lambda a, *, total: a == total, "h").accepts(1)
+
+
+def test_unknown_numbers_are_not_found():
+    assert find("97.9") is None
+    assert find("nonsense") is None
+    assert find("") is None
+
+
+def test_each_module_of_tests_holds_only_its_own_lesson():
+    for path in sorted(PACKAGE.glob("exercises_[0-9][0-9].py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        numbers = [
+            decorator.args[0].value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+            for decorator in node.decorator_list
+            if isinstance(decorator, ast.Call)
+            and ast.unparse(decorator.func) == "exercise"
+        ]
+        lesson = int(path.stem[-2:])
+        assert numbers == [f"{lesson}.{m}" for m in range(1, len(numbers) + 1)]
