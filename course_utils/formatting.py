@@ -7,27 +7,22 @@ token that is not learned.
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from course_utils.batching import CompletionCollator, pack_examples
+from course_utils.encoding import IGNORE, encode, special_tokens
+from course_utils.layout import lay_out
 from course_utils.templates import (
     TEMPLATES,
     Conversation,
-    Piece,
     Template,
     find_template,
-    lay_out,
-    leading_bos,
     read_example,
 )
 
 if TYPE_CHECKING:
     import datasets
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -44,8 +39,6 @@ __all__ = [
     "tokenize_dataset",
     "tokenize_example",
 ]
-
-IGNORE = -100  # the label that torch's cross-entropy leaves out (its ignore_index)
 
 
 def format_prompt(
@@ -72,7 +65,7 @@ def format_prompt(
     'Human: Hello\\n\\nAssistant: '
     """
     layout = find_template(template)
-    conversation = _without_last_answer(read_example(example, layout, system))
+    conversation = read_example(example, layout, system).without_last_answer()
     return "".join(piece.text for piece in lay_out(conversation, layout, tokenizer))
 
 
@@ -102,7 +95,7 @@ def tokenize_example(
     for exchange in conversation.exchanges:
         if not exchange.answer:
             raise ValueError("nothing to learn: an answer is missing or empty")
-    ids, labels = _encode(lay_out(conversation, layout, tokenizer), layout, tokenizer)
+    ids, labels = encode(lay_out(conversation, layout, tokenizer), layout, tokenizer)
     while max_length is not None and len(ids) > max_length:
         if len(conversation.exchanges) == 1:
             ids, labels = _cut_to(conversation, layout, tokenizer, max_length)
@@ -110,7 +103,7 @@ def tokenize_example(
         later = conversation.exchanges[1:]
         conversation = Conversation(conversation.system, later)
         pieces = lay_out(conversation, layout, tokenizer)
-        ids, labels = _encode(pieces, layout, tokenizer)
+        ids, labels = encode(pieces, layout, tokenizer)
     return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
 
 
@@ -124,7 +117,7 @@ def generation_prompt(
     """Token ids to generate from: the part of `tokenize_example` before the answer."""
     layout = find_template(template)
     conversation = read_example({"prompt": user_text}, layout, system)
-    return _encode(lay_out(conversation, layout, tokenizer), layout, tokenizer)[0]
+    return encode(lay_out(conversation, layout, tokenizer), layout, tokenizer)[0]
 
 
 def end_of_turn_suffix(
@@ -134,9 +127,9 @@ def end_of_turn_suffix(
     layout = find_template(template)
     conversation = read_example({"prompt": "?", "completion": "."}, layout)
     pieces = lay_out(conversation, layout, tokenizer)
-    ids, labels = _encode(pieces, layout, tokenizer)
+    ids, labels = encode(pieces, layout, tokenizer)
     start = next(i for i, label in enumerate(labels) if label != IGNORE)
-    special, _ = _special_tokens(tokenizer, len(tokenizer))
+    special, _ = special_tokens(tokenizer, len(tokenizer))
     ends = {token.id for token in special.values()}
     first = next((i for i in range(start, len(ids)) if ids[i] in ends), None)
     if first is None:
@@ -200,116 +193,6 @@ def tokenize_dataset(
     return datasets.Dataset.from_dict(columns)
 
 
-@dataclass
-class CompletionCollator:
-    """Pads a list of examples to the longest of them and makes LongTensors (B, T).
-
-    Padding is known by its position, never by its id: it has attention mask 0 and
-    label -100, and an end-of-turn token keeps its label where pad = eos. Examples
-    from `pack_examples` give `position_ids` in place of an attention mask; their
-    padding is a document of its own, which nothing else attends to.
-
-    Attributes:
-        tokenizer: gives the id to pad with (its pad token, else eos, else 0).
-        pad_to_multiple_of: round T up to a multiple of this.
-        padding_side: "right" for training, "left" for generation.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    pad_to_multiple_of: int | None = None
-    padding_side: str = "right"
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str = "right",
-    ) -> None:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}")
-        self.tokenizer = tokenizer
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.padding_side = padding_side
-
-    def __call__(
-        self, examples: Sequence[Mapping[str, Sequence[int]]]
-    ) -> dict[str, torch.Tensor]:
-        import torch
-
-        length = max(len(example["input_ids"]) for example in examples)
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        pad = next(token for token in candidates if token is not None)
-        packed = "position_ids" in examples[0]
-        rows: dict[str, list] = {"input_ids": [], "labels": []}
-        rows["position_ids" if packed else "attention_mask"] = []
-        for example in examples:
-            ids = list(example["input_ids"])
-            extra = length - len(ids)
-            filling = {
-                "input_ids": (ids, [pad] * extra),
-                "labels": (list(example["labels"]), [IGNORE] * extra),
-            }
-            if packed:
-                positions = list(example["position_ids"])
-                filling["position_ids"] = (positions, list(range(extra)))
-            else:
-                mask = list(example.get("attention_mask", [1] * len(ids)))
-                filling["attention_mask"] = (mask, [0] * extra)
-            for name, (values, padding) in filling.items():
-                right = self.padding_side == "right"
-                rows[name].append(values + padding if right else padding + values)
-        return {name: torch.tensor(values) for name, values in rows.items()}
-
-
-def pack_examples(
-    examples: Iterable[Mapping[str, Sequence[int]]], max_length: int
-) -> list[dict[str, list[int]]]:
-    """Put whole examples side by side in rows of at most `max_length` tokens.
-
-    First-fit decreasing: longest first (ties in the given order), each into the first
-    row with room. Positions begin again at 0 with each example, by which transformers
-    keeps examples from seeing each other: pass `position_ids` and no attention mask,
-    in training or with `use_cache=False`. The first label of each example is -100, as
-    it would be predicted from the example before.
-
-    Raises:
-        ValueError: an example is empty or longer than `max_length`.
-
-    >>> short, long = [[{"input_ids": x, "labels": x}] for x in ([7, 8], [4, 5, 6])]
-    >>> pack_examples(short + long, 8)[0]["position_ids"]
-    [0, 1, 2, 0, 1]
-    """
-    examples = list(examples)
-    for i, example in enumerate(examples):
-        length = len(example["input_ids"])
-        if not 0 < length <= max_length:
-            raise ValueError(
-                f"example {i} has {length} tokens: give each 1 to {max_length} "
-                "(tokenize with that max_length, or raise it)"
-            )
-    rows: list[dict[str, list[int]]] = []
-    for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
-        ids, labels = list(example["input_ids"]), list(example["labels"])
-        room = max_length - len(ids)
-        row = next((row for row in rows if len(row["input_ids"]) <= room), None)
-        if row is None:
-            row = {"input_ids": [], "labels": [], "position_ids": []}
-            rows.append(row)
-        row["input_ids"] += ids
-        row["labels"] += [IGNORE, *labels[1:]]
-        row["position_ids"] += range(len(ids))
-    return rows
-
-
-def _without_last_answer(conversation: Conversation) -> Conversation:
-    *earlier, last = conversation.exchanges
-    opened = type(last)(last.text, last.input, None)
-    return Conversation(conversation.system, (*earlier, opened))
-
-
 def _cut_to(
     conversation: Conversation, layout: Template, tokenizer: Any, max_length: int
 ) -> tuple[list[int], list[int]]:
@@ -317,7 +200,7 @@ def _cut_to(
 
     def attempt(characters: int) -> tuple[list[int], list[int]]:
         pieces = lay_out(conversation.cut(characters), layout, tokenizer)
-        return _encode(pieces, layout, tokenizer)
+        return encode(pieces, layout, tokenizer)
 
     too_few, enough = 0, conversation.prompt_characters
     best = attempt(enough)
@@ -336,153 +219,3 @@ def _cut_to(
         else:
             enough, best = middle, trial
     return best
-
-
-class _Special(NamedTuple):
-    id: int
-    special: bool  # False: an added token that is ordinary vocabulary
-    lstrip: bool
-    rstrip: bool
-
-
-class _Run(NamedTuple):
-    part: int | str  # a special token's id, or text to tokenize
-    learned: bool
-    literal: bool  # ends with words of the record
-
-
-@lru_cache(maxsize=8)
-def _special_tokens(
-    tokenizer: Any, size: int
-) -> tuple[dict[str, _Special], re.Pattern]:
-    """Tokens outside the ordinary vocabulary, and a pattern to split text at them.
-
-    `size`, the number of tokens, is there for the cache: tokens may be added.
-    """
-    tokens = {
-        token.content: _Special(i, token.special, token.lstrip, token.rstrip)
-        for i, token in tokenizer.added_tokens_decoder.items()
-    }
-    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    for text, i in ids:
-        old = tokens.get(text)
-        tokens[text] = (
-            _Special(i, True, old.lstrip, old.rstrip)
-            if old
-            else (_Special(i, True, False, False))
-        )
-    names = sorted(tokens, key=len, reverse=True)
-    return tokens, re.compile("(" + "|".join(map(re.escape, names)) + ")")
-
-
-@lru_cache(maxsize=8)
-def _after_a_token(tokenizer: Any) -> Any:
-    """A tokenizer for text that follows other tokens.
-
-    It differs where the first word of a text alone gets a space before it.
-    """
-    from tokenizers.pre_tokenizers import Metaspace
-
-    before = tokenizer.backend_tokenizer.pre_tokenizer
-    if not (isinstance(before, Metaspace) and before.prepend_scheme == "first"):
-        return tokenizer
-    other = copy.deepcopy(tokenizer)
-    other.backend_tokenizer.pre_tokenizer = Metaspace(
-        replacement=before.replacement, prepend_scheme="never", split=before.split
-    )
-    return other
-
-
-def _encode(
-    pieces: list[Piece], layout: Template, tokenizer: Any
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of laid-out pieces."""
-    special, pattern = _special_tokens(tokenizer, len(tokenizer))
-    if layout.name == "chatml" and "<|im_end|>" not in special:
-        raise ValueError(
-            "this tokenizer has no <|im_start|> and <|im_end|> tokens: use "
-            "template='tokenizer' (its own chat template), 'alpaca' or 'plain'"
-        )
-    runs = _runs(pieces, special, pattern)
-    never = {token.id for token in special.values() if token.special}
-    never |= {run.part for run in runs if isinstance(run.part, int)}
-    never.discard(tokenizer.unk_token_id)
-    texts = [run.part for run in runs if isinstance(run.part, str)]
-    # Only text at the very start is tokenized as a text of its own.
-    alone = 1 if isinstance(runs[0].part, str) else 0
-    after = _after_a_token(tokenizer)
-    alone = len(texts) if after is tokenizer else alone
-    encoded = iter(
-        _encode_texts(texts[:alone], tokenizer, special, never)
-        + _encode_texts(texts[alone:], after, special, never)
-    )
-    bos = None if layout.end or layout.name == "tokenizer" else leading_bos(tokenizer)
-    ids: list[int] = [special[bos].id] if bos else []
-    labels = [IGNORE] * len(ids)
-    for run in runs:
-        new = [run.part] if isinstance(run.part, int) else next(encoded)
-        if run.literal and run.learned and not new:
-            raise ValueError(f"nothing to learn: no token stands for {run.part!r}")
-        ids += new
-        labels += new if run.learned else [IGNORE] * len(new)
-    return ids, labels
-
-
-def _runs(
-    pieces: list[Piece], special: dict[str, _Special], pattern: re.Pattern
-) -> list[_Run]:
-    """Join neighbouring texts, so that they are tokenized as in the whole rendering."""
-    runs: list[_Run] = []
-    strip = False  # a special token may swallow the white space that follows it
-    for piece in pieces:
-        for part in [piece.text] if piece.literal else pattern.split(piece.text):
-            token = None if piece.literal else special.get(part)
-            if token:
-                if token.lstrip and runs and isinstance(runs[-1].part, str):
-                    runs[-1] = runs[-1]._replace(part=runs[-1].part.rstrip())
-                runs.append(_Run(token.id, piece.learned, False))
-                strip = token.rstrip
-                continue
-            part = part.lstrip() if strip else part
-            if not part:
-                continue
-            strip = False
-            last = runs[-1] if runs else None
-            if last and isinstance(last.part, str) and last.learned == piece.learned:
-                runs[-1] = _Run(last.part + part, last.learned, piece.literal)
-            else:
-                runs.append(_Run(part, piece.learned, piece.literal))
-    return runs
-
-
-def _encode_texts(
-    texts: list[str], tokenizer: Any, special: dict[str, _Special], never: set[int]
-) -> list[list[int]]:
-    """Ids of texts in which nothing is read as a token of the set `never`."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    for i, ids in enumerate(encoded):
-        if not never.isdisjoint(ids):
-            encoded[i] = _encode_apart(texts[i], ids, tokenizer, special, never)
-    return encoded
-
-
-def _encode_apart(
-    text: str, ids: list[int], tokenizer: Any, special: dict, never: set[int]
-) -> list[int]:
-    """Break a look-alike after its first character where the vocabulary holds it."""
-    for name, token in special.items():
-        at = text.find(name) + 1
-        if token.id in never and token.id in ids and at and len(name) > 1:
-            halves = [text[:at], text[at:]]
-            left, right = _encode_texts(halves, tokenizer, special, never)
-            return left + right
-    return ids

@@ -1,18 +1,14 @@
-"""Prompt templates: a record becomes pieces of text, each learned or not.
+"""Prompt templates, and the records that fill them.
 
-A template decides what stands around the user's words. Here a record is laid out as
-a list of `Piece`; `course_utils.formatting` turns the pieces into token ids.
+A template decides what stands around the user's words. Here are the templates and the
+one shape that every record is read into; `course_utils.layout` brings them together.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 _ALPACA = (
     "Below is an instruction that describes a task{}. "
@@ -83,17 +79,9 @@ TEMPLATES: Mapping[str, Template] = {
         system="{text}\n\n",
         between="\n\n",
     ),
-    # Whatever chat template the tokenizer carries; see `_own_pieces`.
+    # Whatever chat template the tokenizer carries: see course_utils.layout.
     "tokenizer": Template("tokenizer"),
 }
-
-
-class Piece(NamedTuple):
-    """A stretch of the rendered conversation."""
-
-    text: str
-    literal: bool  # True: words of the record, in which no special token is read
-    learned: bool  # True: the model is trained to produce it
 
 
 @dataclass(frozen=True)
@@ -111,6 +99,11 @@ class Conversation:
 
     system: str | None
     exchanges: tuple[Exchange, ...]
+
+    def without_last_answer(self) -> Conversation:
+        """The same conversation, its last answer still to be given."""
+        *earlier, last = self.exchanges
+        return replace(self, exchanges=(*earlier, replace(last, answer=None)))
 
     @property
     def prompt_characters(self) -> int:
@@ -189,150 +182,3 @@ def _read_messages(messages: list, system: str | None) -> Conversation:
     answers = [*texts[1::2], None] if len(texts) % 2 else texts[1::2]
     pairs = zip(texts[::2], answers, strict=True)
     return Conversation(system, tuple(Exchange(text, "", a) for text, a in pairs))
-
-
-def lay_out(
-    conversation: Conversation,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[Piece]:
-    """The pieces of a conversation, from its first character to its last.
-
-    A last exchange without an answer ends where the answer would begin. The
-    beginning-of-sequence token of the built-in layouts is left to the tokenizer.
-
-    Raises:
-        ValueError: the layout needs a tokenizer, or this one cannot express it.
-    """
-    if template.name == "tokenizer":
-        return _own_pieces(conversation, tokenizer)
-    end, pieces = template.end, []
-    if end is None and any(e.answer is not None for e in conversation.exchanges):
-        end = getattr(tokenizer, "eos_token", None)
-        if not end:
-            raise ValueError(
-                f"the {template.name} template ends an answer with the tokenizer's "
-                "end-of-sequence token: "
-                + ("it has none, set tokenizer.eos_token" if tokenizer else "pass one")
-            )
-    for i, exchange in enumerate(conversation.exchanges):
-        if i:
-            bos = template.repeat_bos and tokenizer and leading_bos(tokenizer)
-            pieces.append(Piece(bos or template.between, False, False))
-        system = _system_pieces(conversation, template, tokenizer) if i == 0 else []
-        fills = {
-            "{system}": system,
-            "{text}": [Piece(exchange.text, True, False)],
-            "{input}": _fill(template.input or "", exchange.input),
-        }
-        if not exchange.input:
-            fills["{input}"] = []
-        for part in re.split(r"(\{\w+\})", template.turn):
-            pieces += fills.get(part, [Piece(part, False, False)])
-        if exchange.answer is not None:
-            pieces += [Piece(exchange.answer, True, True), Piece(end, False, True)]
-    return [piece for piece in pieces if piece.text]
-
-
-def leading_bos(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The token that this tokenizer puts before every text by itself, if any."""
-    first = tokenizer("").input_ids[:1]
-    if first and first[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id):
-        return tokenizer.convert_ids_to_tokens(first)[0]
-    return None
-
-
-def _fill(pattern: str, text: str) -> list[Piece]:
-    before, _, after = pattern.partition("{text}")
-    return [Piece(before, False, False), Piece(text, True, False)] + [
-        Piece(after, False, False)
-    ]
-
-
-def _system_pieces(
-    conversation: Conversation, template: Template, tokenizer: Any
-) -> list[Piece]:
-    lead, default = "", template.default_system
-    if template.input is not None and conversation.exchanges[0].input:
-        default = template.default_system_with_input
-    if template.name == "chatml" and getattr(tokenizer, "chat_template", None):
-        # What the tokenizer's own template writes, if that is ChatML too.
-        user = [{"role": "user", "content": "?"}]
-        rendered = tokenizer.apply_chat_template(user, tokenize=False)
-        before, found, _ = rendered.partition("<|im_start|>user\n?<|im_end|>")
-        if found:
-            lead, default = before.partition("<|im_start|>")[0], before
-    if conversation.system is None:
-        return [Piece(default, False, False)]
-    return [Piece(lead, False, False), *_fill(template.system, conversation.system)]
-
-
-_MARK = "\t\ue000{}\ue001\t"  # the tabs show whether the template strips what it gets
-_MARKS = re.compile("(\t?)\ue000(\\d+)\ue001(\t?)")
-
-
-def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
-    """Pieces of the tokenizer's own chat template.
-
-    The template is rendered with marks in place of the texts. What it writes between
-    its generation prompt and an answer is learned, since the model must produce it.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the 'tokenizer' template needs a tokenizer with a chat template; "
-            "this one has none: use 'chatml', 'alpaca', 'llama2' or 'plain'"
-        )
-    messages = []
-    if conversation.system is not None:
-        messages.append({"role": "system", "content": conversation.system})
-    for exchange in conversation.exchanges:
-        messages.append({"role": "user", "content": exchange.text})
-        if exchange.answer is not None:
-            messages.append({"role": "assistant", "content": exchange.answer})
-    open_ended = messages[-1]["role"] == "user"
-    if open_ended:  # rendered with an answer, so that both parts always agree
-        messages.append({"role": "assistant", "content": "?"})
-
-    def render(messages: list[dict], **options: Any) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-    marked = [
-        {"role": m["role"], "content": _MARK.format(i)} for i, m in enumerate(messages)
-    ]
-    parts = _MARKS.split(render(marked))
-    if sorted(parts[2::4]) != sorted(str(i) for i in range(len(messages))):
-        raise ValueError("the chat template leaves out or repeats a turn of this chat")
-    user = [{"role": "user", "content": _MARK.format(0)}]
-    opening = _MARKS.split(render(user, add_generation_prompt=True))[-1]
-    ending = parts[-1]
-    if not ending.strip():
-        raise ValueError("the chat template puts nothing after an answer to end it")
-
-    pieces = [Piece(parts[0], False, False)]
-    for k in range(1, len(parts), 4):
-        left, index, right, marker = parts[k : k + 4]
-        message = messages[int(index)]
-        text, answers = message["content"], message["role"] == "assistant"
-        text = text if left else text.lstrip()
-        text = text if right else text.rstrip()
-        if answers and pieces[-1].text.startswith(opening):
-            before = pieces.pop().text
-            pieces.append(Piece(opening, False, False))
-            pieces.append(Piece(before[len(opening) :], False, True))
-        if answers and open_ended and int(index) == len(messages) - 1:
-            pieces = pieces[:-1] if pieces[-1].learned else pieces
-            return [piece for piece in pieces if piece.text]
-        pieces.append(Piece(text, True, answers))
-        end = _common_start(marker, ending) if answers else ""
-        pieces += [Piece(end, False, True), Piece(marker[len(end) :], False, False)]
-    pieces = [piece for piece in pieces if piece.text]
-    if "".join(piece.text for piece in pieces) != render(messages):
-        raise ValueError("the chat template rewrites the text of this chat's turns")
-    return pieces
-
-
-def _common_start(a: str, b: str) -> str:
-    length = 0
-    while length < min(len(a), len(b)) and a[length] == b[length]:
-        length += 1
-    return a[:length]
