@@ -158,6 +158,9 @@ def run_course(
 def table(outcomes: Sequence[Outcome]) -> str:
     """Return the closing table, in Markdown, with the total time.
 
+    Args:
+        outcomes: one for each lesson that was run.
+
     >>> print(table([Outcome("02_x", True, 61.0, "0 % to 91 %")]))
     | lesson | seconds | result |
     |---|---:|---|
@@ -176,7 +179,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def fetch_model(say: Callable[[str], None] = print) -> None:
-    """Make sure that the model is at hand before the first lesson needs it."""
+    """Make sure that the model is at hand before the first lesson needs it.
+
+    Args:
+        say: receives a line that says which model, and the seconds.
+    """
     from course_utils import models
 
     started = time.perf_counter()
@@ -185,7 +192,14 @@ def fetch_model(say: Callable[[str], None] = print) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `python -m course_utils.course`; return 1 if a lesson failed."""
+    """Run `python -m course_utils.course`.
+
+    Args:
+        arguments: the words after the command; None reads the command line.
+
+    Returns:
+        0, or 1 if a lesson failed, or 2 if there is no such lesson.
+    """
     parser = argparse.ArgumentParser(prog="course_utils.course", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(

@@ -66,7 +66,10 @@ def exercise(number: str, *, hint: str) -> Callable[[Test], Test]:
 
 
 def find(number: str) -> Exercise | None:
-    """Return the exercise `"N.M"`, or None where there is no such exercise.
+    """Return an exercise, or None where there is no such exercise.
+
+    Args:
+        number: `"N.M"`: lesson N, exercise M.
 
     >>> find("99.1") is None
     True

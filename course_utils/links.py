@@ -112,7 +112,11 @@ def rewrite(new: str, root: Path = ROOT) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m course_utils.links owner/name`."""
+    """Run `python -m course_utils.links owner/name`.
+
+    Args:
+        arguments: the words after the command; None reads the command line.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
         print("usage: make links REPO=owner/name")
