@@ -476,7 +476,11 @@ def numbers_have_sources(lesson: Lesson) -> list[str]:
 
 
 def marker_complaints(text: str) -> list[str]:
-    """Compare each `<!-- run:... -->` marker of a text with its record."""
+    """Compare each `<!-- run:... -->` marker of a text with its record.
+
+    Markers in code, where they are only shown, do not count.
+    """
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
     if not RUN_MARKER.search(text):
         return []
     from course_utils import records

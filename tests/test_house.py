@@ -68,8 +68,14 @@ ARROWS = {
         *("targets", "parameters"),
     },
     "figure_style": set(),
+    "figure_curves": {"figure_style"},
+    "figure_map": {"figure_style"},
+    "figure_scores": {"figure_style"},
     "figure_tokens": {"figure_style"},
-    "plotting": {"figure_style", "figure_tokens"},
+    "plotting": {
+        *("figure_style", "figure_tokens"),
+        *("figure_curves", "figure_map", "figure_scores"),
+    },
     "inference": {"formatting"},
     "scoring": set(),
     "evaluation": {"scoring", "inference", "formatting"},
@@ -88,7 +94,7 @@ FAMILIES = {
     "formatting": {"batching", "encoding", "layout", "templates"},
     "parameters": {"closed_forms", "targets"},
     "memory": {"memory_exact", "memory_formula", "memory_measure", "memory_request"},
-    "plotting": {"figure_style", "figure_tokens"},
+    "plotting": {module for module in ARROWS if module.startswith("figure_")},
     "exercises": {path.stem for path in PACKAGE.glob("exercises_[0-9][0-9].py")},
 }
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
