@@ -2,6 +2,24 @@
 
 Import the module that you need, for example ``from course_utils.models import
 load_model``; importing the package itself loads nothing heavy.
+
+It also sets the libraries' manners for a notebook: no progress-bar widgets (their
+saved state breaks viewers), no telemetry, no remark about kernels that the course
+does not use. A variable that is already set is left alone.
 """
 
+import logging
+import os
+import sys
+
 __version__ = "0.1.0"
+
+for _name in (
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_DISABLE_TELEMETRY",
+):
+    os.environ.setdefault(_name, "1")
+if "datasets" in sys.modules:  # imported before us: it has read its variable already
+    sys.modules["datasets"].disable_progress_bars()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
