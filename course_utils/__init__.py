@@ -8,7 +8,6 @@ saved state breaks viewers), no telemetry, no remark about kernels that the cour
 does not use. A variable that is already set is left alone.
 """
 
-import logging
 import os
 import sys
 
@@ -22,4 +21,5 @@ for _name in (
     os.environ.setdefault(_name, "1")
 if "datasets" in sys.modules:  # imported before us: it has read its variable already
     sys.modules["datasets"].disable_progress_bars()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+if "logging" in sys.modules:  # as in any notebook; not worth its import elsewhere
+    sys.modules["logging"].getLogger("bitsandbytes").setLevel("ERROR")
