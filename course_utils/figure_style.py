@@ -1,0 +1,199 @@
+"""The look of every figure: one colour, line style and marker per method.
+
+The colours are Okabe and Ito's (2008) colour-blind-safe set with four added.
+Line styles and markers repeat the distinction, so a figure also reads in grey.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 6.0, 3.2  # inches
+
+METHOD_COLOURS = {
+    "baseline": "#b3b3b3",
+    "full": "#000000",
+    "frozen": "#7a3b00",
+    "lora": "#0072b2",
+    "pissa": "#d55e00",
+    "dora": "#56b4e9",
+    "qlora": "#6a3d9a",
+    "prompt": "#009e73",
+    "p_tuning": "#cc79a7",
+    "prefix": "#e69f00",
+    "ia3": "#882255",
+}
+METHOD_STYLES = {
+    "baseline": {"linestyle": (0, (1, 2)), "marker": "x"},
+    "full": {"linestyle": "-", "marker": "s"},
+    "frozen": {"linestyle": (0, (6, 2)), "marker": "P"},
+    "lora": {"linestyle": "-", "marker": "o"},
+    "pissa": {"linestyle": "--", "marker": "^"},
+    "dora": {"linestyle": (0, (3, 1, 1, 1)), "marker": "D"},
+    "qlora": {"linestyle": "-.", "marker": "v"},
+    "prompt": {"linestyle": ":", "marker": "*"},
+    "p_tuning": {"linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "<"},
+    "prefix": {"linestyle": (0, (8, 2, 2, 2)), "marker": ">"},
+    "ia3": {"linestyle": (0, (2, 2)), "marker": "h"},
+}
+METHOD_NAMES = {
+    "baseline": "prompting only",
+    "full": "full fine-tuning",
+    "frozen": "partly frozen",
+    "lora": "LoRA",
+    "pissa": "PiSSA",
+    "dora": "DoRA",
+    "qlora": "QLoRA",
+    "prompt": "prompt tuning",
+    "p_tuning": "P-tuning",
+    "prefix": "prefix tuning",
+    "ia3": "IA3",
+}
+_ALIASES = {
+    "prompting": "baseline",
+    "zero_shot": "baseline",
+    "prompt_tuning": "prompt",
+    "prefix_tuning": "prefix",
+    "ptuning": "p_tuning",
+    "full_fine_tuning": "full",
+}
+# For what is no method: dark and light in turn, each with its own line and marker.
+_OTHERS = [
+    ("#0072b2", "-", "o"),
+    ("#d55e00", "--", "s"),
+    ("#009e73", ":", "^"),
+    ("#cc79a7", "-.", "D"),
+    ("#000000", (0, (5, 1, 1, 1)), "v"),
+    ("#e69f00", (0, (8, 2)), "P"),
+    ("#6a3d9a", (0, (1, 2)), "x"),
+    ("#56b4e9", (0, (3, 3)), "*"),
+]
+
+
+def method_of(label: str) -> str | None:
+    """Find the method that a label names at its start, or None.
+
+    Examples:
+        >>> method_of("LoRA r = 8"), method_of("prefix_tuning"), method_of("run 2")
+        ('lora', 'prefix', None)
+    """
+    text = re.sub(r"[\s\-]+", "_", str(label).strip().lower())
+    keys = {**{key: key for key in METHOD_COLOURS}, **_ALIASES}
+    keys.update(
+        {re.sub(r"[\s\-]+", "_", name.lower()): k for k, name in METHOD_NAMES.items()}
+    )
+    for key in sorted(keys, key=len, reverse=True):
+        if re.match(rf"{re.escape(key)}(?![a-z0-9])", text):
+            return keys[key]
+    return None
+
+
+def display_name(label: str) -> str:
+    """Write a method's key as readers know it.
+
+    Examples:
+        >>> display_name("p_tuning"), display_name("lora r=8"), display_name("run 2")
+        ('P-tuning', 'LoRA r=8', 'run 2')
+    """
+    text = str(label)
+    key = _ALIASES.get(text, text)
+    if key in METHOD_NAMES:
+        return METHOD_NAMES[key]
+    for name in METHOD_NAMES.values():
+        pattern = re.sub(r"[ -]", r"[\\s_-]+", name) + r"(?![a-zA-Z0-9])"
+        if found := re.match(pattern, text, re.IGNORECASE):
+            return name + text[found.end() :]
+    return text
+
+
+def line_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Choose colour, line style and marker for each label.
+
+    A label that starts with a method's name gets that method's colour; a second one of
+    the same method keeps the colour and takes another line style and marker.
+
+    Returns:
+        {label: {"color", "linestyle", "marker"}}, ready for `Axes.plot`.
+    """
+    labels = list(labels)
+    taken = {METHOD_COLOURS[m] for label in labels if (m := method_of(label))}
+    others = [look for look in _OTHERS if look[0] not in taken] or _OTHERS
+    styles: dict[str, dict[str, Any]] = {}
+    used: dict[str | None, int] = {}
+    for label in labels:
+        method = method_of(label)
+        turn = used.get(method, 0)
+        used[method] = turn + 1
+        looks = others if method is None else _OTHERS
+        colour, line, marker = looks[turn % len(looks)]
+        style = {"color": colour, "linestyle": line, "marker": marker}
+        if method is not None:
+            style["color"] = METHOD_COLOURS[method]
+            if turn == 0:
+                style |= METHOD_STYLES[method]
+        styles[label] = style
+    return styles
+
+
+def new_axes(
+    ax: Axes | None = None, *, width: float = WIDTH, height: float = HEIGHT
+) -> Axes:
+    """Give `ax`, or the axes of a new figure, the course's style.
+
+    Args:
+        ax: axes to draw in; None opens a figure.
+        width: of the new figure, inches.
+        height: of the new figure, inches.
+    """
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8)
+    ax.grid(True, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def legend_below(ax: Axes, inches: float, **options: Any) -> None:
+    """Put the legend under the axes, `inches` below its lower edge."""
+    from matplotlib.transforms import ScaledTranslation
+
+    down = ScaledTranslation(0, -inches, ax.figure.dpi_scale_trans)
+    look = {"fontsize": 8, "frameon": False, "loc": "upper center"} | options
+    ax.legend(bbox_to_anchor=(0.5, 0), bbox_transform=ax.transAxes + down, **look)
+
+
+def finish(
+    ax: Axes,
+    *,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str | None = None,
+    legend: bool | None = None,
+    **options: Any,
+) -> Axes:
+    """Set labels, title and legend in the course's sizes.
+
+    Args:
+        ax: the axes.
+        xlabel: with its unit.
+        ylabel: with its unit.
+        title: None for none.
+        legend: True, False, or None for "where more than one thing is labelled".
+        **options: for `Axes.legend`.
+    """
+    ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9)
+    if title:
+        ax.set_title(title, fontsize=9.5, loc="left")
+    labelled = len(ax.get_legend_handles_labels()[1])
+    if labelled > 1 if legend is None else legend:
+        ax.legend(**{"fontsize": 8, "frameon": False, "handlelength": 3} | options)
+    return ax

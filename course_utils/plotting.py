@@ -1,0 +1,51 @@
+"""Every figure of the course: arrays in, `Axes` out.
+
+Each function draws in `ax`, or in a new figure of 6 x 3.2 inches, and returns the
+axes. A method has the same colour, line style and marker in all of them, and every
+figure reads in grey. No display is needed.
+"""
+
+from __future__ import annotations
+
+from course_utils.figure_curves import plot_loss, plot_memory, plot_spectrum
+from course_utils.figure_map import plot_method_map
+from course_utils.figure_scores import (
+    pareto_front,
+    plot_by_slice,
+    plot_comparison,
+    plot_learning_rates,
+    plot_scatter,
+)
+from course_utils.figure_style import (
+    METHOD_COLOURS,
+    METHOD_NAMES,
+    METHOD_STYLES,
+    display_name,
+    finish,
+    line_styles,
+    method_of,
+    new_axes,
+)
+from course_utils.figure_tokens import plot_attention_mask, plot_mask
+
+__all__ = [
+    "METHOD_COLOURS",
+    "METHOD_NAMES",
+    "METHOD_STYLES",
+    "display_name",
+    "finish",
+    "line_styles",
+    "method_of",
+    "new_axes",
+    "pareto_front",
+    "plot_attention_mask",
+    "plot_by_slice",
+    "plot_comparison",
+    "plot_learning_rates",
+    "plot_loss",
+    "plot_mask",
+    "plot_memory",
+    "plot_method_map",
+    "plot_scatter",
+    "plot_spectrum",
+]

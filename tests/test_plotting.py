@@ -1,0 +1,285 @@
+"""Each figure is drawn without a warning, and shows the numbers it was given."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex, to_rgb
+
+from course_utils import plotting
+from course_utils.figure_tokens import LEARNED, PROMPT, token_texts, visible
+from course_utils.plotting import METHOD_COLOURS, METHOD_STYLES, line_styles
+
+METHODS = list(METHOD_COLOURS)[:10]
+SLICES = [f"slice_number_{i}" for i in range(10)]
+HISTORY = SimpleNamespace(
+    steps=[10, 20, 30], loss=[3.0, 2.0, 1.0], eval_steps=[10, 30], eval_loss=[2.9, 1.2]
+)
+PARTS = {"weights": 6e9, "optimiser": 3e9, "activations": 2e9}
+CAUSAL = np.tril(np.ones((6, 6)))
+
+DRAWINGS = {
+    "loss": lambda **k: plotting.plot_loss(HISTORY, **k),
+    "losses": lambda **k: plotting.plot_loss(
+        {"lora": HISTORY, "full": [3.0, 2.0]},
+        recorded={"lora": {"loss": [3.1, 2.0], "eval_loss": [[2, 2.5]]}},
+        **k,
+    ),
+    "comparison": lambda **k: plotting.plot_comparison(
+        {m: [0.1 * i, 0.09 * i, 0.1] for i, m in enumerate(METHODS)}, **k
+    ),
+    "slices": lambda **k: plotting.plot_by_slice(
+        {m: dict.fromkeys(SLICES, 0.1 * i) for i, m in enumerate(METHODS)}, **k
+    ),
+    "spectrum": lambda **k: plotting.plot_spectrum(
+        {"W": torch.arange(50, 1, -1), "update": [5.0, 1.0]}, rank=8, **k
+    ),
+    "memory": lambda **k: plotting.plot_memory(
+        {"lora": PARTS, "full": PARTS}, limit=14 * 2**30, limit_name="T4", **k
+    ),
+    "scatter": lambda **k: plotting.plot_scatter(
+        {m: (10**i, 0.09 * i) for i, m in enumerate(METHODS)},
+        xlabel="trainable parameters",
+        log=True,
+        **k,
+    ),
+    "rates": lambda **k: plotting.plot_learning_rates(
+        {"lora": {1e-4: [0.1, 0.2], 1e-3: [0.8, 0.9], 1e-2: [0.3, 0.2]}}, **k
+    ),
+    "mask": lambda **k: plotting.plot_mask(
+        [["a", "b\n", "灯", "$x$", "pad"]],
+        [[-100, 1, 2, 3, -100]],
+        [[1, 1, 1, 1, 0]],
+        names=["中文"],
+        **k,
+    ),
+    "compact": lambda **k: plotting.plot_mask(
+        torch.ones(3, 7), torch.ones(3, 7), torch.ones(3, 7), compact=True, **k
+    ),
+    "attention": lambda **k: plotting.plot_attention_mask(
+        CAUSAL, tokens="abcde灯", **k
+    ),
+    "map": lambda **k: plotting.plot_method_map({"lora": 100}, total=1000, **k),
+}
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+def overlapping(labels):
+    """Pairs of tick labels that cover one another, as drawn."""
+    shown = [text for text in labels if text.get_text() and text.get_visible()]
+    boxes = [(t.get_text(), t.get_window_extent().shrunk(0.99, 0.9)) for t in shown]
+    return [
+        (a[0], b[0]) for a, b in itertools.combinations(boxes, 2) if a[1].overlaps(b[1])
+    ]
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_each_figure_draws_without_a_warning(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = DRAWINGS[name](title="A title")
+        figure = ax.figure
+        figure.savefig(tmp_path / "figure.png")
+    assert ax.get_title(loc="left") == "A title"
+    assert figure.get_figwidth() == 6.0 and figure.get_figheight() <= 4.0
+    assert figure.get_layout_engine() is not None
+    if ax.axison:
+        assert ax.get_xlabel() and not overlapping(ax.get_xticklabels())
+        assert not overlapping(ax.get_yticklabels())
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_each_figure_draws_in_given_axes(name):
+    figure, ax = plt.subplots()
+    assert DRAWINGS[name](ax=ax) is ax
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_the_labels_of_a_scatter_do_not_overlap():
+    points = {m: (100 + i, 0.9 + 0.004 * (i % 3)) for i, m in enumerate(METHODS)}
+    ax = plotting.plot_scatter(points, xlabel="seconds")
+    assert {text.get_text() for text in ax.texts} == {
+        plotting.METHOD_NAMES[m] for m in METHODS
+    }
+    assert not overlapping(ax.texts)
+
+
+def test_the_loss_lines_hold_the_numbers():
+    ax = plotting.plot_loss(HISTORY)
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines["training"].get_xdata()) == [10, 20, 30]
+    assert list(lines["training"].get_ydata()) == [3.0, 2.0, 1.0]
+    [marks] = [line for line in ax.lines if list(line.get_xdata()) == [10, 30]]
+    assert list(marks.get_ydata()) == [2.9, 1.2]
+    ax = plotting.plot_loss({"lora": [2.0]}, recorded={"lora": {"loss": [3.0]}})
+    live = [line for line in ax.lines if line.get_label() == "LoRA"]
+    old = [line for line in ax.lines if "recorded" in str(line.get_label())]
+    assert live[0].get_alpha() is None and old[0].get_alpha() < 0.5
+    assert live[0].get_color() == old[0].get_color() == METHOD_COLOURS["lora"]
+    with pytest.raises(ValueError, match="no loss to draw in run 'lora'"):
+        plotting.plot_loss({"lora": []})
+
+
+def test_comparison_and_memory_write_their_values():
+    ax = plotting.plot_comparison({"baseline": 0.12, "lora": [0.9, 0.93, 0.96]})
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == ["12 %", "93 % (90 to 96)"]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([12, 93])
+    ax = plotting.plot_memory(PARTS, limit=14e9, limit_name="T4", unit="GB")
+    assert [t.get_text() for t in ax.texts] == ["11 GB", "T4: 14 GB"]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([6, 3, 2])
+    assert [bar.get_x() for bar in ax.patches] == pytest.approx([0, 6, 9])
+    with pytest.raises(ValueError, match="GiB"):
+        plotting.plot_memory(PARTS, unit="Gb")
+
+
+def test_the_best_learning_rate_is_ringed():
+    ax = DRAWINGS["rates"]()
+    [ring] = [line for line in ax.lines if line.get_markersize() == 12]
+    assert list(ring.get_xdata()) == [1e-3]
+    losses = {"lora": {1e-4: 0.5, 1e-3: 0.9}}
+    ax = plotting.plot_learning_rates(losses, higher_is_better=False, percent=False)
+    [ring] = [line for line in ax.lines if line.get_markersize() == 12]
+    assert list(ring.get_xdata()) == [1e-4]
+
+
+def test_the_front_is_what_no_other_point_beats():
+    points = {"a": (1, 0.5), "b": (2, 0.4), "c": (3, 0.9), "d": (3, 0.8), "e": (9, 0.9)}
+    assert plotting.pareto_front(points) == ["a", "c"]
+    with pytest.raises(ValueError, match="logarithmic"):
+        plotting.plot_scatter({"a": (0, 1)}, xlabel="cost", log=True)
+
+
+def test_spectrum_and_energy():
+    ax = plotting.plot_spectrum([1.0, 3.0, 2.0])
+    assert list(ax.lines[0].get_ydata()) == [3.0, 2.0, 1.0]
+    ax = plotting.plot_spectrum([1.0, 3.0, 2.0], energy=True)
+    wanted = [900 / 14, 1300 / 14, 100]
+    assert list(ax.lines[0].get_ydata()) == pytest.approx(wanted)
+
+
+def test_mask_cells_have_the_colour_of_what_is_learned():
+    ax = plotting.plot_mask(["a", "b", "c", "d"], [-100, -100, 7, 8])
+    colours = [to_hex(patch.get_facecolor()) for patch in ax.patches]
+    assert colours == [PROMPT, PROMPT, LEARNED, LEARNED]
+    ax = plotting.plot_mask(["a", "p", "p"], [1, -100, -100], [1, 0, 0])
+    assert [text.get_text() for text in ax.texts] == ["a", "p × 2"]
+    assert [patch.get_hatch() for patch in ax.patches] == [None, "////"]
+    with pytest.raises(ValueError, match="labels has lengths"):
+        plotting.plot_mask([1, 2, 3], [1, 2])
+    many = plotting.plot_mask([f"token{i}" for i in range(200)], [1] * 200)
+    assert len(many.texts) == 200 and many.figure.get_figheight() > 3
+
+
+def test_a_very_long_token_stays_on_its_line():
+    ax = plotting.plot_mask(["x" * 500, "y"], [1, 1])
+    assert all(patch.get_x() + patch.get_width() <= 88 for patch in ax.patches)
+
+
+def test_token_texts_are_drawable():
+    assert visible(" a\n") == "␣a↵"
+    assert visible("\x00\ue000") == "\\x00\\ue000"
+
+    class Tokenizer:
+        texts = {1: (" on", "Ġon"), 2: ("\ufffd", "æĪ"), 3: ("on", "▁on")}
+
+        def decode(self, ids, **options):
+            return self.texts[ids[0]][0]
+
+        def convert_ids_to_tokens(self, token):
+            return self.texts[token][1]
+
+    assert token_texts([1, 2, 3], Tokenizer()) == ["␣on", "\\xe6\\x88", "␣on"]
+    assert token_texts(torch.tensor([5]).tolist()) == ["5"]
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        CAUSAL,
+        CAUSAL.astype(bool),
+        torch.tensor(CAUSAL)[None, None].bool(),
+        np.where(CAUSAL > 0, 0.0, -1e30),
+        torch.where(torch.tensor(CAUSAL) > 0, 0.0, float("-inf")).to(torch.bfloat16),
+    ],
+)
+def test_any_kind_of_attention_mask_is_read(matrix):
+    ax = plotting.plot_attention_mask(matrix)
+    assert np.array_equal(np.asarray(ax.images[0].get_array()), CAUSAL > 0)
+
+
+def test_an_attention_mask_must_be_square():
+    with pytest.raises(ValueError, match=r"\(T, T\)"):
+        plotting.plot_attention_mask(np.ones((2, 3)))
+
+
+def test_each_method_has_a_look_of_its_own():
+    assert METHOD_COLOURS.keys() == METHOD_STYLES.keys() == plotting.METHOD_NAMES.keys()
+    wanted = "baseline full lora pissa dora prompt p_tuning prefix qlora frozen"
+    assert set(wanted.split()) <= METHOD_COLOURS.keys()
+    for column in ("linestyle", "marker"):
+        values = [str(style[column]) for style in METHOD_STYLES.values()]
+        same = len(values) - len(set(values))
+        assert same <= 1  # `full` and `lora` share the solid line, not the marker
+    # colours stay apart, also for the two common kinds of colour blindness
+    # (Vienot, Brettel and Mollon 1999, on linear light)
+    for blind in (np.eye(3), PROTAN, DEUTAN):
+        lights = [blind @ (np.array(to_rgb(c)) ** 2.2) for c in METHOD_COLOURS.values()]
+        screen = [np.clip(light, 0, 1) ** (1 / 2.2) for light in lights]
+        apart = [np.linalg.norm(a - b) for a, b in itertools.combinations(screen, 2)]
+        assert min(apart) > 0.1
+
+
+RGB_TO_LMS = np.array(
+    [[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.03, 0.18431, 1.46709]]
+)
+PROTAN = (
+    np.linalg.inv(RGB_TO_LMS)
+    @ np.array([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])
+    @ RGB_TO_LMS
+)
+DEUTAN = (
+    np.linalg.inv(RGB_TO_LMS)
+    @ np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
+    @ RGB_TO_LMS
+)
+
+
+def test_a_method_keeps_its_colour_under_every_name():
+    names = ["lora", "LoRA r = 8", "lora r=64", "prefix_tuning", "P-tuning", "run 1"]
+    styles = line_styles(names)
+    assert styles["lora"]["color"] == styles["LoRA r = 8"]["color"]
+    looks = {str(style) for style in styles.values()}
+    assert len(looks) == len(names)
+    assert styles["prefix_tuning"]["color"] == METHOD_COLOURS["prefix"]
+    assert styles["P-tuning"]["color"] == METHOD_COLOURS["p_tuning"]
+    methods = {METHOD_COLOURS[m] for m in ("lora", "prefix", "p_tuning")}
+    assert styles["run 1"]["color"] not in methods
+    assert plotting.method_of("loran") is None
+
+
+def test_importing_needs_neither_matplotlib_nor_a_display():
+    code = (
+        "import io, sys, course_utils.plotting as p\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "p.plot_loss([1.0, 0.5]).figure.savefig(io.BytesIO())"
+    )
+    root = str(Path(plotting.__file__).parents[1])
+    environment = {"MPLBACKEND": "", "DISPLAY": "", "PATH": "", "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
