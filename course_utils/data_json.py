@@ -18,6 +18,8 @@ _JSON_CURES = {
     "Invalid \\escape": "Write a backslash as two: \\\\.",
     "Unterminated string starting at": "Close the text with a double quote.",
     "Expecting value": "Write texts in double quotes, and null, true, false so.",
+    "Expecting ',' delimiter": 'Put a comma there; write a quote in a text as \\".',
+    "Expecting ':' delimiter": "Put a colon between the field's name and its value.",
     "Extra data": "Put each record on a line of its own.",
 }
 
@@ -130,6 +132,7 @@ def parse_json(path: Path, text: str) -> list[Record]:
 
     if to(0) != "[":
         value, end = _decode(path, text, position, line, whole_line=False)
+        first = line
         raise DataError(
             "several JSON values" if to(end) else f"{describe(value)}, not a list",
             expected="one JSON list of records",
@@ -137,7 +140,7 @@ def parse_json(path: Path, text: str) -> list[Record]:
             if position < len(text)
             else "Put the records between [ and ], with commas between them.",
             file=path,
-            line=line,
+            line=line if position < len(text) else first,
         )
     mark = to(position + 1)
     while mark != "]":
