@@ -93,7 +93,7 @@ def list_bundled() -> list[str]:
 
 
 def data_hash(source: str | Path) -> str:
-    """SHA-256 (64 hex digits) of a bundled set, an own folder or an own file.
+    """SHA-256 (64 hex digits) of `source`: a bundled set, an own folder or own file.
 
     A folder's hash covers the names and the bytes of its split files.
 
