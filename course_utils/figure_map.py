@@ -23,7 +23,7 @@ _PLACES = {
     "full": (3.0, 3.08, "every weight"),
     "frozen": (4.55, 2.77, "the last layers, or the head"),
     "lora": (3.08, 1.9, "low-rank BA beside frozen W"),
-    "dora": (3.36, 1.9, "LoRA, and a size for each column"),
+    "dora": (3.36, 1.9, "LoRA, and a length for each output"),
     "pissa": (3.64, 1.9, "BA from the main part of W"),
     "qlora": (3.92, 1.9, "LoRA beside a 4-bit W"),
     "prompt": (1.2, 1.9, "vectors before the prompt"),

@@ -167,7 +167,7 @@ def plot_scatter(
     for label, style in line_styles(points).items():
         cost, score = points[label]
         style |= {"linestyle": ""}
-        if label not in front and style["marker"] != "x":
+        if label not in front and style["marker"] != "X":
             style["markerfacecolor"] = "white"
         ax.plot(cost, scale * score, markersize=7, zorder=3, **style)
     if log:

@@ -29,7 +29,7 @@ METHOD_COLOURS = {
     "ia3": "#882255",
 }
 METHOD_STYLES = {
-    "baseline": {"linestyle": (0, (1, 2)), "marker": "x"},
+    "baseline": {"linestyle": (0, (1, 2)), "marker": "X"},
     "full": {"linestyle": "-", "marker": "s"},
     "frozen": {"linestyle": (0, (6, 2)), "marker": "P"},
     "lora": {"linestyle": "-", "marker": "o"},
