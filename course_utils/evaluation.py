@@ -1,0 +1,145 @@
+"""Measure a model on a data set: exact match, field F1, perplexity, forgetting.
+
+The scores themselves live in ``course_utils.scoring`` (strings in, a number out) and
+are offered here too; this module adds the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from course_utils import scoring
+from course_utils.forgetting import AnswerShare, Forgetting, answer_share, forgetting
+from course_utils.inference import generate
+from course_utils.likelihood import Perplexity, perplexity
+from course_utils.scoring import exact_match, field_f1
+from course_utils.selection import column, stratified
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from course_utils.formatting import Template
+
+__all__ = [
+    "AnswerShare",
+    "Evaluation",
+    "Forgetting",
+    "Perplexity",
+    "answer_share",
+    "evaluate",
+    "exact_match",
+    "field_f1",
+    "forgetting",
+    "perplexity",
+    "stratified",
+]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers of a model to a data set, and their scores.
+
+    Attributes:
+        exact_match: share of answers equal to the reference as JSON, 0 to 1.
+        field_f1: micro F1 over the fields of the JSON objects, 0 to 1.
+        predictions, references, prompts: strings, in the order of the data.
+        slices: the slice of each example, or None where the data has none.
+        seconds: wall seconds of the generation.
+    """
+
+    exact_match: float
+    field_f1: float
+    predictions: tuple[str, ...]
+    references: tuple[str, ...]
+    prompts: tuple[str, ...]
+    slices: tuple[str, ...] | None
+    seconds: float
+
+    def by_slice(self) -> dict[str, float]:
+        """Exact match of each slice, 0 to 1; empty where the data has no slices."""
+        if self.slices is None:
+            return {}
+        return scoring.by_slice(self.predictions, self.references, self.slices)
+
+    def mistakes(self) -> list[tuple[str, str, str]]:
+        """(prompt, prediction, reference) of each answer that is not an exact match."""
+        right = scoring.matches(self.predictions, self.references)
+        rows = zip(self.prompts, self.predictions, self.references, right, strict=True)
+        return [(p, a, r) for p, a, r, ok in rows if not ok]
+
+    def __str__(self) -> str:
+        n = len(self.references)
+        head = (
+            f"exact match {self.exact_match:.1%} of {n} · field F1 "
+            f"{self.field_f1:.3f} · {self.seconds:.1f} s"
+        )
+        slices = self.by_slice()
+        if len(slices) < 2:
+            return head
+        width = max(map(len, slices))
+        lines = [
+            f"  {name:<{width}}  {share:6.1%} of {self.slices.count(name)}"
+            for name, share in slices.items()
+        ]
+        return "\n".join([head, *lines])
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    template: str | Template | None = "chatml",
+    system: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Generate an answer to each prompt and score it against the completion.
+
+    Args:
+        model, tokenizer, template, system, batch_size: as for ``generate``.
+        dataset: records with ``prompt`` and ``completion`` (one JSON object), and
+            perhaps ``slice``.
+        limit: score that many records only, chosen by ``stratified``: the same ones
+            every time, each slice in its share. None scores all.
+        max_new_tokens: None takes 8 more than the longest completion has tokens; an
+            answer that is longer is wrong anyway.
+
+    Raises:
+        ValueError: the data set is empty, a record has no prompt or completion, or a
+            completion is not a JSON object.
+
+    >>> print(Evaluation(0.5, 0.75, ("{}", "?"), ("{}", "{}"), ("a", "b"), None, 2.0))
+    exact match 50.0% of 2 · field F1 0.750 · 2.0 s
+    """
+    records = stratified(dataset, limit)
+    prompts, references = column(records, "prompt"), column(records, "completion")
+    slices = column(records, "slice") if "slice" in records[0] else None
+    scoring.exact_match(references, references)  # a broken reference is said now
+    if max_new_tokens is None:
+        encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
+        max_new_tokens = max(map(len, encoded)) + 8
+    start = time.perf_counter()
+    predictions = generate(
+        model,
+        tokenizer,
+        prompts,
+        template=template,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    seconds = time.perf_counter() - start
+    return Evaluation(
+        exact_match(predictions, references),
+        field_f1(predictions, references),
+        tuple(predictions),
+        references,
+        prompts,
+        slices,
+        seconds,
+    )

@@ -1,0 +1,235 @@
+"""Scores, stratified limits, perplexity by hand, forgetting."""
+
+import math
+
+import pytest
+import torch
+from small_models import byte_tokenizer, random_llama, random_peft
+from test_inference import METHODS, OTHERS, after_a_trainer, small, state
+
+from course_utils import evaluation, scoring
+from course_utils.evaluation import (
+    AnswerShare,
+    Perplexity,
+    answer_share,
+    evaluate,
+    exact_match,
+    forgetting,
+    perplexity,
+    stratified,
+)
+from course_utils.forgetting import contains_answer
+from course_utils.formatting import IGNORE, tokenize_example
+from course_utils.inference import generate
+
+RECORDS = [
+    {"prompt": "on", "completion": '{"action": "on"}'},
+    {"prompt": "dim it to 40", "completion": '{"level": 40, "on": true}'},
+    {"prompt": "Turn the radio off", "completion": '{"action": "none"}'},
+    {"prompt": "b", "completion": '{"a": "灯"}'},
+]
+SLICED = [record | {"slice": f"s{i % 2}"} for i, record in enumerate(RECORDS)]
+
+
+def answer_with(monkeypatch, answers):
+    asked = {}
+
+    def fake(model, tokenizer, prompts, **options):
+        asked.update(options, prompts=list(prompts))
+        return [answers[prompt] for prompt in prompts]
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    return asked
+
+
+def test_evaluate_scores_what_the_model_generates(monkeypatch):
+    answers = {
+        "on": '{"action": "on"}',
+        "dim it to 40": '{"on": true, "level": 41}',
+        "Turn the radio off": ' {"action":"none"}\n',
+        "b": "I cannot do that.",
+    }
+    asked = answer_with(monkeypatch, answers)
+    tokenizer = byte_tokenizer()
+    result = evaluate(None, tokenizer, SLICED, system="s", batch_size=2)
+    assert result.exact_match == 0.5
+    assert result.field_f1 == pytest.approx(2 * 3 / (4 + 5))
+    assert result.predictions == tuple(answers.values())
+    assert result.references == tuple(r["completion"] for r in RECORDS)
+    assert result.by_slice() == {"s0": 1.0, "s1": 0.0}
+    assert [row[0] for row in result.mistakes()] == ["dim it to 40", "b"]
+    assert asked["system"] == "s" and asked["batch_size"] == 2
+    longest = max(len(r["completion"].encode()) for r in RECORDS)  # one token a byte
+    assert asked["max_new_tokens"] == longest + 8
+    text = str(result)
+    assert text.startswith("exact match 50.0% of 4 · field F1 0.667 · ")
+    assert text.splitlines()[1:] == ["  s0  100.0% of 2", "  s1    0.0% of 2"]
+    with pytest.raises(AttributeError):
+        result.exact_match = 1.0
+
+
+def test_evaluate_with_a_model_is_generate_and_score():
+    model, tokenizer = small(), byte_tokenizer()
+    result = evaluate(model, tokenizer, RECORDS, max_new_tokens=6)
+    prompts = [r["prompt"] for r in RECORDS]
+    assert list(result.predictions) == generate(
+        model, tokenizer, prompts, max_new_tokens=6
+    )
+    assert result.slices is None and result.by_slice() == {}
+    assert result.exact_match == 0 and result.seconds > 0
+    right = [r["completion"] for r in RECORDS]
+    assert exact_match(right, right) == 1 and exact_match is scoring.exact_match
+
+
+def test_evaluate_names_what_is_wrong_before_it_generates():
+    with pytest.raises(ValueError, match="the data set is empty"):
+        evaluate(None, byte_tokenizer(), [])
+    with pytest.raises(ValueError, match="record 1: 'completion' must be a string"):
+        evaluate(None, byte_tokenizer(), [RECORDS[0], {"prompt": "x"}])
+    bad = [RECORDS[0] | {"completion": "on"}]
+    with pytest.raises(ValueError, match="reference 0 is not a JSON object"):
+        evaluate(None, byte_tokenizer(), bad)
+
+
+def test_a_limit_takes_each_slice_in_its_share_and_the_same_records_every_time():
+    sizes = {"a": 60, "b": 30, "c": 9, "d": 1}
+    rows = [{"slice": s, "n": i} for s, k in sizes.items() for i in range(k)]
+    for limit in range(1, 101):
+        taken = stratified(rows, limit)
+        assert len(taken) == limit and taken == stratified(rows, limit)
+        count = {s: sum(r["slice"] == s for r in taken) for s in sizes}
+        assert len({(r["slice"], r["n"]) for r in taken}) == limit
+        assert [rows.index(r) for r in taken] == sorted(rows.index(r) for r in taken)
+        if limit >= 4:
+            assert min(count.values()) == 1 or limit == 100
+            assert all(abs(count[s] - limit * k / 100) < 2 for s, k in sizes.items())
+    assert stratified(rows, 1000) == stratified(rows) == rows
+    evenly = [r["n"] for r in stratified([{"n": i} for i in range(100)], 4)]
+    assert evenly == [12, 37, 62, 87]
+    with pytest.raises(ValueError, match="limit must be 1 or more"):
+        stratified(rows, 0)
+
+
+def test_evaluate_with_a_limit(monkeypatch):
+    asked = answer_with(monkeypatch, {r["prompt"]: "{}" for r in RECORDS})
+    result = evaluate(None, byte_tokenizer(), SLICED, limit=2)
+    assert len(asked["prompts"]) == 2 and set(result.slices) == {"s0", "s1"}
+
+
+def by_hand(model, records, **options):
+    """Each record alone, its logits in full, one learned token after another."""
+    losses = []
+    for record in records:
+        row = tokenize_example(record, byte_tokenizer(), **options)
+        ids, labels = row["input_ids"], row["labels"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0]
+        logits = logits[-len(ids) :]  # virtual tokens stand before
+        for i, label in enumerate(labels):
+            if label != IGNORE:
+                losses.append(-logits[i - 1].log_softmax(-1)[label].item())
+    return sum(losses) / len(losses), len(losses)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_perplexity_equals_the_sum_by_hand(method, batch_size):
+    model, tokenizer = small(method), byte_tokenizer()
+    loss, tokens = by_hand(model, RECORDS)
+    got = perplexity(model, tokenizer, RECORDS, batch_size=batch_size)
+    assert got.tokens == tokens
+    assert got.loss == pytest.approx(loss, abs=1e-4)
+    assert got.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    assert f"loss {got.loss:.4f} nats a token" in str(got)
+    worse = perplexity(model, tokenizer, RECORDS[:3], batch_size=batch_size)
+    assert abs(worse.loss - loss) > 1e-3  # the tolerance could tell
+
+
+def test_perplexity_of_chats_and_of_identical_prompts():
+    """Several learned answers a row; rows that share all but their end."""
+    model, tokenizer = small(), byte_tokenizer()
+    turns = ["hi", "hello", "more", "{}"]
+    roles = ["user", "assistant"] * 2
+    chat = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
+    same = [{"prompt": "same", "completion": c} for c in ("aaa", "aab", "a")]
+    for records in ([{"messages": chat}, RECORDS[0]], same):
+        got = perplexity(model, tokenizer, records)
+        assert got.loss == pytest.approx(by_hand(model, records)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_perplexity_of_other_architectures(name):
+    torch.manual_seed(0)
+    model = OTHERS[name][0]().eval()
+    got = perplexity(model, byte_tokenizer(), RECORDS, template="plain")
+    expected = by_hand(model, RECORDS, template="plain")[0]
+    assert got.loss == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["none", "prefix"])
+def test_perplexity_leaves_the_model_as_found(method):
+    tokenizer = byte_tokenizer()
+    expected = perplexity(small(method), tokenizer, RECORDS)
+    model = after_a_trainer(small(method))
+    before = state(model, tokenizer)
+    assert perplexity(model, tokenizer, RECORDS) == expected
+    assert state(model, tokenizer) == before
+
+
+def test_an_answer_counts_as_whole_words_only():
+    assert contains_answer("The answer is:  paris.", ["Paris"])
+    assert contains_answer("It has 8 legs", ["eight", "8"])
+    assert contains_answer("H2O (water)", ["H2O"])
+    assert not contains_answer("It has 18 legs", ["8", "eight"])
+    assert not contains_answer("Parisian", ["Paris"])
+    assert not contains_answer("anything", ["a.y"])
+
+
+def test_answer_share_and_forgetting(monkeypatch):
+    questions = [
+        {"prompt": "France?", "answers": ["Paris"], "completion": "Paris."},
+        {"prompt": "Legs?", "answer": "8", "answers": ["8", "eight"]},
+        {"prompt": "Sky?", "answer": "blue"},
+    ]
+    replies = iter([["Paris", "Eight!", "Blue"], ["{}", "8", "blue"]])
+    monkeypatch.setattr(
+        "course_utils.forgetting.generate", lambda *a, **k: next(replies)
+    )
+    before, after = (answer_share(None, None, questions) for _ in range(2))
+    assert before.share == 1 and after.correct == (False, True, True)
+    assert str(after) == "2 of 3 answers (66.7%)"
+    loss = [Perplexity(x, math.exp(x), 9) for x in (1.0, 1.5)]
+    change = forgetting((loss[0], before), (loss[1], after))
+    assert change.loss_change == 0.5 and change.lost == ("France?",)
+    assert change.share_change == pytest.approx(-1 / 3)
+    assert str(change) == (
+        "completion loss +0.500 nats · right answers -33.3 points · 1 lost"
+    )
+    other = AnswerShare(1.0, (True,), ("x",), ("y",))
+    with pytest.raises(ValueError, match="not measured on the same questions"):
+        forgetting((loss[0], before), (loss[1], other))
+
+
+@pytest.mark.model
+def test_the_built_in_model_knows_some_answers_and_fails_the_task():
+    from course_utils.data import load_examples
+    from course_utils.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(), load_tokenizer()
+    general = load_examples("general_questions", split="test")
+    share = answer_share(model, tokenizer, general, limit=8, max_new_tokens=16)
+    assert 0.3 <= share.share <= 1
+    loss = perplexity(model, tokenizer, general, limit=16)
+    assert 0.2 < loss.loss < 3
+    commands = load_examples("home_commands", split="test")
+    result = evaluate(model, tokenizer, commands, limit=6, max_new_tokens=12)
+    assert result.exact_match == 0 and len(result.by_slice()) == 6
+
+
+def test_lora_changes_the_perplexity():
+    tokenizer = byte_tokenizer()
+    base = perplexity(random_llama(), tokenizer, RECORDS)
+    tuned = random_peft("lora")
+    assert perplexity(tuned, tokenizer, RECORDS).loss != base.loss
+    with tuned.disable_adapter():
+        assert perplexity(tuned, tokenizer, RECORDS).loss == pytest.approx(base.loss)
