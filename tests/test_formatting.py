@@ -226,6 +226,7 @@ def check_labels(name, template, prompt, completion):
     assert stops.isdisjoint(answer)
     if name in ("byte_level", "prefix_space"):
         assert tokenizer.decode(answer) == completion
+        assert name != "byte_level" or answer == text_ids(tokenizer, completion)
     elif name == "word_piece":  # which loses text
         expected = tokenizer.decode(text_ids(tokenizer, completion))
         assert tokenizer.decode(answer) == expected
@@ -764,6 +765,8 @@ def test_a_packed_document_has_the_logits_it_has_alone():
     [row] = pack_examples(examples, 400)
     batch = CompletionCollator(byte_level(), pad_to_multiple_of=64)([row])
     assert set(batch) == {"input_ids", "labels", "position_ids"}
+    padding = list(range(batch["labels"].shape[1] - len(row["labels"])))
+    assert batch["position_ids"][0].tolist() == row["position_ids"] + padding
     packed = model(**batch, use_cache=False).logits[0]
     start = 0
     for logits in alone:
