@@ -122,9 +122,20 @@ def stream(
     """Answer one prompt, piece by piece as it is written.
 
     The pieces together are the string that ``generate`` returns. Until the last piece
-    is taken, or the iterator is closed, the model stays in evaluation mode. Arguments
-    and errors are those of ``generate``; a model that only ``model.generate`` can run
-    gives its answer in one piece.
+    is taken, or the iterator is closed, the model stays in evaluation mode. A model
+    that only ``model.generate`` can run gives its answer in one piece.
+
+    Args:
+        model, tokenizer, template, system: as for ``generate``.
+        prompt: one user text.
+        max_new_tokens, do_sample, temperature, top_p, seed: as for ``generate``.
+
+    Returns:
+        An iterator over pieces of text, none empty.
+
+    Raises:
+        TypeError: `prompt` is not a string.
+        ValueError: as for ``generate``.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"the prompt is a string, not {type(prompt).__name__}")
