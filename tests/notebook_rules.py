@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lesson_copies import BrokenExercise, check_call, solution_code
 
-from course_utils import exercises, links
+from course_utils import exercises, links, prose_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "course_utils"
@@ -33,7 +33,7 @@ REQUIRED = [
 ]
 PROFILES = {"smoke", "cpu", "t4"}
 MAX_LINES, MEDIAN_LINES, MAX_WIDTH, MAX_RUN = 25, 5, 88, 3
-MAX_WORDS, MAX_PROSE_WIDTH, MAX_IMPORTS, MAX_REFERENCES = 150, 120, 10, 5
+MAX_WORDS, MAX_PROSE_WIDTH, MAX_IMPORTS, MAX_REFERENCES = 150, 150, 10, 5
 SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 DOTS = "answer = ..."
 BANNED = re.compile(
@@ -44,7 +44,7 @@ BANNED = re.compile(
 )
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u26ff\u2705\u274c\u2728\ufe0f]")
 MACHINE_PATH = re.compile(
-    r"(?<![\w.~/-])/(home|Users|root|work|tmp|opt|mnt|content)/\w|\b[A-Z]:\\\\?[A-Z]\w"
+    r"(?<![\w.~/-])/(home|Users|root|work|tmp|opt|mnt)/\w|\b[A-Z]:\\\\?[A-Z]\w"
 )
 SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9-]{20,}|\bAKIA[0-9A-Z]{16}\b"
@@ -58,7 +58,6 @@ INDEX_HOST = re.compile(
 PIN = re.compile(r"\b[A-Za-z][\w.-]*==\d")
 REMOTE_CODE = re.compile(r"trust_remote_code\s*=\s*True")
 SAVED = re.compile(r"^\s*# Saved in course_utils\.(\w+)\.?\s*$", re.MULTILINE)
-RUN_MARKER = re.compile(r"<!--\s*run:")
 
 
 @dataclass(frozen=True)
@@ -481,17 +480,7 @@ def marker_complaints(text: str) -> list[str]:
     Markers in code, where they are only shown, do not count.
     """
     text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
-    if not RUN_MARKER.search(text):
-        return []
-    from course_utils import records
-
-    bad = []
-    for marker in records.find_markers(text):
-        try:
-            records.check_marker(marker)
-        except Exception as error:
-            bad.append(f"{marker}: {error}")
-    return bad
+    return prose_figures.check_text(text)
 
 
 def pyproject() -> dict:
