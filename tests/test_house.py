@@ -116,7 +116,6 @@ FAMILIES = {
         *("memory_measure", "memory_request", "memory_static"),
     },
     "training": {"training_callbacks", "training_speed"},
-    "records": {"record_metrics", "prose_figures"},
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
     "widgets": {"widget_figures"},
     "exercises": {path.stem for path in PACKAGE.glob("exercises_[0-9][0-9].py")},
