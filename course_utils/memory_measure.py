@@ -1,0 +1,157 @@
+"""Measure the peak memory of a piece of code: on the card, or in torch's CPU allocator.
+
+`memory.measure_memory` is the public name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from course_utils.memory_request import GIB
+
+KINDS = ("auto", "cuda", "allocator", "resident")
+
+
+@dataclass
+class Measurement:
+    """Bytes at the start and at the peak; filled in when the `with` block ends.
+
+    Attributes:
+        kind: ``"cuda"``, ``"allocator"`` or ``"resident"``.
+        start_bytes: in use when the block began.
+        peak_bytes: the most in use at any moment of the block, start included.
+        reserved_bytes: the most that torch had reserved on the card (CUDA only).
+    """
+
+    kind: str
+    start_bytes: int = 0
+    peak_bytes: int = 0
+    reserved_bytes: int = 0
+
+    @property
+    def added_bytes(self) -> int:
+        """Peak above the start."""
+        return self.peak_bytes - self.start_bytes
+
+    @property
+    def peak_gib(self) -> float:
+        """Peak in GiB (2**30 bytes)."""
+        return self.peak_bytes / GIB
+
+
+@contextlib.contextmanager
+def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
+    """Measure the peak memory of the `with` block.
+
+    Args:
+        kind: ``"cuda"``: the allocator's own peak, free of cost. ``"allocator"``: on a
+            CPU, every allocation that torch makes, recorded by its profiler and added
+            up; exact to the byte and comparable with `estimate_memory(...).total`, but
+            for a few steps only, since each recorded operation costs time and memory.
+            ``"resident"``: the largest resident size of the process, read every 5 ms;
+            for runs of any length, but it includes Python, the libraries and what the
+            allocator keeps for later. ``"auto"``: ``"cuda"`` where there is a card,
+            else ``"allocator"``.
+
+    Yields:
+        A `Measurement`, complete when the block has ended.
+
+    Raises:
+        ValueError: for an unknown kind, or ``"cuda"`` without a card.
+
+    >>> import torch
+    >>> with measure_memory("allocator") as used:
+    ...     x = torch.ones(1_000_000)
+    >>> used.added_bytes // 1000
+    4000
+    """
+    import torch
+
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "allocator"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("kind 'cuda' needs a CUDA card; on a CPU use 'allocator'")
+    meter = {"cuda": _cuda, "allocator": _allocator, "resident": _resident}[kind]
+    result = Measurement(kind)
+    with meter(result):
+        yield result
+
+
+@contextlib.contextmanager
+def _cuda(result: Measurement) -> Iterator[None]:
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    result.start_bytes = torch.cuda.memory_allocated()
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        result.peak_bytes = torch.cuda.max_memory_allocated()
+        result.reserved_bytes = torch.cuda.max_memory_reserved()
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of all CPU tensors that Python can reach, each storage once."""
+    import torch
+
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type == "cpu":
+                    with contextlib.suppress(NotImplementedError, RuntimeError):
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@contextlib.contextmanager
+def _allocator(result: Measurement) -> Iterator[None]:
+    from torch.profiler import ProfilerActivity, profile
+
+    result.start_bytes = live_tensor_bytes()
+    recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    recorder.start()
+    try:
+        yield
+    finally:
+        recorder.stop()
+        events = recorder.profiler.kineto_results.events()
+        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        now = peak = 0
+        for _, size in sorted(changes, key=lambda change: change[0]):
+            now += size
+            peak = max(peak, now)
+        result.peak_bytes = result.start_bytes + peak
+
+
+@contextlib.contextmanager
+def _resident(result: Measurement) -> Iterator[None]:
+    import psutil
+
+    process, done = psutil.Process(), threading.Event()
+    gc.collect()
+    result.start_bytes = result.peak_bytes = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)

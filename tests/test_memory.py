@@ -1,0 +1,490 @@
+"""Predicted memory: against the real allocator, the exact engine, PEFT's own run."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from course_utils import memory, parameters
+from course_utils.memory import GIB, estimate_memory, measure_memory, model_config
+from course_utils.memory_static import optimizer_state_bytes
+
+ALL = {"r": 8, "target_modules": "all-linear"}
+VIRTUAL = {"num_virtual_tokens": 16}
+PUBLISHED = {  # Llama-3.2-3B in PEFT's method comparison, LoRA r 32 on q and v
+    "batch_size": 4,
+    "sequence_length": 768,
+    "dtype": torch.bfloat16,
+    "r": 32,
+    "target_modules": ["q_proj", "v_proj"],
+}
+PLAN = {"batch_size": 4, "sequence_length": 512, "dtype": "bfloat16"}
+
+
+def short(name, layers):
+    """A known configuration with fewer layers, at its real width."""
+    config = model_config(name)
+    config.num_hidden_layers = layers
+    return config
+
+
+# --- against the real CPU allocator ----------------------------------------------
+
+
+def case(method, size, options=None, **more):
+    base = {"method": method, "batch_size": size[0], "sequence_length": size[1]}
+    return base | {"options": options or {}} | more
+
+
+def real_cases(size):
+    nf4 = {"quantization": "nf4", "double_quant": True}
+    return [
+        case("full", size),
+        case("full", size, gradient_checkpointing=True),
+        case("lora", size, ALL),
+        case("lora", size, ALL, gradient_checkpointing=True),
+        case("lora", size, ALL, padding=False),
+        case("lora", size, ALL, **nf4),
+        case("lora", size, ALL, gradient_checkpointing=True, **nf4),
+        case("lora", size, ALL, quantization="fp4", double_quant=False),
+        case("prompt_tuning", size, VIRTUAL),
+        case("prefix_tuning", size, VIRTUAL),
+    ]
+
+
+def compare_with_allocator(cases, layers):
+    child = Path(__file__).with_name("memory_child.py")
+    command = [sys.executable, str(child), str(layers), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [x[5:] for x in done.stdout.splitlines() if x.startswith("CASE ")]
+    assert len(lines) == len(cases)
+    for settings, line in zip(cases, lines, strict=True):
+        real = json.loads(line)
+        arguments = dict(settings)
+        options = arguments.pop("options")
+        guess = estimate_memory(
+            short("smollm2-135m", layers),
+            arguments.pop("method"),
+            dtype="float32",
+            engine="exact",
+            **arguments,
+            **options,
+        )
+        assert guess.total == pytest.approx(real["peak"], rel=0.05), settings
+        kept = guess.static - guess.static_parts["gradients"]
+        assert kept == pytest.approx(real["start"], rel=0.01), settings
+        added = guess.total - kept  # without the weights, which are easy to guess
+        assert added == pytest.approx(real["peak"] - real["start"], rel=0.05), settings
+
+
+@pytest.mark.model
+@pytest.mark.timeout(900)
+def test_exact_is_within_5_percent_of_the_real_allocator():
+    compare_with_allocator(real_cases((3, 64)), layers=4)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("size", [(2, 128), (8, 96)])
+def test_exact_is_within_5_percent_of_the_real_allocator_on_all_layers(size):
+    compare_with_allocator(real_cases(size), layers=30)
+
+
+# --- the closed form against the exact engine ------------------------------------
+
+METHODS = {
+    "full": ("full", {}),
+    "lora": ("lora", ALL),
+    "lora q,v": ("lora", {"r": 64}),
+    "qlora": ("qlora", ALL),
+    "prompt": ("prompt_tuning", VIRTUAL),
+    "prefix": ("prefix_tuning", VIRTUAL),
+}
+
+
+def assert_engines_agree(config, method, options, **settings):
+    if method == "prefix_tuning" and settings.get("gradient_checkpointing"):
+        return
+    exact, form = (
+        estimate_memory(config, method, engine=engine, **settings, **options)
+        for engine in ("exact", "formula")
+    )
+    where = (config.hidden_size, method, settings)
+    assert form.static_parts == exact.static_parts, where
+    assert form.trainable == exact.trainable, where
+    assert form.paged == exact.paged, where
+    assert form.total == pytest.approx(exact.total, rel=0.10), where
+
+
+GRID = [("llama-3.2-3b", method) for method in METHODS]
+GRID += [("qwen2.5-7b", "qlora"), ("smollm2-360m", "full")]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("name", "method"), GRID)
+def test_formula_is_within_10_percent_of_exact(name, method, checkpointing):
+    method, options = METHODS[method]
+    assert_engines_agree(
+        short(name, 2),
+        method,
+        options,
+        batch_size=4,
+        sequence_length=256,
+        dtype="bfloat16",
+        gradient_checkpointing=checkpointing,
+    )
+
+
+HALF = {"dtype": "float16", "autocast": "float16"}
+MIXED = {"dtype": "float32", "autocast": "float16"}
+VARIANTS = [
+    ("lora", {"loss": "chunked"}),
+    ("qlora", {"loss": "chunked", "gradient_checkpointing": True}),
+    ("lora", {"attention": "eager"}),
+    ("lora", {"attention": "math", "padding": False}),
+    ("lora", HALF),
+    ("qlora", HALF),
+    ("lora", MIXED),
+    ("qlora", MIXED),
+    ("full", MIXED | {"gradient_checkpointing": True}),
+    ("lora", {"gradient_accumulation": True}),
+    ("qlora", {"optimizer": "paged_adamw_8bit"}),
+    ("lora", HALF | {"lora_dropout": 0.1}),
+    ("qlora", HALF | {"lora_dropout": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), VARIANTS, ids=str)
+def test_formula_follows_exact_through_other_settings(method, settings):
+    settings = {"dtype": "bfloat16", "batch_size": 2, "sequence_length": 384} | settings
+    options = {} if method == "full" else ALL
+    assert_engines_agree(short("mistral-7b", 2), method, options, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", memory.KNOWN_MODELS)
+def test_formula_is_within_10_percent_of_exact_on_all_layers(name, method):
+    method, options = METHODS[method]
+    sizes, losses = [(1, 1024), (4, 512), (8, 128)], ["logits", "chunked"]
+    for size, loss, checkpointing in itertools.product(sizes, losses, [False, True]):
+        assert_engines_agree(
+            model_config(name),
+            method,
+            options,
+            batch_size=size[0],
+            sequence_length=size[1],
+            dtype="bfloat16",
+            loss=loss,
+            gradient_checkpointing=checkpointing,
+        )
+
+
+# --- against a published run, and against libraries ------------------------------
+
+
+@pytest.mark.parametrize("engine", ["formula", "exact"])
+def test_the_published_run_of_peft(engine):
+    found = estimate_memory("llama-3.2-3b", "lora", engine=engine, **PUBLISHED)
+    assert found.trainable == 9_175_040
+    assert found.static == 6_572_300_288  # 3,212,749,824 x 2 + 9,175,040 x 16
+    assert found.total_gib == pytest.approx(20.76, rel=0.05)
+
+
+def test_trained_parameters_agree_with_the_counter():
+    config = model_config("qwen2.5-7b")
+    for method, options in METHODS.values():
+        found = estimate_memory(config, method, **PLAN, **options)
+        name = "lora" if method == "qlora" else method
+        expected = parameters.adapter_parameters(config, name, **options)
+        assert found.trainable == expected
+
+
+def test_a_lora_config_with_ranks_and_layers_of_its_own():
+    import peft
+
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        layers_to_transform=[0, 2],
+        rank_pattern={"down_proj": 32},
+    )
+    assert_engines_agree(short("smollm2-360m", 3), config, {}, **PLAN)
+
+
+def test_exact_takes_what_has_no_formula():
+    import peft
+    from transformers import GPT2Config
+
+    base = {"batch_size": 2, "sequence_length": 32, "dtype": "float32"}
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=200)
+    with pytest.raises(ValueError, match="engine='exact'"):
+        estimate_memory(config, "full", **base)
+    assert estimate_memory(config, "full", engine="exact", **base).trainable > 0
+    ia3 = peft.IA3Config(task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="engine='exact'"):
+        estimate_memory(short("smollm2-135m", 2), ia3, **base)
+    found = estimate_memory(short("smollm2-135m", 2), ia3, engine="exact", **base)
+    assert found.trainable == 2 * (192 + 192 + 1536)
+
+
+@pytest.mark.parametrize("elements", [1000, 5000, 150_000])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd_momentum"])
+def test_optimizer_state_is_what_the_optimizer_keeps(name, elements):
+    import bitsandbytes.optim as bnb
+
+    makers = {
+        "adamw": torch.optim.AdamW,
+        "adamw_8bit": bnb.AdamW8bit,
+        "sgd_momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    }
+    weight = torch.nn.Parameter(torch.ones(elements))
+    weight.grad = torch.ones(elements)
+    optimizer = makers[name]([weight])
+    optimizer.step()
+    shared = ("qmap1", "qmap2", "step")  # code books, one for all; a counter
+    state = optimizer.state[weight]
+    real = sum(
+        value.nbytes
+        for key, value in state.items()
+        if torch.is_tensor(value) and key not in shared
+    )
+    assert optimizer_state_bytes(name, elements, 4) == (real, 0)
+
+
+def test_paged_state_of_large_tensors_is_left_to_the_driver():
+    plain = estimate_memory("llama-3.2-1b", "full", **PLAN, optimizer="adamw_8bit")
+    paged = estimate_memory(
+        "llama-3.2-1b", "full", **PLAN, optimizer="paged_adamw_8bit"
+    )
+    small = 33 * 8 * 2048  # the norms stay, in fp32
+    scales = paged.static_parts["optimizer"] - small
+    assert plain.static_parts["optimizer"] == small + scales + paged.paged
+
+
+def test_4bit_bytes_are_those_that_bitsandbytes_makes():
+    import bitsandbytes as bnb
+
+    for double in (False, True):
+        layer = bnb.nn.Linear4bit(
+            2048, 8192, bias=False, compress_statistics=double, quant_type="nf4"
+        )
+        layer = layer.to("cpu")  # quantizes
+        state = layer.weight.quant_state
+        real = state.absmax.nbytes + state.code.nbytes
+        if double:
+            nested = (state.offset, state.state2.absmax, state.state2.code)
+            real += sum(tensor.nbytes for tensor in nested)
+        one = short("llama-3.2-1b", 1)
+        with_4bit, without = (
+            estimate_memory(one, "lora", **PLAN, quantization=q, double_quant=double)
+            for q in ("nf4", None)
+        )
+        linear = 2048 * (2 * 2048 + 2 * 512 + 3 * 8192)
+        saved = without.static_parts["weights"] - with_4bit.static_parts["weights"]
+        assert saved == 2 * linear - linear // 2
+        constants = with_4bit.static_parts["quantization"]
+        assert constants > real * 3  # three of this size, four smaller
+        per_weight = real / (2048 * 8192)
+        assert constants == pytest.approx(per_weight * linear, rel=0.01)
+        assert layer.weight.nbytes == 2048 * 8192 // 2
+
+
+# --- what the answer says --------------------------------------------------------
+
+
+def test_parts_add_up_and_more_work_takes_more_memory():
+    last = 0
+    for batch in (1, 2, 4, 8):
+        settings = PLAN | {"batch_size": batch}
+        found = estimate_memory("smollm2-360m", "lora", **settings, **ALL)
+        assert sum(found.parts.values()) == found.total
+        assert sum(found.static_parts.values()) == found.static
+        assert set(found.parts) <= set(memory.PARTS)
+        assert found.total > last
+        last = found.total
+
+
+def test_each_saving_saves():
+    base = {"batch_size": 8, "sequence_length": 512, "dtype": "bfloat16", **ALL}
+    plain = estimate_memory("llama-3.2-1b", "lora", **base).total
+    for saving in (
+        {"gradient_checkpointing": True},
+        {"loss": "chunked"},
+        {"optimizer": "adamw_8bit"},
+        {"quantization": "nf4"},
+        {"adapter_dtype": "bfloat16"},
+    ):
+        assert estimate_memory("llama-3.2-1b", "lora", **base, **saving).total < plain
+    accumulated = estimate_memory(
+        "llama-3.2-1b", "lora", **base, gradient_accumulation=True
+    )
+    assert accumulated.total > plain
+
+
+def test_verdict_names_the_cheapest_change_that_fits():
+    run = PLAN | {"batch_size": 4, "sequence_length": 512, **ALL}
+    found = estimate_memory("llama-3.2-3b", "lora", **run)
+    assert not found.fits("T4") and found.fits("A100-40")
+    assert found.verdict("A100-40").startswith("Fits")
+    words, changed = found.cheapest_change("T4")
+    assert changed.fits("T4")
+    assert words in found.verdict("T4")
+    # nothing cheaper fits
+    cheaper = [{"loss": "chunked"}, {"optimizer": "adamw_8bit"}]
+    cheaper.append(cheaper[0] | cheaper[1])
+    assert not any(
+        estimate_memory("llama-3.2-3b", "lora", **run, **c).fits("T4") for c in cheaper
+    )
+
+
+def test_verdict_where_nothing_fits_and_where_there_is_no_formula():
+    config = model_config("llama-3.1-8b")
+    config.hidden_size, config.num_hidden_layers = 8192, 80
+    config.intermediate_size, config.num_attention_heads = 28672, 64
+    found = estimate_memory(config, "lora", **PLAN)
+    assert found.cheapest_change("T4") is None
+    assert found.verdict("T4").endswith("a smaller model, or at least the A100-40.")
+    from transformers import GPT2Config
+
+    small = GPT2Config(n_layer=2, n_embd=512, n_head=2, vocab_size=50_000)
+    plan = PLAN | {"batch_size": 512, "engine": "exact"}
+    wide = estimate_memory(small, "full", **plan)
+    assert wide.verdict("T4").endswith("the closed form knows no change for this.")
+
+
+def test_full_fine_tuning_of_3b_on_a_t4_is_told_to_become_qlora():
+    found = memory.t4_plan("llama-3.2-3b", "full", batch_size=4, sequence_length=512)
+    words, changed = found.cheapest_change("T4")
+    assert "QLoRA" in words and changed.fits("T4")
+    assert changed.request.method == "lora" and changed.request.quantization == "nf4"
+
+
+def test_t4_plan_takes_the_choices_of_the_card():
+    plan = {"batch_size": 1, "sequence_length": 512}
+    adapter = memory.t4_plan("llama-3.2-1b", "lora", **plan).request
+    assert (adapter.dtype, adapter.autocast) == ("float16", "float16")
+    assert adapter.attention == "math"  # grouped heads, nothing padded
+    whole = memory.t4_plan("llama-2-7b", "full", **plan).request
+    assert (whole.dtype, whole.attention) == ("float32", "sdpa")
+
+
+# --- requests that make no sense -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"sequence_length": 2.5}, "sequence_length must be a whole number"),
+        ({"sequence_length": 9000}, "only 8192 positions"),
+        ({"config": "gpt-5"}, "unknown model"),
+        ({"method": "magic"}, "method 'magic' is none of full, lora"),
+        ({"dtype": "int8"}, "dtype 'int8' is none of float32"),
+        ({"optimizer": "adam"}, "optimizer 'adam' is none of adamw"),
+        ({"attention": "flash"}, "attention 'flash' is none of"),
+        ({"loss": "fused"}, "loss 'fused' is none of"),
+        ({"engine": "guess"}, "engine 'guess' is none of"),
+        ({"quantization": "int4"}, "quantization 'int4' is none of nf4"),
+        ({"method": "full", "quantization": "nf4"}, "cannot train 4-bit weights"),
+        ({"method": "full", "dtype": "float16"}, "cannot train fp16 weights"),
+        ({"method": "full", "r": 8}, "full fine-tuning takes no r"),
+        ({"adapter_dtype": "float16"}, "float16 adapters cannot be trained"),
+        (
+            {"adapter_dtype": "bfloat16", "autocast": "float16"},
+            "bfloat16 adapters cannot be trained",
+        ),
+        ({"autocast": "float32"}, "None means no autocast"),
+        ({"method": "prompt_tuning"}, "needs num_virtual_tokens"),
+        (
+            {
+                "method": "prefix_tuning",
+                "num_virtual_tokens": 8,
+                "gradient_checkpointing": True,
+            },
+            "key/value cache",
+        ),
+        ({"rank": 8}, "rank"),
+        ({"target_modules": ["w_q"]}, "w_q"),
+        ({"target_modules": ["lm_head"], "loss": "chunked"}, "lm_head"),
+    ],
+    ids=str,
+)
+def test_bad_requests_say_what_is_wrong(changes, message):
+    good = {
+        "config": "smollm2-135m",
+        "method": "lora",
+        "batch_size": 2,
+        "sequence_length": 64,
+        "dtype": "float32",
+    }
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(**good | changes)
+
+
+def test_an_unknown_card_is_answered_with_the_list():
+    found = estimate_memory("smollm2-135m", "lora", **PLAN)
+    for ask in (found.fits, found.verdict, found.cheapest_change):
+        with pytest.raises(ValueError, match="unknown GPU 'T5'; known: T4, P100"):
+            ask("T5")
+    assert memory.GPUS["T4"] == 14.0
+
+
+# --- measuring -------------------------------------------------------------------
+
+
+def test_allocator_counts_what_lives_at_the_same_time():
+    kept = torch.ones(250_000)
+    with measure_memory("allocator") as used:
+        for _ in range(3):
+            first = torch.ones(1_000_000)
+            second = first + 1
+            del first
+        del second
+    expected = 3 * 4_000_000  # the old second, first, second; and some scalars
+    assert used.added_bytes == pytest.approx(expected, abs=1000)
+    assert used.start_bytes >= kept.nbytes
+    assert used.peak_bytes == used.start_bytes + used.added_bytes
+
+
+def test_resident_sees_pages_that_are_touched():
+    with measure_memory("resident") as used:
+        block = torch.ones(50_000_000)
+        del block
+    assert used.added_bytes > 150_000_000
+
+
+def test_measure_memory_refuses_unknown_kinds():
+    with pytest.raises(ValueError, match="none of auto, cuda"), measure_memory("ram"):
+        pass
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA"), measure_memory("cuda"):
+            pass
+
+
+@pytest.mark.gpu
+def test_cuda_peak_is_the_allocators():
+    with measure_memory() as used:
+        block = torch.ones(1_000_000, device="cuda")
+        del block
+    assert used.kind == "cuda"
+    assert 4_000_000 <= used.added_bytes < 8_000_000
+
+
+def test_estimates_take_milliseconds():
+    import time
+
+    run = {"batch_size": 4, "sequence_length": 512, "dtype": "bfloat16", **ALL}
+    estimate_memory("llama-2-7b", "qlora", **run)
+    start = time.process_time()
+    for batch in range(1, 11):
+        estimate_memory("llama-2-7b", "qlora", **run | {"batch_size": batch})
+    assert (time.process_time() - start) / 10 < 0.1
+    assert GIB == 2**30
