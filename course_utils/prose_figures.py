@@ -48,6 +48,9 @@ UNITS = {
 def find_markers(text: str) -> list[tuple[str, str]]:
     """Find each marked figure in a Markdown text.
 
+    Args:
+        text: Markdown.
+
     Returns:
         [(shown text, path)]; the text is empty where no figure stands before a marker.
 
@@ -119,6 +122,14 @@ def check_marker(
 
 
 def check_text(text: str, find: Callable[[str], Any] = lookup) -> list[str]:
-    """Check every marked figure of a text; the sentences about those that are wrong."""
+    """Check every marked figure of a text.
+
+    Args:
+        text: Markdown.
+        find: gives the value of a path.
+
+    Returns:
+        Sentences about the figures that are wrong; empty if none is.
+    """
     checked = [check_marker(shown, path, find) for shown, path in find_markers(text)]
     return [sentence for sentence in checked if sentence]

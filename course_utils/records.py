@@ -91,6 +91,9 @@ def _expect(value: Any, kinds: Any, where: str) -> None:
 def validate_record(record: Any) -> None:
     """Check that a record has the schema's shape; see the module's own text.
 
+    Args:
+        record: what was read, of any type.
+
     Raises:
         RecordError: says which field, what was found and what was expected.
     """
@@ -156,6 +159,9 @@ def list_records() -> list[str]:
 
 def load_record(name: str) -> dict[str, Any]:
     """Read and validate one record.
+
+    Args:
+        name: the file's name without `.json`.
 
     Raises:
         RecordError: there is no such record, or it is malformed.

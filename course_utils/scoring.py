@@ -57,6 +57,10 @@ def same_json(a: Any, b: Any) -> bool:
     Numbers are compared by value (40 equals 40.0), the order of keys does not
     matter, the order of list items does, and `true` is not 1.
 
+    Args:
+        a: a parsed JSON value.
+        b: another.
+
     Examples:
         >>> same_json({"n": 40, "on": True}, {"on": True, "n": 40.0})
         True
@@ -97,6 +101,10 @@ def _pairs(
 def matches(predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
     """Say for each prediction whether it equals its reference as JSON.
 
+    Args:
+        predictions: What the model answered.
+        references: The right answers, in the same order.
+
     Raises:
         ValueError: lengths differ, there is nothing to score, or a reference is not
             a JSON object.
@@ -136,6 +144,10 @@ def flatten_fields(value: Any, path: str = "") -> list[tuple[str, Any]]:
     """List the (path, value) pairs of a parsed JSON value.
 
     List items carry their position. An empty object or list is a value of its own.
+
+    Args:
+        value: a parsed JSON value.
+        path: what the paths begin with.
 
     Examples:
         >>> flatten_fields({"actions": [{"action": "stop"}, {"level": 3}]})

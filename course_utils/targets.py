@@ -94,6 +94,7 @@ def skeleton(config: PretrainedConfig, task_type: Any = None) -> torch.nn.Module
 
 
 def numel(module: torch.nn.Module) -> int:
+    """Elements of all parameters of a module that is not quantized."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -140,6 +141,15 @@ def features(name: str, module: torch.nn.Module) -> tuple[int, int]:
 
 
 def default_targets(kind: str, model_type: str) -> list[str]:
+    """PEFT's own choice of modules, such as q_proj and v_proj for LoRA on Llama.
+
+    Args:
+        kind: `"LORA_TARGET"`, `"IA3_TARGET"` or `"IA3_FEEDFORWARD"`.
+        model_type: the configuration's `model_type`.
+
+    Raises:
+        ValueError: PEFT has no default for this model type.
+    """
     from peft.utils import constants
 
     table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_MODULES_MAPPING")

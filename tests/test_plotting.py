@@ -18,7 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 
 from course_utils import plotting
-from course_utils.figure_tokens import LEARNED, PROMPT, token_texts, visible
+from course_utils.figure_text import token_texts, visible
+from course_utils.figure_tokens import LEARNED, PROMPT
 from course_utils.plotting import METHOD_COLOURS, METHOD_STYLES, line_styles
 
 METHODS = list(METHOD_COLOURS)[:10]
