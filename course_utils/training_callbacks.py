@@ -1,0 +1,152 @@
+"""What the field's trainers lack: plain progress, dtype checks, honest checkpoints.
+
+`course_utils.training.prepare_trainer` adds them; import this module inside functions
+only, since it needs transformers at its top.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from course_utils.training_speed import set_attention
+
+MANIFEST = "complete.json"
+
+
+class PlainProgress(TrainerCallback):
+    """One short line every `every` steps: step, loss, validation loss, time left."""
+
+    def __init__(self, every: int | None = None) -> None:
+        self.every = every
+        self.loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first, self.start = state.global_step, time.perf_counter()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            print(f"step {state.global_step} · validation loss {logs['eval_loss']:.3f}")
+        if "loss" not in logs:
+            return
+        step, last = state.global_step, state.max_steps
+        every = self.every or max(1, round(last / 8))
+        if step % every and step not in (1, last):
+            return
+        gone = time.perf_counter() - self.start
+        left = gone / max(1, step - self.first) * (last - step)
+        ending = f"{left:.0f} s left" if step < last else f"{gone:.0f} s in all"
+        print(f"step {step} of {last} · loss {logs['loss']:.3f} · {ending}", flush=True)
+
+
+class CheckBeforeTraining(TrainerCallback):
+    """Refuse, before step 1, what would fail or go wrong without a word later."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        check_trainable(model, fp16=args.fp16)
+        check_prompt_methods(model, args.gradient_checkpointing)
+
+
+def check_trainable(model: Any, *, fp16: bool) -> None:
+    """Raise unless there is something to train and all of it is float32.
+
+    Raises:
+        ValueError: says which parameter, why, and what to do.
+    """
+    import torch
+
+    found = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not found:
+        raise ValueError("nothing to train: every parameter has requires_grad=False.")
+    for name, parameter in found:
+        if not parameter.is_floating_point() or parameter.dtype == torch.float32:
+            continue
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        reason = (
+            "the fp16 gradient scaler refuses it at the first step"
+            if fp16
+            else "its small updates would be rounded away"
+        )
+        raise ValueError(
+            f"{name} is trainable in {dtype}: {reason}. Call "
+            "fix_trainable_dtype(trainer), or load the model with dtype=torch.float32 "
+            "for full fine-tuning."
+        )
+
+
+def check_prompt_methods(model: Any, gradient_checkpointing: bool) -> None:
+    """Raise if prefix tuning meets gradient checkpointing.
+
+    Raises:
+        ValueError: prefixes are keys and values in a cache, which checkpointing drops;
+            the library's own error is a mismatch of shapes.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    names = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs}
+    kinds = names & {"PREFIX_TUNING", "CARTRIDGE"}
+    if gradient_checkpointing and kinds:
+        raise ValueError(
+            f"{kinds.pop()} does not work with gradient checkpointing: pass "
+            "gradient_checkpointing=False to the trainer's arguments."
+        )
+
+
+class QuickAttention(TrainerCallback):
+    """Trains with plain attention, and gives the model its own kernel back."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.had = set_attention(model, "eager")
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if self.had is not None:
+            set_attention(model, self.had)
+
+
+class ReadyToGenerate(TrainerCallback):
+    """After training: evaluation mode, cache on, checkpointing and autocast off."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.config.use_cache = True
+        if args.gradient_checkpointing:
+            base.gradient_checkpointing_disable()
+        self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model.eval()
+
+
+class MarkCheckpoints(TrainerCallback):
+    """Write a manifest as the last file of each checkpoint: names and sizes.
+
+    A checkpoint without it, or that differs from it, was being written (or deleted)
+    when the process ended, or is not from this course.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        draft = folder / f".{MANIFEST}.tmp"
+        draft.write_text(json.dumps({"step": state.global_step, "files": files}))
+        os.replace(draft, folder / MANIFEST)

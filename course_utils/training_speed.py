@@ -1,0 +1,156 @@
+"""Why the course's runs are fast on a CPU: the same loss and gradients, less work.
+
+Three things, each measured in `tests/benchmarks`: no logits where nothing is learned,
+plain attention instead of the fused kernel (whose backward pass is slow for short
+sequences on a CPU), and batches of similar lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from course_utils.formatting import IGNORE
+
+if TYPE_CHECKING:
+    import torch
+
+
+def completion_loss(
+    model: Any, batch: Mapping[str, torch.Tensor], learned_tokens: Any = None
+) -> torch.Tensor:
+    """Cross-entropy of the learned tokens, from logits at those positions only.
+
+    Position t predicts label t + 1. The model's own loss projects all B·T hidden
+    states to the vocabulary, then throws away those whose label is -100; here the
+    others never meet the output layer, the largest matrix of a small model.
+
+    Args:
+        model: a causal language model, with or without a PEFT adapter.
+        batch: ``input_ids``, ``labels`` (B, T) and what else the model takes.
+        learned_tokens: divide the sum by this, the number of learned tokens in all
+            batches of an optimiser step; None takes this batch's own, so that the
+            result is a mean in nats a token.
+
+    Returns:
+        A scalar, 0 for a batch without a learned token.
+    """
+    from torch.nn.functional import cross_entropy
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"][:, 1:]
+    learned = labels != IGNORE
+    with _only_these_positions(model.get_output_embeddings(), learned):
+        logits = model(**inputs | {"use_cache": False}).logits  # (learned, V)
+    targets = labels[learned].to(logits.device)
+    total = cross_entropy(logits.float(), targets, reduction="sum")
+    count = learned.sum().clamp(min=1) if learned_tokens is None else learned_tokens
+    return total / count
+
+
+@contextmanager
+def _only_these_positions(head: Any, learned: torch.Tensor) -> Iterator[None]:
+    """While inside, `head` sees the hidden states (B, T, d) of learned positions only.
+
+    Virtual tokens of prompt tuning stand in front; the mask (B, T - 1) is read from
+    the end.
+    """
+
+    def select(module: Any, args: tuple) -> tuple:
+        hidden, width = args[0], learned.shape[1]
+        return (hidden[:, -width - 1 : -1][learned.to(hidden.device)],)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class LengthGroups:
+    """A sampler: shuffled, with examples of similar length side by side.
+
+    The order depends on the seed and the epoch alone, so that a resumed run sees the
+    batches it would have seen. Transformers' own sampler draws from the global
+    generator, whose state at the start of an epoch no checkpoint holds.
+
+    >>> groups = LengthGroups([5, 60, 6, 61], batch_size=2, seed=0)
+    >>> sorted(groups) == [0, 1, 2, 3]
+    True
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed + 1000 * self.epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        chunk = 50 * self.batch_size  # sorted within such chunks, as transformers does
+        batches = []
+        for start in range(0, len(order), chunk):
+            part = sorted(order[start : start + chunk], key=lambda i: -self.lengths[i])
+            batches += [
+                part[i : i + self.batch_size]
+                for i in range(0, len(part), self.batch_size)
+            ]
+        last = batches.pop() if len(batches[-1]) < self.batch_size else []
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        yield from (i for place in shuffled for i in batches[place])
+        yield from last
+
+
+def use_completion_loss(trainer: Any) -> None:
+    """Make a built `Trainer` or `SFTTrainer` compute `completion_loss`.
+
+    Batches without labels, and evaluations that need logits (`compute_metrics`), go
+    the trainer's own way.
+    """
+    original = trainer.compute_loss
+
+    def compute_loss(
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        needs_logits = return_outputs and trainer.compute_metrics is not None
+        if "labels" not in inputs or needs_logits:
+            return original(model, inputs, return_outputs, num_items_in_batch)
+        loss = completion_loss(model, inputs, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    trainer.compute_loss = compute_loss
+
+
+def use_length_groups(trainer: Any) -> None:
+    """Give a built trainer `LengthGroups`, if it has a data set to take lengths of."""
+    data, args = trainer.train_dataset, trainer.args
+    if data is None or "input_ids" not in (getattr(data, "column_names", None) or ()):
+        return
+    lengths = [len(ids) for ids in data["input_ids"]]
+    size = args.train_batch_size * args.gradient_accumulation_steps
+    seed = args.seed if args.data_seed is None else args.data_seed
+    trainer._get_train_sampler = lambda *_: LengthGroups(lengths, size, seed)
+
+
+def set_attention(model: Any, name: str) -> str | None:
+    """Switch a model's attention kernel; returns the one it had.
+
+    `"eager"` multiplies matrices one after the other; `"sdpa"` is PyTorch's fused
+    kernel.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    had = getattr(base.config, "_attn_implementation", None)
+    if had is not None and had != name:
+        base.set_attn_implementation(name)
+    return had

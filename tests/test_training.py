@@ -1,0 +1,310 @@
+"""Training: the same losses with less work, arguments, checks, resume after a kill."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from small_models import byte_tokenizer, random_llama
+from training_child import STEPS, records
+from transformers import Trainer
+from trl import SFTTrainer
+
+from course_utils import training_callbacks as callbacks
+from course_utils.formatting import CompletionCollator
+from course_utils.runtime import Profile
+from course_utils.training import (
+    LossHistory,
+    completion_loss,
+    find_checkpoint,
+    fix_trainable_dtype,
+    prepare_trainer,
+    sft_config,
+    training_arguments,
+)
+from course_utils.training_speed import LengthGroups
+
+HERE = Path(__file__).parent
+FP32 = Profile("cpu", "cpu", torch.float32, 0)
+BF16 = Profile("cpu", "cpu", torch.bfloat16, 0)
+
+
+def batch(count=5):
+    return CompletionCollator(byte_tokenizer())(list(records(count)))
+
+
+def build(kind, folder, model, profile=FP32, **settings):
+    make = training_arguments if kind is Trainer else sft_config
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4} | settings
+    return kind(
+        model=model,
+        args=make(profile, folder, **{"learning_rate": 1e-2} | settings),
+        train_dataset=records(),
+        eval_dataset=records(8, seed=9),
+        data_collator=CompletionCollator(byte_tokenizer()),
+        processing_class=byte_tokenizer(),
+    )
+
+
+def wrapped(method):
+    model = random_llama(initializer_range=0.05)
+    configs = {
+        "lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "prompt": PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        "prefix": PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    }
+    torch.manual_seed(4)
+    return get_peft_model(model, configs[method]) if method in configs else model
+
+
+# --- the same loss and the same gradients -------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prompt", "prefix"])
+def test_completion_loss_and_its_gradients_are_the_models_own(method):
+    model, data = wrapped(method).train(), batch()
+    own = model(**data).loss
+    own.backward()
+    expected = {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+    model.zero_grad()
+    ours = completion_loss(model, data)
+    ours.backward()
+    assert ours.item() == pytest.approx(own.item(), abs=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            dict(model.named_parameters())[name].grad, gradient, atol=1e-6, rtol=1e-4
+        )
+    assert expected
+
+
+def test_completion_loss_counts_what_it_is_told_to():
+    model, data = random_llama(), batch()
+    learned = (data["labels"][:, 1:] != -100).sum()
+    mean, summed = completion_loss(model, data), completion_loss(model, data, 1)
+    torch.testing.assert_close(mean * learned, summed)
+    nothing = data | {"labels": torch.full_like(data["labels"], -100)}
+    assert completion_loss(model, nothing).item() == 0
+
+
+def test_the_output_layer_sees_learned_positions_only():
+    model, data, seen = random_llama(), batch(), []
+    model.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.shape[0]))
+    completion_loss(model, data)
+    assert seen == [int((data["labels"][:, 1:] != -100).sum())]
+    model(**data)
+    assert seen[1:] == [5]  # the hook is gone: whole rows again
+
+
+@pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
+@pytest.mark.parametrize("method", ["full", "lora", "prompt"])
+def test_losses_of_a_fast_run_equal_those_of_the_library(kind, method, tmp_path):
+    runs = []
+    for fast in (False, True):
+        trainer = build(kind, tmp_path, wrapped(method), gradient_accumulation_steps=2)
+        prepare_trainer(trainer, fast=fast)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        runs.append([before, *LossHistory.from_trainer(trainer).loss])
+    assert len(runs[0]) == 5 and runs[0][-1] != runs[0][1]
+    assert max(abs(a - b) for a, b in zip(*runs, strict=True)) < 1e-4
+
+
+def test_length_groups_are_a_permutation_by_seed_and_epoch_and_save_padding():
+    draw = random.Random(0)
+    lengths = [draw.randrange(10, 80) for _ in range(333)]
+    groups = LengthGroups(lengths, 8, seed=1)
+    first = list(groups)
+    assert sorted(first) == list(range(333)) and first == list(groups)
+    groups.set_epoch(1)
+    assert list(groups) != first and sorted(groups) == list(range(333))
+    assert list(LengthGroups(lengths, 8, seed=2)) != first
+
+    def padded(order):
+        cuts = [order[i : i + 8] for i in range(0, len(order), 8)]
+        return sum(len(c) * max(lengths[i] for i in c) for c in cuts)
+
+    assert padded(first) < 1.06 * sum(lengths) < padded(list(range(333)))
+
+
+def test_sft_trainer_leaves_tokenized_records_as_they_are(tmp_path):
+    trainer = build(SFTTrainer, tmp_path, random_llama())
+    data = records()
+    assert trainer.train_dataset["labels"][:] == data["labels"][:]
+    assert trainer.train_dataset["input_ids"][:] == data["input_ids"][:]
+
+
+# --- arguments ------------------------------------------------------------------------
+
+
+def test_arguments_follow_the_profile(tmp_path):
+    for make in (training_arguments, sft_config):
+        args = make(FP32, tmp_path)
+        assert (args.bf16, args.fp16, args.use_cpu) == (False, False, True)
+        assert make(BF16, tmp_path).bf16
+        assert not args.gradient_checkpointing and args.disable_tqdm
+        assert args.report_to in ([], "none") and args.save_strategy == "no"
+        assert make(FP32, tmp_path, seed=7, logging_steps=5).seed == 7
+        assert make(FP32, tmp_path, gradient_checkpointing=True).gradient_checkpointing
+        with pytest.raises(TypeError):
+            make(FP32, tmp_path, no_such_setting=1)
+
+
+def test_a_t4_gets_fp16_compute(tmp_path, monkeypatch):
+    """Build the arguments of a card that is not here: no device is asked for."""
+    import transformers.training_args as module
+
+    monkeypatch.setattr(
+        module.TrainingArguments, "device", property(lambda self: torch.device("cpu"))
+    )
+    t4 = Profile("t4", "cuda", torch.float16, 0)
+    for make in (training_arguments, sft_config):
+        args = make(t4, tmp_path)
+        assert args.fp16 is True and args.bf16 is False and not args.use_cpu
+
+
+# --- before and after training --------------------------------------------------------
+
+
+def test_trainable_parameters_are_made_float32(tmp_path):
+    model = wrapped("lora")
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="lora_A.*bfloat16.*fix_trainable_dtype"):
+        callbacks.check_trainable(model, fp16=True)
+    assert fix_trainable_dtype(model) > 0 == fix_trainable_dtype(model)
+    callbacks.check_trainable(model, fp16=True)
+    assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="nothing to train"):
+        callbacks.check_trainable(model.requires_grad_(False), fp16=False)
+
+
+def test_an_unprepared_dtype_stops_the_run_before_its_first_step(tmp_path):
+    trainer = build(Trainer, tmp_path, random_llama().to(torch.bfloat16))
+    trainer.add_callback(callbacks.CheckBeforeTraining())
+    with pytest.raises(ValueError, match="load the model with dtype=torch.float32"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_prefix_tuning_with_checkpointing_is_refused_in_words(tmp_path):
+    trainer = build(SFTTrainer, tmp_path, wrapped("prefix"))
+    trainer.args.gradient_checkpointing = True
+    prepare_trainer(trainer)
+    with pytest.raises(ValueError, match="pass gradient_checkpointing=False"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prefix"])
+@pytest.mark.parametrize("profile", [FP32, BF16], ids=["fp32", "bf16"])
+def test_a_trained_model_can_generate(method, profile, tmp_path, capsys):
+    model = wrapped(method)
+    trainer = build(SFTTrainer, tmp_path, model, profile)
+    prepare_trainer(trainer, every=2)
+    trainer.train()
+    base = model.get_base_model() if method != "full" else model
+    assert base.config.use_cache and not model.training
+    assert base.config._attn_implementation == "sdpa"
+    assert not hasattr(model, "_original_forward")
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.generate(input_ids=ids, max_new_tokens=3).shape[1] > 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" · ")[0] for line in lines] == [
+        "step 1 of 4",
+        "step 2 of 4",
+        "step 4 of 4",
+    ]
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_history_reads_losses_and_validation_losses(tmp_path):
+    trainer = build(
+        SFTTrainer, tmp_path, random_llama(), eval_strategy="steps", eval_steps=2
+    )
+    prepare_trainer(trainer)
+    trainer.train()
+    history = LossHistory.from_trainer(trainer)
+    assert history.steps == (1, 2, 3, 4) and history.eval_steps == (2, 4)
+    assert all(value > 0 for value in history.loss + history.eval_loss)
+
+
+# --- resume after a kill --------------------------------------------------------------
+
+
+def child(folder, kill_at=None):
+    command = [sys.executable, str(HERE / "training_child.py"), str(folder)]
+    command += [str(kill_at)] if kill_at else []
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+    )
+    if kill_at:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        return None
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
+    unbroken = child(tmp_path / "whole")
+    seed = random.randrange(10**6)
+    draw, folder = random.Random(seed), tmp_path / "killed"
+    kills = sorted(draw.sample(range(2, STEPS + 1), 3))
+    for step in kills:
+        child(folder, step)
+    resumed = child(folder)
+    note = f"killed at {kills} (seed {seed}), resumed from {resumed['from']}"
+    assert unbroken["from"] is None
+    assert resumed["from"] == f"checkpoint-{(kills[-1] - 1) // 3 * 3}" or kills[-1] < 4
+    assert resumed["steps"] == unbroken["steps"] == list(range(1, STEPS + 1)), note
+    assert resumed["loss"] == pytest.approx(unbroken["loss"], abs=1e-6), note
+    assert resumed["weights"] == pytest.approx(unbroken["weights"], abs=1e-5), note
+
+
+def test_only_complete_checkpoints_are_found(tmp_path):
+    assert find_checkpoint(tmp_path / "nothing here") is None
+    trainer = build(
+        SFTTrainer, tmp_path, wrapped("lora"), save_strategy="steps", save_steps=2
+    )
+    prepare_trainer(trainer)
+    trainer.train()
+    newest = tmp_path / "checkpoint-4"
+    assert find_checkpoint(tmp_path) == str(newest)
+    for name in ("adapter_model.safetensors", "optimizer.pt", callbacks.MANIFEST):
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("copy"))
+        broken = copy / "checkpoint-4" / name
+        broken.write_bytes(broken.read_bytes()[:-1])
+        assert find_checkpoint(copy) == str(copy / "checkpoint-2"), name
+        broken.unlink()
+        assert find_checkpoint(copy) == str(copy / "checkpoint-2"), name
+        shutil.rmtree(copy)
+
+
+def test_resuming_loads_tensors_only(tmp_path, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer = build(SFTTrainer, tmp_path, wrapped("lora"), **settings)
+    prepare_trainer(trainer)
+    trainer.train()
+    load, calls = torch.load, []
+
+    def watched(*args, **kwargs):
+        calls.append(kwargs.get("weights_only"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watched)
+    again = build(SFTTrainer, tmp_path, wrapped("lora"), max_steps=6, **settings)
+    prepare_trainer(again)
+    again.train(resume_from_checkpoint=find_checkpoint(tmp_path))
+    assert calls and all(flag is True for flag in calls)
+    assert LossHistory.from_trainer(again).steps == (1, 2, 3, 4, 5, 6)
