@@ -95,10 +95,13 @@ class MemoryEstimate:
         Raises:
             ValueError: for a card that is not in `GPUS`.
         """
-        room = f"{gpu_gib(gpu):.1f} GiB to plan for on the {gpu}"
+        numbers = (
+            f"{self.total_gib:.1f} GiB needed, {gpu_gib(gpu):.1f} GiB to plan for "
+            f"on the {gpu}"
+        )
         if self.fits(gpu):
-            return f"Fits: {self.total_gib:.1f} of the {room}."
-        start = f"Does not fit: it needs {self.total_gib:.1f} of the {room}"
+            return f"Fits: {numbers}."
+        start = f"Does not fit: {numbers}"
         change = self.cheapest_change(gpu)
         if change is not None:
             words, estimate = change
@@ -112,7 +115,7 @@ class MemoryEstimate:
         if larger:
             advice += f", or at least the {min(larger, key=GPUS.__getitem__)}"
         return (
-            f"{start}, and at best {best:.1f} GiB after every change (batch 1, "
+            f"{start}; at best {best:.1f} GiB after every change (batch 1, "
             "gradient checkpointing, chunked loss, 8-bit optimizer, QLoRA): "
             f"take {advice}."
         )
