@@ -117,6 +117,7 @@ FAMILIES = {
     },
     "training": {"training_callbacks", "training_speed"},
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
+    "records": {"record_metrics", "prose_figures"},
     "widgets": {"widget_figures"},
     "exercises": {path.stem for path in PACKAGE.glob("exercises_[0-9][0-9].py")},
 }
