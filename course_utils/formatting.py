@@ -19,6 +19,7 @@ from course_utils.templates import (
     Template,
     find_template,
     read_example,
+    with_examples,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "token_rows",
     "tokenize_dataset",
     "tokenize_example",
+    "with_examples",
 ]
 
 

@@ -6,7 +6,7 @@ one shape that every record is read into; `course_utils.layout` brings them toge
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +129,39 @@ def find_template(template: str | Template) -> Template:
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; use one of {[*TEMPLATES]}")
     return TEMPLATES[template]
+
+
+def with_examples(
+    template: str | Template, examples: Sequence[Mapping[str, str]], *, system: str
+) -> Template:
+    """A template whose every conversation begins with worked examples.
+
+    This is few-shot prompting: the model sees each example as an earlier turn of the
+    same chat, the question from the user and the answer as its own.
+
+    Args:
+        template: the layout to begin with; it needs an end of turn of its own.
+        examples: records with `prompt` and `completion`, in the order shown. They are
+            yours: text in them that looks like a marker becomes one.
+        system: the instructions that stand above everything.
+
+    Raises:
+        ValueError: the template ends its answers with the tokenizer's token.
+
+    >>> shots = [{"prompt": "2 + 2?", "completion": "4"}]
+    >>> with_examples("chatml", shots, system="Count.").default_system[-23:]
+    '>assistant\\n4<|im_end|>\\n'
+    """
+    layout = find_template(template)
+    if not layout.end:
+        raise ValueError(f"the {layout.name} template has no end of turn of its own")
+    opening = layout.system.replace("{text}", system)
+    for example in examples:
+        turn = layout.turn.replace("{system}", "").replace("{input}", "")
+        opening += turn.replace("{text}", example["prompt"])
+        opening += example["completion"] + layout.end
+    name = f"{layout.name} with {len(examples)} examples"
+    return replace(layout, name=name, default_system=opening)
 
 
 def read_example(

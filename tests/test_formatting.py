@@ -29,6 +29,7 @@ from course_utils.formatting import (
     token_rows,
     tokenize_dataset,
     tokenize_example,
+    with_examples,
 )
 
 CORPUS = [
@@ -799,3 +800,27 @@ def test_packing_two_rows_in_a_batch_gives_the_loss_of_the_documents():
 
 def test_all_templates_are_tested():
     assert [*BUILT, "tokenizer"] == [*TEMPLATES]
+
+
+@pytest.mark.model
+def test_worked_examples_are_earlier_turns_of_the_chat():
+    from course_utils.models import load_tokenizer
+
+    tokenizer = load_tokenizer()
+    shots = [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "2"}]
+    layout = with_examples("chatml", shots, system="Count.")
+    chat = [{"role": "system", "content": "Count."}]
+    for shot in shots:
+        chat.append({"role": "user", "content": shot["prompt"]})
+        chat.append({"role": "assistant", "content": shot["completion"]})
+    chat.append({"role": "user", "content": "three"})
+    text = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    )
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert generation_prompt("three", tokenizer, template=layout) == expected
+
+
+def test_worked_examples_need_an_end_of_turn():
+    with pytest.raises(ValueError, match="llama2 template has no end of turn"):
+        with_examples("llama2", [], system="Count.")
