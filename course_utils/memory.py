@@ -143,7 +143,8 @@ def t4_plan(
     if isinstance(config, str):
         config = model_config(config)
     masked = batch_size != 1 if padding is None else padding
-    grouped = config.num_key_value_heads != config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
     unmasked = grouped and not masked and method != "prefix_tuning"
     chosen = {
         "dtype": "float32" if method == "full" else "float16",

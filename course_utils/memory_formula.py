@@ -97,9 +97,10 @@ class Layer:
         c, wide = self.c, self.c
         if "down_proj" in self.ranks and not self.r.autocast:
             wide = BYTES[self.r.adapter_dtype]
-        extra = self.N * (3 * self.d * self.w + self.F * (c + wide))
-        if self.r.quantization:
-            extra += self.d * self.F * c
+        gradients = self.N * self.F * (c + wide)
+        if self.r.quantization:  # one dequantized weight, before the gradients peak
+            gradients = max(gradients, self.F * (self.N + self.d) * c)
+        extra = 3 * self.N * self.d * self.w + gradients
         if self.r.attention != "sdpa":
             scores = self.r.batch_size * self.H * self.T * self.K
             extra = max(extra, scores * (8 + c))
@@ -151,8 +152,10 @@ def closed_form(request: Request, known: Shapes | None = None) -> dict[str, Any]
         "backward": (first + stream + head_gradient, 0, 0),
         "end": (last, 0, gradients),
     }
-    if full:
-        table = w * V * d  # gradients of a tied table come from both of its uses
+    if full:  # the embedding's gradient comes last; a tied table has two of them
+        table = w * V * d
+        early = (table if tied else 0, gradients - table)
+        moments["end"] = (last + early[0], 0, early[1])
         moments["embedding"] = (
             stream + (3 * table if tied else 0),
             0,

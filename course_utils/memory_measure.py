@@ -51,7 +51,8 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
         kind: ``"cuda"``: the allocator's own peak, free of cost. ``"allocator"``: on a
             CPU, every allocation that torch makes, recorded by its profiler and added
             up; exact to the byte and comparable with `estimate_memory(...).total`, but
-            for a few steps only, since each recorded operation costs time and memory.
+            for a few steps only: the records of one step of a 30-layer model take
+            about 80 MB and half a second.
             ``"resident"``: the largest resident size of the process, read every 5 ms;
             for runs of any length, but it includes Python, the libraries and what the
             allocator keeps for later. ``"auto"``: ``"cuda"`` where there is a card,
