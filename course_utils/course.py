@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error)
         return 2
     out = options.out or runtime.build_folder()
-    print(f"{len(paths)} lessons, {runtime.get_profile()}; results go to {out}")
+    print(f"Lessons: {len(paths)} · {runtime.get_profile()} · results go to {out}")
     fetch_model()
     outcomes = run_course(paths, out)
     print(f"\n{table(outcomes)}")
