@@ -183,6 +183,15 @@ def _changed(r: Request, new: dict) -> Request:
 
 
 def estimate(request: Request, engine: str) -> MemoryEstimate:
+    """Answer a checked request.
+
+    Args:
+        request: from `memory_request.make_request`.
+        engine: `"formula"` or `"exact"`.
+
+    Raises:
+        ValueError: an unknown engine, or no closed form.
+    """
     if engine == "formula":
         from course_utils.memory_formula import closed_form as run
     elif engine == "exact":

@@ -183,8 +183,24 @@ def _adapter(method: str, options: dict) -> Any:
         raise ValueError(f"{method}: {error}") from error
 
 
-def make_request(config, method, *, batch_size, sequence_length, dtype, **rest):
+def make_request(
+    config: Any,
+    method: Any,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    dtype: Any,
+    **rest: Any,
+) -> Request:
     """Check a request and fill in what depends on something else.
+
+    Args:
+        config: a transformers configuration, or a name in `KNOWN_MODELS`.
+        method: a name in `METHODS`, or a PEFT config.
+        batch_size: examples in one forward pass.
+        sequence_length: tokens of the longest of them.
+        dtype: of the base model.
+        **rest: the other fields of `Request`, and PEFT's own for `method`.
 
     Raises:
         ValueError: unknown names, sizes below 1 or beyond the model's positions, and

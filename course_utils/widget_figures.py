@@ -98,7 +98,7 @@ def planner_figure(
     except ValueError as error:
         ax = plotting.new_axes(ax)
         ax.axis("off")
-        ax.text(0, 0.5, wrapped(f"No such plan: {error}."), fontsize=9)
+        ax.text(0, 0.5, _wrapped(f"No such plan: {error}."), fontsize=9)
         return ax
     parts = {name: estimate.parts.get(name, 0) for name in PARTS}
     return plotting.plot_memory(
@@ -106,11 +106,11 @@ def planner_figure(
         limit=gpu_gib(gpu) * GIB,
         limit_name=gpu,
         ax=ax,
-        title=wrapped(estimate.verdict(gpu)),
+        title=_wrapped(estimate.verdict(gpu)),
     )
 
 
-def wrapped(text: str, width: int = 84) -> str:
+def _wrapped(text: str, width: int = 84) -> str:
     return "\n".join(textwrap.wrap(text, width))
 
 
@@ -216,6 +216,14 @@ def mask_figure(
 
 
 def by_name(examples: Any) -> dict[str, Mapping[str, Any]]:
+    """Give examples in a list their number as a name.
+
+    Args:
+        examples: a mapping or a sequence of tokenized examples.
+
+    Raises:
+        ValueError: there is none.
+    """
     pairs = examples.items() if isinstance(examples, Mapping) else enumerate(examples)
     named = {str(name): example for name, example in pairs}
     if not named:
