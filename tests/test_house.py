@@ -59,6 +59,7 @@ ARROWS = {
     "parameter_rows": set(),
     "parameters": {"closed_forms", "parameter_rows", "targets"},
     "lora": set(),
+    "pissa": set(),
     "memory_request": {"targets", "parameters"},
     "memory_static": {"memory_request", "targets", "parameters"},
     "memory_formula": {"memory_request", "memory_static"},
@@ -105,7 +106,7 @@ EVERYONE_MAY = {"runtime"}
 TOPS = {"experiments", "picture"}
 # These subclass a heavy library's classes, so they import it; only inside functions
 # may the others import them.
-LAZY = {"lora", "memory_exact", "memory_fakes", "training_callbacks"}
+LAZY = {"lora", "memory_exact", "memory_fakes", "pissa", "training_callbacks"}
 FAMILIES = {
     "data": {"data_errors", "data_files", "data_json", "data_schemas"},
     "formatting": {"batching", "encoding", "layout", "templates"},
