@@ -18,6 +18,8 @@ IGNORE = -100  # the label that torch's cross-entropy leaves out (its ignore_ind
 
 
 class Special(NamedTuple):
+    """A token that the tokenizer cuts out of a text before it splits the rest."""
+
     id: int
     special: bool  # False: an added token that is ordinary vocabulary
     lstrip: bool

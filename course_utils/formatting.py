@@ -88,6 +88,13 @@ def tokenize_example(
     its answer) until one is left; then the text of that prompt is cut from its left,
     system text last. Markers and the template's default system turn are kept.
 
+    Args:
+        example: a record with prompt and completion, instruction and output, or messages.
+        tokenizer: of the model that will learn from it.
+        template: a name in `TEMPLATES`.
+        max_length: the most tokens of one record; None means no limit.
+        system: system text for a record that has none of its own.
+
     Raises:
         ValueError: there is no answer, one has no tokens, or the last answer does not
             fit into `max_length` beside the template's markers.
@@ -116,7 +123,14 @@ def generation_prompt(
     template: str | Template = "chatml",
     system: str | None = None,
 ) -> list[int]:
-    """Token ids to generate from: the part of `tokenize_example` before the answer."""
+    """Token ids to generate from: the part of `tokenize_example` before the answer.
+
+    Args:
+        user_text: what the user says, as it is.
+        tokenizer: of the model that will answer.
+        template: a name in `TEMPLATES`.
+        system: system text; None takes the template's default.
+    """
     layout = find_template(template)
     conversation = read_example({"prompt": user_text}, layout, system)
     return encode(lay_out(conversation, layout, tokenizer), layout, tokenizer)[0]
@@ -125,7 +139,15 @@ def generation_prompt(
 def end_of_turn_suffix(
     tokenizer: PreTrainedTokenizerBase, template: str | Template = "chatml"
 ) -> list[int]:
-    """The ids that end each answer in the labels, e.g. `<|im_end|>` and a newline."""
+    """The ids that end each answer in the labels, e.g. `<|im_end|>` and a newline.
+
+    Args:
+        tokenizer: of the model.
+        template: a name in `TEMPLATES`.
+
+    Raises:
+        ValueError: no special token ends an answer in this template.
+    """
     layout = find_template(template)
     conversation = read_example({"prompt": "?", "completion": "."}, layout)
     pieces = lay_out(conversation, layout, tokenizer)
@@ -142,7 +164,12 @@ def end_of_turn_suffix(
 def end_of_turn_ids(
     tokenizer: PreTrainedTokenizerBase, template: str | Template = "chatml"
 ) -> list[int]:
-    """Ids at any of which generation stops: end of turn, end of sequence."""
+    """Ids at any of which generation stops: end of turn, end of sequence.
+
+    Args:
+        tokenizer: of the model.
+        template: a name in `TEMPLATES`.
+    """
     ids = [end_of_turn_suffix(tokenizer, template)[0]]
     if tokenizer.eos_token_id not in (None, *ids):
         ids.append(tokenizer.eos_token_id)
@@ -152,7 +179,12 @@ def end_of_turn_ids(
 def token_rows(
     features: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """One row a token: position, id, token (as in the vocabulary), text, learned."""
+    """One row a token: position, id, token (as in the vocabulary), text, learned.
+
+    Args:
+        features: `input_ids` and `labels` of one record, each of length T.
+        tokenizer: the one that made them.
+    """
     ids, labels = list(features["input_ids"]), list(features["labels"])
     tokens = tokenizer.convert_ids_to_tokens(ids)
     return [
@@ -177,6 +209,13 @@ def tokenize_dataset(
     system: str | None = None,
 ) -> datasets.Dataset:
     """`tokenize_example` over a data set; the result is kept in memory.
+
+    Args:
+        dataset: records, as a `datasets.Dataset` or any iterable.
+        tokenizer: of the model that will learn from them.
+        template: a name in `TEMPLATES`.
+        max_length: the most tokens of one record; None means no limit.
+        system: system text for records that have none of their own.
 
     Raises:
         ValueError: a record cannot be used; the message begins with its row, from 0.

@@ -85,6 +85,7 @@ class LengthGroups:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Take another order for this epoch, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
