@@ -89,7 +89,7 @@ def tokenize_example(
     system text last. Markers and the template's default system turn are kept.
 
     Args:
-        example: a record with prompt and completion, instruction and output, or messages.
+        example: prompt and completion, instruction and output, or messages.
         tokenizer: of the model that will learn from it.
         template: a name in `TEMPLATES`.
         max_length: the most tokens of one record; None means no limit.
