@@ -9,12 +9,13 @@ outputs, are left under `<out>/notebooks/`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,21 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def save_outcomes(outcomes: Sequence[Outcome], out: Path) -> Path:
+    """Write how the lessons went to `out/results/course.json`, and return the file.
+
+    Args:
+        outcomes: one for each lesson that was run.
+        out: the folder of this run's results.
+    """
+    path = out / "results" / "course.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [asdict(outcome) for outcome in outcomes]
+    course = {"profile": runtime.get_profile().name, "lessons": lines}
+    path.write_text(json.dumps(course, indent=1, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
 def fetch_model(say: Callable[[str], None] = print) -> None:
     """Make sure that the model is at hand before the first lesson needs it.
 
@@ -220,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Lessons: {len(paths)} · {runtime.get_profile()} · results go to {out}")
     fetch_model()
     outcomes = run_course(paths, out)
+    save_outcomes(outcomes, out)
     print(f"\n{table(outcomes)}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

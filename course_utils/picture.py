@@ -1,0 +1,227 @@
+"""The README's pictures and its table of lessons, made from the recorded runs.
+
+python -m course_utils.picture            draw data/pictures/, fill the table
+python -m course_utils.picture --times    keep the last full run's seconds first
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from course_utils import memory, plotting, records, runtime, widgets
+from course_utils.links import ROOT
+
+TIMES = "course_cpu"
+BEGIN, END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
+# Lesson; what it builds; the figure of its recorded result; the run to predict on a T4.
+LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
+    (
+        "00_start_here",
+        "a baseline: the best prompt we can write",
+        "{00_prompting:exact_match.few-shot} exact match",
+        None,
+    ),
+    (
+        "01_text_to_tensors",
+        "templates, label masks and the loss, equal to TRL's",
+        "every number equal",
+        None,
+    ),
+    (
+        "02_full_fine_tuning",
+        "a training loop, equal to `Trainer` and `SFTTrainer`",
+        "{02_full:exact_match.full} exact match",
+        {"method": "full", "batch_size": 16, "sequence_length": 128},
+    ),
+    (
+        "03_lora",
+        "LoRA, equal to PEFT's; save, merge, switch adapters",
+        "logits equal to PEFT's",
+        {"method": "lora", "batch_size": 16, "sequence_length": 128}
+        | {"r": 8, "target_modules": "all-linear"},
+    ),
+    (
+        "04_pissa",
+        "PiSSA by SVD, equal to PEFT's; convert it to LoRA",
+        "B·A and residual equal to PEFT's",
+        {"method": "lora", "batch_size": 16, "sequence_length": 128}
+        | {"r": 8, "target_modules": "all-linear"},
+    ),
+)
+
+
+def share(path: str) -> str:
+    """Show a recorded share as a percentage that carries its source.
+
+    Args:
+        path: as in `records.lookup`.
+    """
+    return f"{100 * records.lookup(path):.0f} %<!-- run:{path} -->"
+
+
+def predicted_gib(plan: dict[str, Any] | None) -> str:
+    """Predict the peak of the built-in model's run on a T4, in GiB.
+
+    Args:
+        plan: arguments of `memory.t4_plan`; None where nothing is trained.
+    """
+    if plan is None:
+        return "–"
+    return f"{memory.t4_plan('smollm2-135m', **plan).total_gib:.1f}"
+
+
+def table(stems: Sequence[str]) -> str:
+    """Make the README's table of lessons, in Markdown.
+
+    Args:
+        stems: the lessons that exist, such as `"00_start_here"`.
+    """
+    lines = [
+        "| lesson | you will build | recorded result | on a laptop's CPU |"
+        " predicted on a T4 |",
+        "|---|---|---|---:|---:|",
+    ]
+    seconds = {}
+    if TIMES in records.list_records():
+        runs = records.load_record(TIMES)["runs"]
+        seconds = {run["label"]: run["seconds"] for run in runs}
+    for stem, builds, result, plan in LESSONS:
+        if stem not in stems:
+            continue
+        number, _, words = stem.partition("_")
+        title = f"{int(number)} · {words.replace('_', ' ').capitalize()}"
+        title = title.replace("Lora", "LoRA").replace("Pissa", "PiSSA")
+        shown = re.sub(r"\{([^}]+)\}", lambda found: share(found[1]), result)
+        took = f"{seconds[stem]:.0f} s" if stem in seconds else "not recorded"
+        gib = predicted_gib(plan)
+        lines.append(
+            f"| [{title}](notebooks/{stem}.ipynb) | {builds} | {shown} | {took} |"
+            f" {gib if plan is None else gib + ' GiB'} |"
+        )
+    return "\n".join(lines)
+
+
+def fill(readme: str, stems: Sequence[str]) -> str:
+    """Return the README with its table made anew.
+
+    Args:
+        readme: the README's text.
+        stems: the lessons that exist.
+
+    Raises:
+        ValueError: the markers around the table are missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{table(stems)}\n{END}{after}"
+
+
+def lesson_stems() -> list[str]:
+    """Return the stems of the lessons in this checkout, in order."""
+    folder = ROOT / "notebooks"
+    return sorted(path.stem for path in folder.glob("[0-9][0-9]_*.ipynb"))
+
+
+def keep_times(path: Path) -> None:
+    """Record the seconds of a full run of the course, as `make course` left them.
+
+    Args:
+        path: `build/results/course.json`.
+
+    Raises:
+        ValueError: it was another profile, a lesson failed, or one is missing.
+    """
+    course = json.loads(path.read_text(encoding="utf-8"))
+    ran = {line["lesson"]: line for line in course["lessons"] if line["ok"]}
+    if course["profile"] != "cpu" or list(ran) != lesson_stems():
+        raise ValueError(
+            f"{path.name} holds {course['profile']}: {', '.join(ran)}; run `make "
+            "course` on the cpu profile, all lessons, without a failure"
+        )
+    runs = [
+        {
+            "label": stem,
+            "settings": {"profile": "cpu", "result": line["result"]},
+            "seed": runtime.DEFAULT_SEED,
+            "loss": [],
+            "metrics": [],
+            "seconds": line["seconds"],
+        }
+        for stem, line in ran.items()
+    ]
+    records.save_record(
+        TIMES,
+        {
+            "command": "make course",
+            "hardware": runtime.hardware(),
+            "versions": runtime.versions(),
+            "data": {"name": "all lessons", "sha256": ""},
+            "seconds": sum(run["seconds"] for run in runs),
+            "runs": runs,
+        },
+    )
+
+
+def _learning_curve() -> Any:
+    run = records.load_record("02_full")["runs"][0]
+    ax = plotting.plot_loss(run)
+    ax.set_title("Full fine-tuning, recorded: loss by step")
+    return ax
+
+
+def _scores_by_slice() -> Any:
+    prompting = records.load_record("00_prompting")["runs"]
+    scores = {
+        "best prompt": prompting[-1]["metrics"]["by_slice"],
+        "full": records.load_record("02_full")["runs"][0]["metrics"]["by_slice"],
+    }
+    ax = plotting.plot_by_slice(scores)
+    ax.set_title("Exact match on held-out sentences, recorded")
+    return ax
+
+
+def _planner() -> Any:
+    return widgets.planner_figure()
+
+
+PICTURES: dict[str, Callable[[], Any]] = {
+    "methods": plotting.plot_method_map,
+    "learning_curve": _learning_curve,
+    "scores_by_slice": _scores_by_slice,
+    "memory_planner": _planner,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m course_utils.picture`.
+
+    Args:
+        arguments: the words after the command; None reads the command line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    asked = sys.argv[1:] if arguments is None else arguments
+    if "--times" in asked:
+        keep_times(runtime.build_folder() / "results" / "course.json")
+    folder = runtime.data_folder() / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        drawn = draw()
+        figure = getattr(drawn, "figure", drawn)
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        print(folder / f"{name}.png")
+    readme = ROOT / "README.md"
+    text = fill(readme.read_text(encoding="utf-8"), lesson_stems())
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
