@@ -99,6 +99,12 @@ ARROWS = {
     "records": {"record_metrics"},
     "prose_figures": {"records"},
     "widget_figures": {"parameters", "memory", "plotting"},
+    "experiment_setup": {"data", "formatting", "models"},
+    "experiment_lists": {"experiment_setup", "records"},
+    "experiment_run": {
+        *("experiment_setup", "data", "evaluation", "formatting", "models"),
+        *("parameters", "training", "training_callbacks"),
+    },
     "widgets": {"widget_figures", "parameters", "memory", "plotting"},
 }
 EVERYONE_MAY = {"runtime"}
@@ -118,6 +124,7 @@ FAMILIES = {
         *("memory_measure", "memory_request", "memory_static"),
     },
     "training": {"training_callbacks", "training_speed"},
+    "experiments": {"experiment_lists", "experiment_run", "experiment_setup"},
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
     "records": {"record_metrics", "prose_figures"},
     "widgets": {"widget_figures"},

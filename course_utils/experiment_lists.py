@@ -1,0 +1,180 @@
+"""Which runs each lesson quotes: edit here what `make runs` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from course_utils import records
+from course_utils.experiment_setup import Experiment
+
+Family = list[Experiment] | Callable[[], list[Experiment]]
+
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+PISSA = LORA | {"init_lora_weights": "pissa"}
+SPECTRA = tuple(
+    f"model.layers.{layer}.{part}.weight"
+    for layer in (0, 15, 29)
+    for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+)
+
+
+def best_rate(name: str, prefix: str) -> float:
+    """The learning rate of lowest final validation loss in a record.
+
+    Args:
+        name: the record.
+        prefix: runs whose label begins so take part.
+
+    Raises:
+        ValueError: the best rate is at an edge of its grid: extend the grid.
+    """
+    runs = [r for r in records.load_record(name)["runs"] if _is_of(r, prefix)]
+    rates = sorted({run["settings"]["learning_rate"] for run in runs})
+    known = [r for r in runs if r["metrics"]["final_eval_loss"] is not None]
+    best = min(known, key=lambda run: run["metrics"]["final_eval_loss"])
+    rate = best["settings"]["learning_rate"]
+    if rate in (rates[0], rates[-1]):
+        raise ValueError(
+            f"{name}: the best rate of {prefix!r}, {rate:g}, is at an edge of {rates}: "
+            "extend the grid"
+        )
+    return rate
+
+
+def _is_of(run: dict, prefix: str) -> bool:
+    return run["label"] == prefix or run["label"].startswith(f"{prefix} ")
+
+
+def _rates(label: str, rates: Sequence[float], **settings: Any) -> list[Experiment]:
+    return [
+        Experiment(f"{label} lr {rate:g}", learning_rate=rate, **settings)
+        for rate in rates
+    ]
+
+
+def _lora(label: str, *, learning_rate: float = 1e-3, **changes: Any) -> Experiment:
+    return Experiment(label, LORA | changes, learning_rate)
+
+
+def _own_best_rates() -> list[Experiment]:
+    found = []
+    for label, method in (("LoRA", LORA), ("PiSSA", PISSA)):
+        rate = best_rate("04_learning_rates", label)
+        one = Experiment(
+            label, method, rate, steps=80, eval_every=10, base_dtype="float32"
+        )
+        found += one.seeds(0, 1, 2)
+    return found
+
+
+LESSON_RUNS: dict[str, dict[str, Family]] = {
+    "00": {
+        "00_prompting": [
+            Experiment(name, f"prompt:{name}", steps=0, forgetting=False)
+            for name in ("zero-shot", "few-shot")
+        ],
+    },
+    "02": {
+        "02_learning_rates": _rates(
+            "full", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), steps=40, test_examples=48
+        ),
+        "02_full": [
+            Experiment(
+                "full",
+                learning_rate=2e-4,
+                steps=150,
+                batch_size=16,
+                schedule="cosine",
+                test_examples=None,
+                eval_every=25,
+                forgetting=True,
+                spectra=SPECTRA,
+            ),
+        ],
+        "02_schedules": [
+            Experiment(label, "full", 3e-4, steps=30, test_examples=0, **settings)
+            for label, settings in {
+                "constant": {"schedule": "constant", "warmup": 0},
+                "linear": {"warmup": 0},
+                "linear, warm-up": {},
+                "no clipping": {"max_grad_norm": 0},
+            }.items()
+        ],
+        "02_freezing": [
+            Experiment(label, method, 3e-4, steps=40, test_examples=48)
+            for label, method in {
+                "nothing frozen": "full",
+                "first 15 layers frozen": "freeze:15",
+                "first 28 layers frozen": "freeze:28",
+                "output layer alone": "head",
+            }.items()
+        ],
+        "02_bad_curves": [
+            Experiment(label, steps=30, eval_every=5, test_examples=24, **settings)
+            for label, settings in {
+                "good": {"learning_rate": 3e-4},
+                "rate too high": {"learning_rate": 1e-2},
+                "rate too low": {"learning_rate": 1e-6},
+                "overfit": {"learning_rate": 3e-4, "train_examples": 16},
+                "shuffled labels": {"learning_rate": 3e-4, "shuffle_labels": True},
+                "wrong mask": {"learning_rate": 3e-4, "wrong_mask": True},
+            }.items()
+        ],
+    },
+    "03": {
+        "03_learning_rates": _rates(
+            "LoRA", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), method=LORA
+        ),
+        "03_lora": [
+            Experiment("LoRA", LORA, 1e-3, 150, 16, "cosine", eval_every=25, **more)
+            for more in (
+                {"test_examples": None, "forgetting": True},
+                {"seed": 1},
+                {"seed": 2},
+            )
+        ],
+        "03_grid": [
+            _lora("r = 1", r=1, lora_alpha=2),
+            *_lora("r = 8").seeds(0, 1, 2),
+            *_lora("r = 64", r=64, lora_alpha=128).seeds(0, 1, 2),
+            _lora("alpha = 8", lora_alpha=8),
+            _lora("alpha = 64", lora_alpha=64),
+            *_lora("q and v", target_modules=["q_proj", "v_proj"]).seeds(0, 1, 2),
+            _lora("MLP", target_modules=["gate_proj", "up_proj", "down_proj"]),
+            _lora("rsLoRA, r = 64", r=64, lora_alpha=16, use_rslora=True),
+            _lora("LoRA, r = 64, alpha = 16", r=64, lora_alpha=16),
+            _lora("DoRA", use_dora=True),
+            Experiment("LoRA+", LORA, 3e-4, loraplus_ratio=16.0),
+        ],
+    },
+    "04": {
+        "04_learning_rates": [
+            experiment
+            for label, method in (("LoRA", LORA), ("PiSSA", PISSA))
+            for experiment in _rates(
+                label,
+                (1e-4, 3e-4, 1e-3, 3e-3),
+                method=method,
+                test_examples=0,
+                base_dtype="float32",
+            )
+        ],
+        "04_pissa": _own_best_rates,
+    },
+}
+
+# Seconds on two cores with bfloat16 (measured): a training example, an answer.
+EXAMPLE_S = {"full": 0.17, "peft": 0.12}
+ANSWER_S = 0.3
+
+
+def estimate_seconds(experiment: Experiment) -> float:
+    """About how long an experiment takes on two cores, in seconds."""
+    kind = "peft" if isinstance(experiment.method, dict) else "full"
+    cost = experiment.steps * experiment.batch_size * EXAMPLE_S[kind]
+    every = experiment.eval_every or experiment.steps or 1
+    cost += experiment.steps / every * experiment.eval_examples * EXAMPLE_S[kind] / 3
+    answers = 480 if experiment.test_examples is None else experiment.test_examples
+    answers += 150 if experiment.forgetting else 0
+    return cost + answers * ANSWER_S + 5

@@ -1,0 +1,174 @@
+"""Recorded runs: what is trained, what is spoiled, and resuming a family of runs."""
+
+import math
+
+import pytest
+import torch
+from small_models import byte_tokenizer, random_llama
+
+from course_utils import experiment_run, experiment_setup, experiments, records
+from course_utils.experiment_setup import Experiment, make_model, make_records
+from course_utils.experiments import LESSON_RUNS, best_rate, record_family
+from course_utils.runtime import Profile
+
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A tiny random model in float32, and records in a folder of this test's own."""
+
+    def load(name=None, *, dtype=None):
+        return random_llama(initializer_range=0.05).to(dtype or torch.float32)
+
+    for module in (experiment_run, experiment_setup):
+        monkeypatch.setattr(module, "load_model", load)
+        monkeypatch.setattr(
+            module, "load_tokenizer", lambda name=None: byte_tokenizer()
+        )
+    profile = Profile("cpu", "cpu", torch.float32, 0)
+    monkeypatch.setattr(experiment_run, "get_profile", lambda: profile)
+    monkeypatch.setattr(records, "data_folder", lambda: tmp_path)
+    experiment_run._untuned.cache_clear()
+    yield
+    experiment_run._untuned.cache_clear()
+
+
+def quick(label="full", method="full", **more):
+    settings = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "eval_examples": 4}
+    return Experiment(label, method, **settings | {"test_examples": 0} | more)
+
+
+def trainable(method):
+    model = make_model(quick(method=method))
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_each_method_trains_what_it_says(small):
+    everything = {name for name, _ in random_llama().named_parameters()}
+    assert trainable("full") == everything
+    assert trainable("head") == {"lm_head.weight"}
+    assert trainable("freeze:0") == everything - {"model.embed_tokens.weight"}
+    frozen = {n for n in everything if n.startswith("model.layers.0.")}
+    assert trainable("freeze:1") == trainable("freeze:0") - frozen
+    assert all("lora_" in name for name in trainable(LORA)) and trainable(LORA)
+    for wrong in ("freeze:3", "freeze", "half"):
+        with pytest.raises(ValueError, match="expected 'full'"):
+            make_model(quick(method=wrong))
+
+
+def test_spoiled_records_are_spoiled_as_said(small):
+    tokenizer = byte_tokenizer()
+
+    def learned(experiment):
+        rows = make_records(experiment)
+        return [
+            tokenizer.decode([i for i in row["labels"] if i != -100]) for row in rows
+        ]
+
+    good = learned(quick(train_examples=20))
+    shuffled = learned(quick(train_examples=20, shuffle_labels=True))
+    assert sorted(good) == sorted(shuffled) and good != shuffled
+    assert all(text.startswith("{") for text in good)
+    wrong = learned(quick(train_examples=20, wrong_mask=True))
+    assert all("action" not in text for text in wrong)
+    other = learned(quick(train_examples=20, seed=1))
+    assert len(other) == 20 and sorted(other) != sorted(good)
+
+
+def test_a_run_has_what_a_record_needs(small, monkeypatch):
+    asked = {"loss": 5.0, "answer_share": 0.0}
+    monkeypatch.setattr(experiment_run, "_general", lambda model, tok: asked)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    experiment = quick(
+        test_examples=3, eval_every=2, forgetting=True, spectra=(name,), steps=4
+    )
+    record_family("02_try", [experiment], command="make runs", say=lambda line: None)
+    record = records.load_record("02_try")
+    (run,) = record["runs"]
+    assert records.differences(record) == []
+    assert len(run["loss"]) == 4 and [s for s, _ in run["eval_loss"]] == [2, 4]
+    assert run["loss"][-1] < run["loss"][0]
+    assert len(run["predictions"]) == len(run["slices"]) == 3
+    assert set(run["metrics"]) >= {"exact_match", "by_slice", "final_eval_loss"}
+    values = run["measured"]["singular_values"][name]
+    assert len(values) == 32 and values == sorted(values, reverse=True) and values[0]
+    assert run["measured"]["general_questions"]["before"] == asked
+    assert run["trainable_parameters"] == random_llama().num_parameters()
+    assert run["tokens_per_s"] > 0 and run["settings"]["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("more", [{"loraplus_ratio": 16.0}, {"schedule": "cosine"}])
+def test_adapters_are_trained_by_the_same_path(small, more):
+    run = experiment_run.run_experiment(quick("LoRA", LORA, **more), progress=False)
+    assert [step for step, _ in run["eval_loss"]] == [3]
+    assert run["trainable_parameters"] < 5000
+    assert all(math.isfinite(value) for value in run["loss"])
+
+
+def fake(calls):
+    def run(experiment):
+        calls.append((experiment.label, experiment.seed))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {
+            "label": experiment.label,
+            "settings": experiment.settings(),
+            "seed": experiment.seed,
+            "loss": [1.0],
+            "eval_loss": [[1, abs(math.log10(experiment.learning_rate) + 3.0)]],
+            "metrics": ["final_eval_loss"],
+            "seconds": 1.0,
+        }
+
+    return run
+
+
+def test_a_family_resumes_where_it_was_stopped(small):
+    family = [*quick("a").seeds(0, 1), quick("b"), quick("b", learning_rate=1e-3)]
+    calls, lines = [], []
+    options = {"command": "x", "run": fake(calls), "say": lines.append}
+    with pytest.raises(KeyboardInterrupt):
+        record_family("02_try", family, **options)
+    assert len(records.load_record("02_try")["runs"]) == 2
+    assert record_family("02_try", family, **options) == 2
+    assert calls == [("a", 0), ("a", 1), ("b", 0), ("b", 0), ("b", 0)]
+    assert record_family("02_try", family, **options) == 0
+    runs = records.load_record("02_try")["runs"]
+    assert [run["label"] for run in runs] == ["a", "a", "b", "b"]
+    assert "min left" in lines[1] and "2 of 4 runs are there" in " ".join(lines)
+
+
+def test_a_record_against_other_data_is_not_continued(small, monkeypatch):
+    options = {"command": "x", "run": fake([]), "say": lambda line: None}
+    record_family("02_try", [quick()], **options)
+    monkeypatch.setattr(experiments, "data_hash", lambda name: "f" * 64)
+    with pytest.raises(ValueError, match="recorded against other data"):
+        record_family("02_try", [quick()], **options)
+
+
+def test_the_best_rate_is_inside_its_grid(small):
+    def grid(name, rates):
+        family = [quick(f"LoRA lr {r:g}", learning_rate=r) for r in rates]
+        for one in family:  # one at a time: the fake stops at its third call
+            options = {"command": "x", "say": lambda line: None}
+            done = family[: family.index(one) + 1]
+            record_family(name, done, run=fake([]), **options)
+
+    grid("04_inside", (1e-4, 1e-3, 1e-2))
+    assert best_rate("04_inside", "LoRA") == 1e-3
+    grid("04_edge", (1e-3, 1e-2))
+    with pytest.raises(ValueError, match="extend the grid"):
+        best_rate("04_edge", "LoRA")
+
+
+def test_the_lists_are_well_formed():
+    for lesson, families in LESSON_RUNS.items():
+        for name, family in families.items():
+            assert name.startswith(f"{lesson}_")
+            if callable(family):
+                continue
+            keys = [(e.label, e.seed) for e in family]
+            assert len(set(keys)) == len(keys), name
+            assert all(e.learning_rate > 0 for e in family)
+            assert all(e.steps > 0 or "prompt" in e.method for e in family)
