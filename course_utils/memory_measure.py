@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ def live_tensor_bytes() -> int:
 
 @contextlib.contextmanager
 def _allocator(result: Measurement) -> Iterator[None]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines about its own start
     from torch.profiler import ProfilerActivity, profile
 
     result.start_bytes = live_tensor_bytes()
