@@ -10,6 +10,7 @@ does not use. A variable that is already set is left alone.
 
 import os
 import sys
+import warnings
 
 __version__ = "0.1.0"
 
@@ -23,3 +24,7 @@ if "datasets" in sys.modules:  # imported before us: it has read its variable al
     sys.modules["datasets"].disable_progress_bars()
 if "logging" in sys.modules:  # as in any notebook; not worth its import elsewhere
     sys.modules["logging"].getLogger("bitsandbytes").setLevel("ERROR")
+# PEFT asks transformers by an old name; no reader can do anything about it.
+warnings.filterwarnings(
+    "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+)
