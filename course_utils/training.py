@@ -27,7 +27,7 @@ from course_utils.runtime import Profile
 from course_utils.training_speed import (
     completion_loss,
     use_completion_loss,
-    use_length_groups,
+    use_seeded_batches,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _defaults(profile: Profile, output_dir: str | os.PathLike) -> dict[str, Any]
         "fp16": dtype == "float16",
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 16,
-        "train_sampling_strategy": "group_by_length",
+        "train_sampling_strategy": "random",
         "optim": "adamw_torch_fused" if profile.device != "mps" else "adamw_torch",
         "lr_scheduler_type": "linear",
         "logging_steps": 1,
@@ -144,8 +144,7 @@ def prepare_trainer(
         callbacks.MarkCheckpoints(),
     ):
         trainer.add_callback(callback)
-    if trainer.args.train_sampling_strategy == "group_by_length":
-        use_length_groups(trainer)
+    use_seeded_batches(trainer)
     if fast and trainer.args.device.type == "cpu":
         use_completion_loss(trainer)
         trainer.add_callback(callbacks.QuickAttention())

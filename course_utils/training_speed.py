@@ -1,8 +1,8 @@
 """Why the course's runs are fast on a CPU: the same loss and gradients, less work.
 
-Three things, each measured in `tests/benchmarks`: no logits where nothing is learned,
+Two things, each measured in `tests/benchmarks`: no logits where nothing is learned, and
 plain attention instead of the fused kernel (whose backward pass is slow for short
-sequences on a CPU), and batches of similar lengths.
+sequences on a CPU). Batches of similar lengths are a third, if you ask for them.
 """
 
 from __future__ import annotations
@@ -68,20 +68,32 @@ def _only_these_positions(head: Any, learned: torch.Tensor) -> Iterator[None]:
         hook.remove()
 
 
-class LengthGroups:
-    """A sampler: shuffled, with examples of similar length side by side.
+class SeededBatches:
+    """A sampler: shuffled, and if asked with examples of similar length side by side.
+
+    Grouping by length saves padding, at a price: where length tells something about
+    the answer, each batch then holds one kind of answer only, and the model learns the
+    kinds less well. So `together` is 1 unless a lesson asks for more.
 
     The order depends on the seed and the epoch alone, so that a resumed run sees the
     batches it would have seen. Transformers' own sampler draws from the global
     generator, whose state at the start of an epoch no checkpoint holds.
 
-    >>> groups = LengthGroups([5, 60, 6, 61], batch_size=2, seed=0)
-    >>> sorted(groups) == [0, 1, 2, 3]
+    >>> batches = SeededBatches([5, 60, 6, 61], batch_size=2, seed=0)
+    >>> sorted(batches) == [0, 1, 2, 3]
     True
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        together: int = 1,
+    ) -> None:
         self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+        self.together = together  # as many batches are sorted by length as one
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -96,7 +108,7 @@ class LengthGroups:
 
         generator = torch.Generator().manual_seed(self.seed + 1000 * self.epoch)
         order = torch.randperm(len(self), generator=generator).tolist()
-        chunk = 50 * self.batch_size  # sorted within such chunks, as transformers does
+        chunk = self.together * self.batch_size
         batches = []
         for start in range(0, len(order), chunk):
             part = sorted(order[start : start + chunk], key=lambda i: -self.lengths[i])
@@ -133,15 +145,25 @@ def use_completion_loss(trainer: Any) -> None:
     trainer.compute_loss = compute_loss
 
 
-def use_length_groups(trainer: Any) -> None:
-    """Give a built trainer `LengthGroups`, if it has a data set to take lengths of."""
+def use_seeded_batches(trainer: Any) -> None:
+    """Give a built trainer `SeededBatches`, if it has a data set to take lengths of.
+
+    With `train_sampling_strategy="group_by_length"` 50 batches are sorted together, as
+    transformers does; any order but `"random"` and that one is left alone.
+    """
     data, args = trainer.train_dataset, trainer.args
+    sorted_together = {"random": 1, "group_by_length": 50}
+    together = sorted_together.get(args.train_sampling_strategy)
+    if together is None:
+        return
     if data is None or "input_ids" not in (getattr(data, "column_names", None) or ()):
         return
     lengths = [len(ids) for ids in data["input_ids"]]
     size = args.train_batch_size * args.gradient_accumulation_steps
     seed = args.seed if args.data_seed is None else args.data_seed
-    trainer._get_train_sampler = lambda *_: LengthGroups(lengths, size, seed)
+    trainer._get_train_sampler = lambda *_: SeededBatches(
+        lengths, size, seed, together=together
+    )
 
 
 def set_attention(model: Any, name: str) -> str | None:

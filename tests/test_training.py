@@ -29,7 +29,7 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from course_utils.training_speed import LengthGroups
+from course_utils.training_speed import SeededBatches
 
 HERE = Path(__file__).parent
 FP32 = Profile("cpu", "cpu", torch.float32, 0)
@@ -121,12 +121,12 @@ def test_losses_of_a_fast_run_equal_those_of_the_library(kind, method, tmp_path)
 def test_length_groups_are_a_permutation_by_seed_and_epoch_and_save_padding():
     draw = random.Random(0)
     lengths = [draw.randrange(10, 80) for _ in range(333)]
-    groups = LengthGroups(lengths, 8, seed=1)
+    groups = SeededBatches(lengths, 8, seed=1, together=50)
     first = list(groups)
     assert sorted(first) == list(range(333)) and first == list(groups)
     groups.set_epoch(1)
     assert list(groups) != first and sorted(groups) == list(range(333))
-    assert list(LengthGroups(lengths, 8, seed=2)) != first
+    assert list(SeededBatches(lengths, 8, seed=2, together=50)) != first
 
     def padded(order):
         cuts = [order[i : i + 8] for i in range(0, len(order), 8)]

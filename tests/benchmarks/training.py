@@ -30,7 +30,7 @@ from course_utils.formatting import CompletionCollator, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, release
 from course_utils.runtime import get_profile, set_seed
 from course_utils.training import completion_loss, prepare_trainer, sft_config
-from course_utils.training_speed import LengthGroups, set_attention
+from course_utils.training_speed import SeededBatches, set_attention
 
 EXAMPLES = 8
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -140,7 +140,7 @@ def bare_loop(method, records, tokenizer, steps, folder):
     set_attention(model, "eager")
     data = tokenize_dataset(records, tokenizer)
     lengths = [len(ids) for ids in data["input_ids"]]
-    order = list(LengthGroups(lengths, EXAMPLES, 0))
+    order = list(SeededBatches(lengths, EXAMPLES, 0))
     collator = CompletionCollator(tokenizer)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATES[method], fused=True)
