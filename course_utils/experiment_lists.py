@@ -68,6 +68,9 @@ def _own_best_rates() -> list[Experiment]:
     return found
 
 
+# Enough to tell settings apart, and short enough to repeat.
+SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
+
 LESSON_RUNS: dict[str, dict[str, Family]] = {
     "00": {
         "00_prompting": [
@@ -77,14 +80,14 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
     },
     "02": {
         "02_learning_rates": _rates(
-            "full", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), steps=40, test_examples=48
+            "full", (3e-5, 1e-4, 3e-4, 1e-3), **SHORT, test_examples=24
         ),
         "02_full": [
             Experiment(
                 "full",
                 learning_rate=2e-4,
                 steps=150,
-                batch_size=16,
+                batch_size=8,
                 schedule="cosine",
                 test_examples=None,
                 eval_every=25,
@@ -93,7 +96,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             ),
         ],
         "02_schedules": [
-            Experiment(label, "full", 3e-4, steps=30, test_examples=0, **settings)
+            Experiment(label, "full", 3e-4, **SHORT, test_examples=0, **settings)
             for label, settings in {
                 "constant": {"schedule": "constant", "warmup": 0},
                 "linear": {"warmup": 0},
@@ -102,7 +105,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             }.items()
         ],
         "02_freezing": [
-            Experiment(label, method, 3e-4, steps=40, test_examples=48)
+            Experiment(label, method, 3e-4, **SHORT, test_examples=48)
             for label, method in {
                 "nothing frozen": "full",
                 "first 15 layers frozen": "freeze:15",
@@ -111,7 +114,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             }.items()
         ],
         "02_bad_curves": [
-            Experiment(label, steps=30, eval_every=5, test_examples=24, **settings)
+            Experiment(label, **SHORT, eval_every=10, test_examples=0, **settings)
             for label, settings in {
                 "good": {"learning_rate": 3e-4},
                 "rate too high": {"learning_rate": 1e-2},
