@@ -26,6 +26,7 @@ LESSONS = (
     "00_start_here",
     "01_text_to_tensors",
     "02_full_fine_tuning",
+    "03_lora",
     "04_pissa",
 )
 MAX_MODULE_LINES = 300
