@@ -17,6 +17,12 @@ from course_utils import memory, plotting, records, runtime, widgets
 from course_utils.links import ROOT
 
 TIMES = "course_cpu"
+PROPER = {
+    "Lora": "LoRA",
+    "Pissa": "PiSSA",
+    "Text to": "From text to",
+    "fine tuning": "fine-tuning",
+}
 BEGIN, END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
 # Lesson; what it builds; the figure of its recorded result; the run to predict on a T4.
 LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
@@ -95,7 +101,8 @@ def table(stems: Sequence[str]) -> str:
             continue
         number, _, words = stem.partition("_")
         title = f"{int(number)} · {words.replace('_', ' ').capitalize()}"
-        title = title.replace("Lora", "LoRA").replace("Pissa", "PiSSA")
+        for plain, proper in PROPER.items():
+            title = title.replace(plain, proper)
         shown = re.sub(r"\{([^}]+)\}", lambda found: share(found[1]), result)
         took = f"{seconds[stem]:.0f} s" if stem in seconds else "not recorded"
         gib = predicted_gib(plan)

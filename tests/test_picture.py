@@ -1,0 +1,73 @@
+"""The README's table is what the records say, and its pictures are there."""
+
+import json
+import re
+
+import pytest
+
+from course_utils import picture, records
+from course_utils.prose_figures import check_text
+
+README = picture.ROOT / "README.md"
+
+
+def test_the_table_in_the_readme_is_made_from_the_records():
+    text = README.read_text(encoding="utf-8")
+    assert picture.fill(text, picture.lesson_stems()) == text, "run `make picture`"
+
+
+def test_every_lesson_has_its_row():
+    rows = picture.table(picture.lesson_stems()).splitlines()[2:]
+    assert len(rows) == len(picture.lesson_stems())
+    assert {row[0] for row in picture.LESSONS} >= set(picture.lesson_stems())
+
+
+def test_shares_carry_their_source():
+    assert check_text(picture.table(picture.lesson_stems())) == []
+
+
+def test_a_plan_is_predicted_and_none_is_a_dash():
+    assert picture.predicted_gib(None) == "–"
+    plan = {"method": "full", "batch_size": 16, "sequence_length": 128}
+    assert 2 < float(picture.predicted_gib(plan)) < 14
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="lessons:begin"):
+        picture.fill("# Title", [])
+
+
+def test_pictures_named_in_the_readme_are_there_and_made_here():
+    text = README.read_text(encoding="utf-8")
+    named = set(re.findall(r"\(data/pictures/(\w+)\.png\)", text))
+    assert named and named <= set(picture.PICTURES)
+    for name in picture.PICTURES:
+        assert (picture.ROOT / "data" / "pictures" / f"{name}.png").stat().st_size > 5e3
+
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    """A finished run of the course, and an empty folder for records."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(records, "runs_folder", lambda: tmp_path / "runs")
+    path = tmp_path / "course.json"
+    lines = [
+        {"lesson": stem, "ok": True, "seconds": 10.0, "result": "well"}
+        for stem in picture.lesson_stems()
+    ]
+    path.write_text(json.dumps({"profile": "cpu", "lessons": lines}))
+    return path
+
+
+def test_times_of_a_full_run_are_kept(course):
+    picture.keep_times(course)
+    record = records.load_record(picture.TIMES)
+    assert record["seconds"] == 10.0 * len(picture.lesson_stems())
+
+
+def test_times_of_half_a_run_are_refused(course):
+    kept = json.loads(course.read_text())
+    kept["lessons"][-1]["ok"] = False
+    course.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="run `make course`"):
+        picture.keep_times(course)
