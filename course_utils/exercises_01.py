@@ -19,7 +19,7 @@ def _(answer, *, input_ids):
     return list(answer) == list(input_ids)
 
 
-@exercise("1.3", hint="Which examples should share a batch so that little is filled up?")
+@exercise("1.3", hint="Which examples should share a batch, so that little is filled?")
 def _(answer, *, waste, count):
     order = list(answer)
     whole = sorted(order) == list(range(count))
