@@ -104,6 +104,12 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         "tokens_per_s": trainer.state.num_input_tokens_seen / train_seconds,
         "measured": {"train_seconds": train_seconds},
     }
+    if experiment.keep_adapter:
+        folder = data_folder() / "adapters" / experiment.keep_adapter
+        model.save_pretrained(folder)
+        run["measured"]["adapter_bytes"] = sum(
+            file.stat().st_size for file in folder.glob("*.safetensors")
+        )
     change = {name: _weight(model, name) - old for name, old in before.items()}
     if change:
         run["measured"]["singular_values"] = {

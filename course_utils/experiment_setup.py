@@ -10,6 +10,9 @@ from course_utils.data import load_examples
 from course_utils.formatting import IGNORE, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, model_name
 
+# Younger than the first records, which know nothing of them.
+ABSENT_WHEN_UNSET = ("quantization", "keep_adapter")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -39,6 +42,8 @@ class Experiment:
         wrong_mask: learn the prompt in place of the answer.
         forgetting: measure the general questions before and after.
         spectra: weights whose change ΔW is taken apart into singular values.
+        quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
+        keep_adapter: keep the trained adapter in `data/adapters/` under this name.
         data, model: names of the data set and, None for the built-in one, the model.
     """
 
@@ -61,15 +66,21 @@ class Experiment:
     wrong_mask: bool = False
     forgetting: bool = False
     spectra: tuple[str, ...] = ()
+    quantization: str | None = None
+    keep_adapter: str | None = None
     data: str = "home_commands"
     model: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """All fields but label and seed, as a record holds them (JSON types)."""
+        """All fields but label and seed, as a record holds them (JSON types).
+
+        Fields of `ABSENT_WHEN_UNSET` stand in a record only where they are set.
+        """
         fields = asdict(self)
         fields["model"] = model_name(self.model)
         fields["spectra"] = list(self.spectra)
-        return {k: v for k, v in fields.items() if k not in ("label", "seed")}
+        unset = {name for name in ABSENT_WHEN_UNSET if fields[name] is None}
+        return {k: v for k, v in fields.items() if k not in {"label", "seed"} | unset}
 
     def seeds(self, *seeds: int) -> list[Experiment]:
         """The same experiment with each of these seeds.
@@ -94,7 +105,8 @@ def make_model(experiment: Experiment) -> Any:
 
         dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None
         config = get_peft_config({"task_type": "CAUSAL_LM", **method})
-        return get_peft_model(load_model(name, dtype=dtype), config)
+        base = load_model(name, dtype=dtype, quantization=experiment.quantization)
+        return get_peft_model(base, config)
     model = load_model(name, dtype=torch.float32)
     if method == "full":
         return model

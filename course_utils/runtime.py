@@ -206,6 +206,7 @@ def hardware() -> dict[str, Any]:
         "system": platform.system(),
         "processor": _processor_name(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "bf16": cpu_has_bf16(),
     }
