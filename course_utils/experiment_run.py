@@ -17,6 +17,7 @@ from typing import Any
 
 from course_utils.data import load_examples
 from course_utils.evaluation import answer_share, evaluate, perplexity, stratified
+from course_utils.experiment_classifier import ClassifierExperiment, run_classifier
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
 from course_utils.models import load_model, load_tokenizer
@@ -45,6 +46,8 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
 
     from course_utils.training_callbacks import PlainProgress
 
+    if isinstance(experiment, ClassifierExperiment):
+        return run_classifier(experiment, progress=progress)
     if str(experiment.method).startswith("prompt:"):
         return _run_prompting(experiment)
     start, profile = time.perf_counter(), replace(get_profile(), seed=experiment.seed)

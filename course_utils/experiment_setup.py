@@ -9,9 +9,10 @@ from typing import Any
 from course_utils.data import load_examples
 from course_utils.formatting import IGNORE, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, model_name
+from course_utils.runtime import data_folder
 
 # Younger than the first records, which know nothing of them.
-ABSENT_WHEN_UNSET = ("quantization", "keep_adapter")
+ABSENT_WHEN_UNSET = ("quantization", "keep_adapter", "prefix_from")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Experiment:
         forgetting: measure the general questions before and after.
         spectra: weights whose change ΔW is taken apart into singular values.
         quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
+        prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
+            `schema.txt`, set as a system turn; None starts as PEFT does.
         keep_adapter: keep the trained adapter in `data/adapters/` under this name.
         data, model: names of the data set and, None for the built-in one, the model.
     """
@@ -68,6 +71,7 @@ class Experiment:
     spectra: tuple[str, ...] = ()
     quantization: str | None = None
     keep_adapter: str | None = None
+    prefix_from: str | None = None
     data: str = "home_commands"
     model: str | None = None
 
@@ -106,7 +110,14 @@ def make_model(experiment: Experiment) -> Any:
         dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None
         config = get_peft_config({"task_type": "CAUSAL_LM", **method})
         base = load_model(name, dtype=dtype, quantization=experiment.quantization)
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
+        if experiment.prefix_from:
+            from peft import initialize_kv_prefix_from_text
+
+            file = data_folder() / experiment.data / f"{experiment.prefix_from}.txt"
+            text, tokenizer = file.read_text(encoding="utf-8"), load_tokenizer(name)
+            initialize_kv_prefix_from_text(model, tokenizer, text=text)
+        return model
     model = load_model(name, dtype=torch.float32)
     if method == "full":
         return model

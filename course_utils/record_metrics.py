@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from course_utils import scoring
+from course_utils import classification, scoring
 
 
 class RecordError(ValueError):
@@ -34,6 +34,15 @@ METRICS: dict[str, Callable[[dict], Any]] = {
     ),
     "field_f1_by_slice": lambda run: scoring.by_slice(
         run["predictions"], run["references"], run["slices"], scoring.field_f1
+    ),
+    "accuracy": lambda run: classification.accuracy(
+        run["predictions"], run["references"]
+    ),
+    "macro_f1": lambda run: classification.macro_f1(
+        run["predictions"], run["references"]
+    ),
+    "accuracy_by_slice": lambda run: scoring.by_slice(
+        run["predictions"], run["references"], run["slices"], classification.accuracy
     ),
     "final_loss": lambda run: _last(run["loss"]),
     "final_eval_loss": lambda run: _last([pair[1] for pair in run["eval_loss"]]),

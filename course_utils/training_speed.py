@@ -125,8 +125,8 @@ class SeededBatches:
 def use_completion_loss(trainer: Any) -> None:
     """Make a built `Trainer` or `SFTTrainer` compute `completion_loss`.
 
-    Batches without labels, and evaluations that need logits (`compute_metrics`), go
-    the trainer's own way.
+    Batches without labels for each token (a classifier's), and evaluations that need
+    logits (`compute_metrics`), go the trainer's own way.
     """
     original = trainer.compute_loss
 
@@ -137,7 +137,8 @@ def use_completion_loss(trainer: Any) -> None:
         num_items_in_batch: Any = None,
     ) -> Any:
         needs_logits = return_outputs and trainer.compute_metrics is not None
-        if "labels" not in inputs or needs_logits:
+        labels = inputs.get("labels")  # a classifier has one for each text: (B,)
+        if labels is None or labels.dim() != 2 or needs_logits:
             return original(model, inputs, return_outputs, num_items_in_batch)
         loss = completion_loss(model, inputs, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss

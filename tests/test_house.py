@@ -62,6 +62,8 @@ ARROWS = {
     "parameters": {"closed_forms", "parameter_rows", "targets"},
     "lora": set(),
     "pissa": set(),
+    "prefix": set(),
+    "classification": set(),
     "memory_request": {"targets", "parameters"},
     "memory_static": {"memory_request", "targets", "parameters"},
     "memory_formula": {"memory_request", "memory_static"},
@@ -97,14 +99,19 @@ ARROWS = {
         *("formatting", "evaluation", "memory"),
         *("training_callbacks", "training_speed"),
     },
-    "record_metrics": {"scoring"},
+    "record_metrics": {"classification", "scoring"},
     "records": {"record_metrics"},
     "prose_figures": {"records"},
     "widget_figures": {"parameters", "memory", "plotting"},
     "experiment_setup": {"data", "formatting", "models"},
+    "experiment_classifier": {
+        *("classification", "data", "models", "parameters"),
+        *("training", "training_callbacks"),
+    },
     "experiment_lists": {"experiment_setup", "records"},
     "experiment_run": {
-        *("experiment_setup", "data", "evaluation", "formatting", "models"),
+        *("experiment_setup", "experiment_classifier"),
+        *("data", "evaluation", "formatting", "models"),
         *("parameters", "training", "training_callbacks"),
     },
     "widgets": {"widget_figures", "parameters", "memory", "plotting"},
@@ -114,7 +121,10 @@ EVERYONE_MAY = {"runtime"}
 TOPS = {"experiments", "picture"}
 # These subclass a heavy library's classes, so they import it; only inside functions
 # may the others import them.
-LAZY = {"lora", "memory_exact", "memory_fakes", "pissa", "training_callbacks"}
+LAZY = {
+    *("lora", "memory_exact", "memory_fakes", "pissa", "prefix"),
+    "training_callbacks",
+}
 FAMILIES = {
     "data": {"data_errors", "data_files", "data_json", "data_schemas"},
     "formatting": {"batching", "encoding", "layout", "templates"},
@@ -126,7 +136,10 @@ FAMILIES = {
         *("memory_measure", "memory_request", "memory_static"),
     },
     "training": {"training_callbacks", "training_speed"},
-    "experiments": {"experiment_lists", "experiment_run", "experiment_setup"},
+    "experiments": {
+        *("experiment_classifier", "experiment_lists"),
+        *("experiment_run", "experiment_setup"),
+    },
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
     "records": {"record_metrics", "prose_figures"},
     "widgets": {"widget_figures"},

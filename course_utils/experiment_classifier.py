@@ -1,0 +1,173 @@
+"""One recorded training of a classifier, for the families of lesson 06."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from course_utils.classification import label_names, predict, tokenize_texts
+from course_utils.data import load_examples
+from course_utils.models import load_classifier
+from course_utils.parameters import count_parameters
+from course_utils.runtime import get_profile, set_seed
+from course_utils.training import LossHistory, prepare_trainer, training_arguments
+
+
+@dataclass(frozen=True)
+class ClassifierExperiment:
+    """One training run of the built-in encoder, described completely.
+
+    Attributes:
+        label: what a figure calls it; runs that differ in the seed alone share it.
+        method: `"full"`, `"head"` (encoder frozen, the new head alone), or the fields
+            of a PEFT configuration.
+        learning_rate: at its peak; it falls to 0 along a line.
+        steps, batch_size: optimiser steps, and texts in each.
+        warmup: share of the steps in which the rate rises, 0 to 1.
+        seed: orders the data, initialises head and adapter.
+        eval_every: validation loss every so many steps.
+        data: name of the data set.
+    """
+
+    label: str
+    method: Any = "full"
+    learning_rate: float = 1e-4
+    steps: int = 100
+    batch_size: int = 16
+    warmup: float = 0.1
+    seed: int = 0
+    eval_every: int = 25
+    data: str = "reviews"
+
+    # What `experiment_lists.estimate_seconds` asks of any experiment.
+    eval_examples = 0
+    test_examples = 0
+    forgetting = False
+
+    def settings(self) -> dict[str, Any]:
+        """All fields but label and seed, as a record holds them."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if k not in {"label", "seed"}}
+
+    def seeds(self, *seeds: int) -> list[ClassifierExperiment]:
+        """The same experiment with each of these seeds."""
+        return [replace(self, seed=seed) for seed in seeds]
+
+
+def make_classifier(method: Any, num_labels: int) -> tuple[Any, Any]:
+    """The encoder with a fresh head, and what the method trains made trainable.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    model, tokenizer = load_classifier(num_labels=num_labels)
+    if isinstance(method, dict):
+        from peft import get_peft_config, get_peft_model
+
+        config = get_peft_config({"task_type": "SEQ_CLS", **method})
+        return get_peft_model(model, config), tokenizer
+    if method == "head":
+        model.base_model.requires_grad_(False)
+    elif method != "full":
+        raise ValueError(f"method {method!r}: expected 'full', 'head' or a dict")
+    return model, tokenizer
+
+
+def run_classifier(
+    experiment: ClassifierExperiment, *, progress: bool = True
+) -> dict[str, Any]:
+    """Train, classify the test set, and return a run as `course_utils.records` has it.
+
+    Args:
+        experiment: what to do.
+        progress: print a line from time to time.
+    """
+    from transformers import DataCollatorWithPadding, Trainer
+
+    from course_utils.training_callbacks import PlainProgress
+
+    start, profile = time.perf_counter(), replace(get_profile(), seed=experiment.seed)
+    parts = {
+        split: load_examples(experiment.data, split)
+        for split in ("train", "validation", "test")
+    }
+    names = label_names(parts["train"])
+    set_seed(experiment.seed)
+    model, tokenizer = make_classifier(experiment.method, len(names))
+    rows = {s: tokenize_texts(parts[s], tokenizer, names) for s in parts}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(
+                profile,
+                folder,
+                max_steps=experiment.steps,
+                per_device_train_batch_size=experiment.batch_size,
+                per_device_eval_batch_size=64,
+                learning_rate=experiment.learning_rate,
+                warmup_steps=round(experiment.warmup * experiment.steps),
+                eval_strategy="steps",
+                eval_steps=experiment.eval_every,
+                label_names=["labels"],
+            ),
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        prepare_trainer(trainer)
+        if not progress:
+            trainer.pop_callback(PlainProgress)
+        trained = count_parameters(trainer.model).trainable
+        clock = time.perf_counter()
+        trainer.train()
+        train_seconds = time.perf_counter() - clock
+    history = LossHistory.from_log(trainer.state.log_history)
+    evaluations = [e for e in trainer.state.log_history if "eval_runtime" in e]
+    train_seconds -= sum(entry["eval_runtime"] for entry in evaluations)
+    test = parts["test"]
+    run = {
+        "label": experiment.label,
+        "settings": experiment.settings(),
+        "seed": experiment.seed,
+        "loss": list(history.loss),
+        "eval_loss": [
+            list(pair)
+            for pair in zip(history.eval_steps, history.eval_loss, strict=True)
+        ],
+        "metrics": ["final_loss", "final_eval_loss", "accuracy", "macro_f1"],
+        "predictions": predict(model, tokenizer, test["text"], names),
+        "references": [str(label) for label in test["label"]],
+        "trainable_parameters": trained,
+        "tokens_per_s": trainer.state.num_input_tokens_seen / train_seconds,
+        "measured": {
+            "train_seconds": train_seconds,
+            "adapter_bytes": saved_bytes(model),
+        },
+    }
+    if "slice" in test.column_names:
+        run["slices"] = list(test["slice"])
+        run["metrics"].append("accuracy_by_slice")
+    run["seconds"] = time.perf_counter() - start
+    return run
+
+
+def saved_bytes(model: Any) -> int:
+    """How large a file `save_pretrained` writes; a head's own weights for `"head"`.
+
+    Returns:
+        Bytes.
+    """
+    from pathlib import Path
+
+    if not hasattr(model, "peft_config"):
+        return sum(
+            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
