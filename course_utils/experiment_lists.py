@@ -12,6 +12,21 @@ Family = list[Experiment] | Callable[[], list[Experiment]]
 
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 PISSA = LORA | {"init_lora_weights": "pissa"}
+PROMPT = {
+    "peft_type": "PROMPT_TUNING",
+    "num_virtual_tokens": 20,
+    "prompt_tuning_init": "TEXT",
+    "prompt_tuning_init_text": (
+        'Turn the sentence into one JSON object, "action" first, and answer with '
+        "nothing else.\n"
+    ),
+}
+NO_TEXT = {"prompt_tuning_init_text": None, "prompt_tuning_init": "RANDOM"}
+P_TUNING = {
+    "peft_type": "P_TUNING",
+    "num_virtual_tokens": 20,
+    "encoder_hidden_size": 576,
+}
 SPECTRA = tuple(
     f"model.layers.{layer}.{part}.weight"
     for layer in (0, 15, 29)
@@ -66,6 +81,40 @@ def _own_best_rates() -> list[Experiment]:
         )
         found += one.seeds(0, 1, 2)
     return found
+
+
+def _prompt_starts() -> list[Experiment]:
+    """Other starts and lengths at the best rate; what wants its own rate has that."""
+    rate = best_rate("05_rates", "prompt")
+    vocabulary = NO_TEXT | {"prompt_tuning_init": "SAMPLE_VOCAB"}
+    tried = (
+        ("vocabulary", PROMPT | vocabulary, rate),
+        ("random", PROMPT | NO_TEXT, rate),
+        ("random, 10 times the rate", PROMPT | NO_TEXT, 10 * rate),
+        ("5 rows", PROMPT | {"num_virtual_tokens": 5}, rate),
+        ("50 rows", PROMPT | {"num_virtual_tokens": 50}, rate),
+        ("P-tuning lr 0.001", P_TUNING, 1e-3),
+        ("P-tuning lr 0.003", P_TUNING, 3e-3),
+    )
+    return [
+        Experiment(label, method, rate, **SHORT, test_examples=0)
+        for label, method, rate in tried
+    ]
+
+
+def _long_prompt() -> list[Experiment]:
+    rate = best_rate("05_rates", "prompt")
+    return [
+        Experiment(
+            "prompt",
+            PROMPT,
+            rate,
+            steps=200,
+            eval_every=40,
+            eval_examples=32,
+            keep_adapter="05_prompt_tuning",
+        )
+    ]
 
 
 # Enough to tell settings apart, and short enough to repeat.
@@ -164,6 +213,17 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             )
         ],
         "04_pissa": _own_best_rates,
+    },
+    "05": {
+        "05_rates": _rates(
+            "prompt",
+            (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+            method=PROMPT,
+            **SHORT,
+            test_examples=0,
+        ),
+        "05_init": _prompt_starts,
+        "05_long": _long_prompt,
     },
 }
 

@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from course_utils.data import load_examples
@@ -20,7 +21,7 @@ from course_utils.evaluation import answer_share, evaluate, perplexity, stratifi
 from course_utils.experiment_classifier import ClassifierExperiment, run_classifier
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
-from course_utils.models import load_model, load_tokenizer
+from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.parameters import count_parameters
 from course_utils.runtime import data_folder, get_profile, set_seed
 from course_utils.training import LossHistory, prepare_trainer, sft_config
@@ -109,10 +110,7 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     }
     if experiment.keep_adapter:
         folder = data_folder() / "adapters" / experiment.keep_adapter
-        model.save_pretrained(folder)
-        run["measured"]["adapter_bytes"] = sum(
-            file.stat().st_size for file in folder.glob("*.safetensors")
-        )
+        run["measured"]["adapter_bytes"] = _keep_adapter(model, folder, experiment)
     change = {name: _weight(model, name) - old for name, old in before.items()}
     if change:
         run["measured"]["singular_values"] = {
@@ -137,6 +135,23 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     gc.collect()
     run["seconds"] = time.perf_counter() - start
     return run
+
+
+def _keep_adapter(model: Any, folder: Path, experiment: Experiment) -> int:
+    """Save an adapter without the paths of this machine; returns its bytes.
+
+    How a prompt was initialised is in the record; the file holds what was learned.
+    """
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = model_name(experiment.model)
+    if "prompt_tuning_init" in config:
+        config["prompt_tuning_init"] = "RANDOM"
+        config["prompt_tuning_init_text"] = config["tokenizer_name_or_path"] = None
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _run_prompting(experiment: Experiment) -> dict[str, Any]:

@@ -107,6 +107,11 @@ def make_model(experiment: Experiment) -> Any:
     if isinstance(method, dict):
         from peft import get_peft_config, get_peft_model
 
+        from course_utils.loftq import set_start
+
+        if method.get("prompt_tuning_init") == "TEXT":  # a record holds no paths
+            folder = load_tokenizer(name).name_or_path
+            method = {"tokenizer_name_or_path": folder, **method}
         dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None
         config = get_peft_config({"task_type": "CAUSAL_LM", **method})
         base = load_model(name, dtype=dtype, quantization=experiment.quantization)
