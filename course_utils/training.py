@@ -123,8 +123,8 @@ def prepare_trainer(
     Progress in plain lines; trainable parameters in float32; a clear error before step
     1 where training could not work; a model that can generate afterwards; checkpoints
     that say when they are complete; the batches of a resumed run as they would have
-    been. With `fast`, on a CPU: `completion_loss`, and plain attention while training.
-    Losses stay the same: within 1e-4 a step in float32.
+    been. With `fast`, on a CPU: what `course_utils.training_speed` lists; losses stay
+    the same, within 1e-4 a step in float32.
 
     Args:
         trainer: before `trainer.train()`.
@@ -147,7 +147,7 @@ def prepare_trainer(
     use_seeded_batches(trainer)
     if fast and trainer.args.device.type == "cpu":
         use_completion_loss(trainer)
-        trainer.add_callback(callbacks.QuickAttention())
+        trainer.add_callback(callbacks.QuickPasses())
 
 
 def fix_trainable_dtype(trainer: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from course_utils.training_speed import set_attention
+from course_utils.training_speed import cast_lora_inputs, set_attention
 
 MANIFEST = "complete.json"
 
@@ -101,17 +101,19 @@ def check_prompt_methods(model: Any, gradient_checkpointing: bool) -> None:
         )
 
 
-class QuickAttention(TrainerCallback):
-    """Trains with plain attention, and gives the model its own kernel back."""
+class QuickPasses(TrainerCallback):
+    """Plain attention and no needless casts while training; afterwards as before."""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         self.had = set_attention(model, "eager")
+        cast_lora_inputs(model, not args.bf16)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
+        cast_lora_inputs(model, True)
         if self.had is not None:
             set_attention(model, self.had)
 

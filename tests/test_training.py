@@ -29,7 +29,7 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from course_utils.training_speed import SeededBatches
+from course_utils.training_speed import SeededBatches, without_padding
 
 HERE = Path(__file__).parent
 FP32 = Profile("cpu", "cpu", torch.float32, 0)
@@ -84,6 +84,43 @@ def test_completion_loss_and_its_gradients_are_the_models_own(method):
             dict(model.named_parameters())[name].grad, gradient, atol=1e-6, rtol=1e-4
         )
     assert expected
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_batch_without_padding_has_the_same_loss_and_gradients(method, attention):
+    model, data = wrapped(method).train(), batch(9)
+    base = model.get_base_model() if method == "lora" else model
+    base.set_attn_implementation(attention)
+    packed = without_padding(model, data)
+    assert packed["input_ids"].numel() < 0.8 * data["input_ids"].numel()
+    losses, gradients = [], []
+    for one in (data, packed):
+        model.zero_grad()
+        losses.append(completion_loss(model, one))
+        losses[-1].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
+    for padded, unpadded in zip(*gradients, strict=True):
+        torch.testing.assert_close(padded, unpadded, atol=1e-6, rtol=1e-4)
+    # Without the positions the examples see each other, and the loss is another.
+    leaking = {k: v for k, v in packed.items() if k != "position_ids"}
+    assert abs(completion_loss(model, leaking).item() - losses[0].item()) > 1e-4
+
+
+def test_batches_that_cannot_be_packed_stay_padded():
+    data = batch(9)
+    assert without_padding(wrapped("prompt"), data) is data
+    assert without_padding(wrapped("prefix"), data) is data
+    model = random_llama()
+    more = data | {"token_type_ids": torch.zeros_like(data["labels"])}
+    assert without_padding(model, more) is more
+    alike = {name: values[:1].repeat(3, 1) for name, values in data.items()}
+    width = int(alike["attention_mask"][0].sum())
+    alike = {name: values[:, :width] for name, values in alike.items()}
+    assert without_padding(model, alike)["input_ids"].numel() == 3 * width
+    model.config.model_type = "gpt2"
+    assert without_padding(model, data) is data
 
 
 def test_completion_loss_counts_what_it_is_told_to():
