@@ -34,6 +34,11 @@ SPECTRA = tuple(
 )
 
 
+# Enough to tell settings apart, and short enough to repeat.
+SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
+GRID = {"steps": 20, "batch_size": 8, "eval_examples": 48, "test_examples": 48}
+
+
 def best_rate(name: str, prefix: str) -> float:
     """The learning rate of lowest final validation loss in a record.
 
@@ -69,7 +74,7 @@ def _rates(label: str, rates: Sequence[float], **settings: Any) -> list[Experime
 
 
 def _lora(label: str, *, learning_rate: float = 1e-3, **changes: Any) -> Experiment:
-    return Experiment(label, LORA | changes, learning_rate)
+    return Experiment(label, LORA | changes, learning_rate, **GRID)
 
 
 def _own_best_rates() -> list[Experiment]:
@@ -77,7 +82,7 @@ def _own_best_rates() -> list[Experiment]:
     for label, method in (("LoRA", LORA), ("PiSSA", PISSA)):
         rate = best_rate("04_learning_rates", label)
         one = Experiment(
-            label, method, rate, steps=80, eval_every=10, base_dtype="float32"
+            label, method, rate, steps=40, eval_every=10, base_dtype="float32"
         )
         found += one.seeds(0, 1, 2)
     return found
@@ -117,9 +122,6 @@ def _long_prompt() -> list[Experiment]:
     ]
 
 
-# Enough to tell settings apart, and short enough to repeat.
-SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
-
 LESSON_RUNS: dict[str, dict[str, Family]] = {
     "00": {
         "00_prompting": [
@@ -142,6 +144,18 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
                 eval_every=25,
                 forgetting=True,
                 spectra=SPECTRA,
+            ),
+        ],
+        "02_long": [
+            Experiment(
+                "full, long",
+                learning_rate=3e-4,
+                steps=240,
+                batch_size=16,
+                schedule="cosine",
+                test_examples=None,
+                eval_every=40,
+                forgetting=True,
             ),
         ],
         "02_schedules": [
@@ -176,28 +190,30 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
     },
     "03": {
         "03_learning_rates": _rates(
-            "LoRA", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), method=LORA
+            "LoRA", (3e-4, 1e-3, 3e-3, 1e-2), method=LORA, **GRID
         ),
         "03_lora": [
-            Experiment("LoRA", LORA, 1e-3, 150, 16, "cosine", eval_every=25, **more)
-            for more in (
-                {"test_examples": None, "forgetting": True},
-                {"seed": 1},
-                {"seed": 2},
-            )
+            Experiment(
+                "LoRA",
+                LORA,
+                2e-3,
+                steps=150,
+                batch_size=8,
+                schedule="cosine",
+                test_examples=None,
+                eval_every=25,
+                forgetting=True,
+            ),
         ],
         "03_grid": [
             _lora("r = 1", r=1, lora_alpha=2),
             *_lora("r = 8").seeds(0, 1, 2),
             *_lora("r = 64", r=64, lora_alpha=128).seeds(0, 1, 2),
-            _lora("alpha = 8", lora_alpha=8),
-            _lora("alpha = 64", lora_alpha=64),
             *_lora("q and v", target_modules=["q_proj", "v_proj"]).seeds(0, 1, 2),
-            _lora("MLP", target_modules=["gate_proj", "up_proj", "down_proj"]),
             _lora("rsLoRA, r = 64", r=64, lora_alpha=16, use_rslora=True),
             _lora("LoRA, r = 64, alpha = 16", r=64, lora_alpha=16),
             _lora("DoRA", use_dora=True),
-            Experiment("LoRA+", LORA, 3e-4, loraplus_ratio=16.0),
+            Experiment("LoRA+", LORA, 3e-4, loraplus_ratio=16.0, **GRID),
         ],
     },
     "04": {
@@ -206,10 +222,10 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             for label, method in (("LoRA", LORA), ("PiSSA", PISSA))
             for experiment in _rates(
                 label,
-                (1e-4, 3e-4, 1e-3, 3e-3),
+                (3e-4, 1e-3, 3e-3, 1e-2),
                 method=method,
-                test_examples=0,
                 base_dtype="float32",
+                **GRID | {"test_examples": 0},
             )
         ],
         "04_pissa": _own_best_rates,
@@ -225,6 +241,55 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
         "05_init": _prompt_starts,
         "05_long": _long_prompt,
     },
+}
+
+LESSON_RUNS["07"] = {
+    "07_qlora": [
+        experiment
+        for label, quantization in {
+            "LoRA": None,
+            "QLoRA, NF4": "nf4",
+            "QLoRA, FP4": "fp4",
+        }.items()
+        for experiment in Experiment(
+            label,
+            LORA,
+            3e-3,
+            steps=24,
+            batch_size=8,
+            eval_every=8,
+            eval_examples=48,
+            test_examples=60,
+            quantization=quantization,
+        ).seeds(0, 1, 2)
+    ],
+    "07_rounding": [
+        Experiment(label, f"round:{name}", steps=0, test_examples=0, start=start)
+        for label, (name, start) in {
+            "int8, by rows": ("int8", None),
+            "int4": ("int4", None),
+            "FP4": ("fp4", None),
+            "NF4": ("nf4", None),
+            "NF4, double": ("nf4+dq", None),
+            "LoftQ, 1 round, r = 8": ("nf4:8", "loftq:1"),
+            "LoftQ, 5 rounds, r = 8": ("nf4:8", "loftq:5"),
+            "QPiSSA, r = 8": ("nf4:8", "qpissa"),
+            "LoftQ, 1 round, r = 32": ("nf4:32", "loftq:1"),
+            "LoftQ, 5 rounds, r = 32": ("nf4:32", "loftq:5"),
+            "QPiSSA, r = 32": ("nf4:32", "qpissa"),
+        }.items()
+    ],
+    "07_starts": [
+        experiment
+        for label, start in {
+            "NF4": None,
+            "NF4, LoftQ": "loftq:1",
+            "NF4, QPiSSA": "qpissa",
+        }.items()
+        for experiment in Experiment(
+            label, LORA, 1e-3, **SHORT, test_examples=0, quantization="nf4", start=start
+        ).seeds(0, 1, 2)
+    ],
 }
 
 # Seconds on two cores with bfloat16 (measured): a training example, an answer.
