@@ -1,4 +1,4 @@
-"""Prefix tuning from scratch: equal to PEFT, positions right, the prefix alone learns."""
+"""Prefix tuning from scratch: equal to PEFT, positions right, the prefix learns."""
 
 import pytest
 import torch
