@@ -1,0 +1,189 @@
+"""Build the reviews data set: a short review in, one of three verdicts out.
+
+    python data/reviews/build.py           writes the files
+    python data/reviews/build.py --check   compares them with what it would write
+
+The reviews are hand-written, in threes of one topic and one kind (negative, mixed,
+positive), in written.txt and written_test.txt. For the training split alone this
+script also joins hand-written clauses from fragments.txt. It uses the standard
+library only and always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).resolve().parent
+SEED = 20261122
+LABELS = {"-": "negative", "~": "mixed", "+": "positive"}
+COMPOSED = 125  # joined reviews of each label, in the training split only
+VALIDATION_EVERY = 4  # of each kind, every fourth three is validation
+
+# {p} and {n} are clauses of praise and of blame, {P} and {N} the same at the beginning
+# of a sentence. Each joining word stands among the frames of more than one label.
+FRAMES = {
+    "positive": [
+        "{P}, {p}, and {p}.",
+        "{P}. What is more, {p}.",
+        "{P}, and {p}. We shall be back.",
+        "First of all, {p}. Secondly, {p}.",
+        "I was ready to complain, but {p}, and {p}.",
+        "{P}; {p}. That is all I ask.",
+        "True, {n}, but {p} and {p}: I would choose it again.",
+        "Although {n}, {p}, {p}, and I recommend it.",
+        "{N}, I admit. Who cares, when {p} and {p}?",
+        "My sister says that {n}. I disagree with her: {p}, and {p}.",
+        "{P}. Even so I had doubts, until I saw that {p}.",
+        "I had read that {n}. That was long ago; today {p}, and {p}.",
+    ],
+    "negative": [
+        "{N}, {n}, and {n}.",
+        "{N}. What is more, {n}.",
+        "{N}, and {n}. We shall not be back.",
+        "First of all, {n}. Secondly, {n}.",
+        "I was ready to like it, but {n}, and {n}.",
+        "{N}; {n}. I ask for more than that.",
+        "True, {p}, but {n} and {n}: I would not choose it again.",
+        "Although {p}, {n}, {n}, and I advise against it.",
+        "{P}, I admit. Who cares, when {n} and {n}?",
+        "My sister says that {p}. I disagree with her: {n}, and {n}.",
+        "{N}. Even so I had hopes, until I saw that {n}.",
+        "I had read that {p}. That was long ago; today {n}, and {n}.",
+    ],
+    "mixed": [
+        "{P}, and {n}.",
+        "{N}, and {p}.",
+        "{P}; {n}. That is about even.",
+        "{N}. What is more pleasant, {p}.",
+        "First of all, {p}. Secondly, {n}. I shall see.",
+        "True, {p}, and it is as true that {n}.",
+        "Although {n}, {p}. I would give it half marks.",
+        "My sister says that {p}, my brother says that {n}. I agree with both.",
+        "{P}, I admit; {n}, I must add. I am in two minds.",
+        "{N}, but {p}. Some days I mind and some days I do not.",
+        "{P} and {p}. Then again, {n} and {n}.",
+        "I was ready to like it, and {p}. I was ready to complain, and {n}.",
+    ],
+}
+
+
+class Review(NamedTuple):
+    text: str
+    label: str
+    slice: str
+    topic: str
+
+    def record(self) -> dict[str, str]:
+        return self._asdict()
+
+
+def written(name: str) -> list[list[Review]]:
+    """The threes of one file, in its order."""
+    threes: list[list[Review]] = []
+    for number, line in enumerate(
+        (FOLDER / name).read_text(encoding="utf-8").splitlines(), start=1
+    ):
+        mark, _, text = line.partition(" ")
+        if mark == "#":
+            kind, topic = (part.strip() for part in text.split("|"))
+            threes.append([])
+        elif mark in LABELS:
+            threes[-1].append(Review(text, LABELS[mark], kind, topic))
+        elif line:
+            raise ValueError(f"{name}, line {number}: {line!r}")
+    for three in threes:
+        if [review.label for review in three] != list(LABELS.values()):
+            raise ValueError(f"{name}: not negative, mixed, positive: {three}")
+    return threes
+
+
+def fragments() -> dict[str, dict[str, list[str]]]:
+    """Topic -> {"p": clauses of praise, "n": clauses of blame}."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for line in (FOLDER / "fragments.txt").read_text(encoding="utf-8").splitlines():
+        mark, _, text = line.partition(" ")
+        if mark == "#":
+            clauses = found.setdefault(text, {"p": [], "n": []})
+        else:
+            clauses[{"+": "p", "-": "n"}[mark]].append(text)
+    return found
+
+
+def compose(frame: str, clauses: dict[str, list[str]], rng: random.Random) -> str:
+    """One frame with different clauses of one topic in its places."""
+    left = {kind: rng.sample(some, len(some)) for kind, some in clauses.items()}
+
+    def fill(match: re.Match) -> str:
+        clause = left[match[1].lower()].pop()
+        return clause[0].upper() + clause[1:] if match[1].isupper() else clause
+
+    return re.sub(r"\{([pnPN])\}", fill, frame)
+
+
+def composed(rng: random.Random) -> list[Review]:
+    """The joined reviews: topics and frames in turn, so that each is used alike."""
+    stock = fragments()
+    made: list[Review] = []
+    seen: set[str] = set()
+    for label, frames in FRAMES.items():
+        topics, turns = list(stock), list(frames)
+        rng.shuffle(topics)
+        rng.shuffle(turns)
+        number = 0
+        wanted = len(made) + COMPOSED
+        while len(made) < wanted:
+            topic = topics[number % len(topics)]
+            frame = turns[(number + number // len(topics)) % len(turns)]
+            number += 1
+            text = compose(frame, stock[topic], rng)
+            if text in seen or not 8 <= len(text.split()) <= 35:
+                continue
+            seen.add(text)
+            both = re.search("[pP]}", frame) and re.search("[nN]}", frame)
+            kind = "mixed_feelings" if both else "plain"
+            made.append(Review(text, label, kind, topic))
+    return made
+
+
+def build() -> dict[str, str]:
+    """Every generated file's text by name."""
+    rng = random.Random(SEED)
+    kinds: dict[str, int] = {}
+    splits: dict[str, list[Review]] = {"train": [], "validation": [], "test": []}
+    for three in written("written.txt"):
+        kind = three[0].slice
+        kinds[kind] = kinds.get(kind, 0) + 1
+        held = kinds[kind] % VALIDATION_EVERY == 0
+        splits["validation" if held else "train"] += three
+    for three in written("written_test.txt"):
+        splits["test"] += three
+    splits["train"] += composed(rng)
+    files = {}
+    for split, reviews in splits.items():
+        rng.shuffle(reviews)
+        lines = [json.dumps(r.record(), ensure_ascii=False) for r in reviews]
+        files[f"{split}.jsonl"] = "\n".join(lines) + "\n"
+    return files
+
+
+def main(arguments: list[str]) -> int:
+    different = []
+    for name, text in build().items():
+        path = FOLDER / name
+        if "--check" in arguments:
+            if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
+                different.append(name)
+        else:
+            path.write_bytes(text.encode("utf-8"))
+    if different:
+        print("differs from what the builder makes: " + ", ".join(different))
+    return int(bool(different))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

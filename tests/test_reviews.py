@@ -1,0 +1,289 @@
+"""The reviews data set: balance, slices, leakage, shortcuts, hashes, rebuild."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from course_utils.data import load_examples
+
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "reviews"
+SPLITS = ("train", "validation", "test")
+LABELS = {"negative", "mixed", "positive"}
+KINDS = {"plain", "mixed_feelings", "irony", "negation", "understatement"}
+
+
+def _load_builder():
+    spec = importlib.util.spec_from_file_location("reviews_build", FOLDER / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:  # no __pycache__ among the data
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module
+
+
+build = _load_builder()
+RECORDS = {
+    split: [
+        json.loads(line)
+        for line in (FOLDER / f"{split}.jsonl").read_text("utf-8").splitlines()
+    ]
+    for split in SPLITS
+}
+LEARNED = RECORDS["train"] + RECORDS["validation"]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.casefold())
+
+
+# --- shape ----------------------------------------------------------------------------
+
+
+def test_sizes_slices_and_balance():
+    assert len(RECORDS["train"]) >= 600
+    assert len(RECORDS["validation"]) >= 100
+    assert len(RECORDS["test"]) >= 240
+    counts = Counter((r["slice"], r["label"]) for r in RECORDS["test"])
+    slices = KINDS | {"unseen_topic"}
+    assert counts == {(name, label): 16 for name in slices for label in LABELS}
+    for split in ("train", "validation"):
+        assert {r["slice"] for r in RECORDS[split]} == KINDS
+    for split in SPLITS:
+        labels = Counter(r["label"] for r in RECORDS[split])
+        assert set(labels) == LABELS
+        assert len(set(labels.values())) == 1  # balanced exactly
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_record_is_a_clean_short_review(split):
+    for record in RECORDS[split]:
+        assert list(record) == ["text", "label", "slice", "topic"]
+        text = record["text"]
+        assert text == text.strip()
+        assert 8 <= len(text.split()) <= 35, text
+        assert text[0].isupper() and text[-1] in ".?!", text
+        assert not re.search(r"[{}\x00-\x1f“”’]|  | [,.;:!?]|,,|\.\.", text), text
+
+
+def test_enough_is_written_whole_and_by_hand():
+    threes = build.written("written.txt") + build.written("written_test.txt")
+    kinds = Counter(three[0].slice for three in threes)
+    assert 3 * sum(kinds.values()) >= 700
+    assert 3 * (kinds["irony"] + kinds["mixed_feelings"] + kinds["negation"]) >= 400
+    whole = {review.text for three in threes for review in three}
+    assert {r["text"] for s in ("validation", "test") for r in RECORDS[s]} <= whole
+    joined = [r for r in RECORDS["train"] if r["text"] not in whole]
+    assert len(joined) == 3 * build.COMPOSED
+
+
+def test_the_threes_of_one_subject_stay_in_one_split():
+    place = {r["text"]: split for split in SPLITS for r in RECORDS[split]}
+    for name in ("written.txt", "written_test.txt"):
+        for three in build.written(name):
+            assert len({place[review.text] for review in three}) == 1
+
+
+# --- leakage --------------------------------------------------------------------------
+
+
+def grams(text: str, n: int) -> set[tuple[str, ...]]:
+    found = words(text)
+    return {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
+
+
+def test_no_review_twice_and_none_nearly():
+    texts = [" ".join(words(r["text"])) for s in SPLITS for r in RECORDS[s]]
+    assert [text for text, n in Counter(texts).items() if n > 1] == []
+    written = [
+        frozenset(words(review.text))
+        for name in ("written.txt", "written_test.txt")
+        for three in build.written(name)
+        for review in three
+    ]
+    near = [(a, b) for a, b in combinations(written, 2) if len(a & b) > len(a | b) / 2]
+    assert near == []
+
+
+def test_test_and_validation_share_no_phrase_with_training():
+    """No five words in a row: neither a sentence nor its skeleton comes back."""
+    learned = {gram for r in LEARNED for gram in grams(r["text"], 5)}
+    assert [
+        g for r in RECORDS["test"] for g in grams(r["text"], 5) if g in learned
+    ] == []
+    # The same measure does see the clauses that return within the training split.
+    counts = Counter(g for r in RECORDS["train"] for g in grams(r["text"], 5))
+    assert sum(n > 1 for n in counts.values()) > 500
+
+
+def test_fragments_and_frames_are_for_training_alone():
+    held = " | ".join(
+        " ".join(words(r["text"])) for s in ("validation", "test") for r in RECORDS[s]
+    )
+    for topic, clauses in build.fragments().items():
+        for kind in "pn":
+            assert len(clauses[kind]) == len(set(clauses[kind])) >= 5, topic
+            assert [c for c in clauses[kind] if " ".join(words(c)) in held] == []
+    for frames in build.FRAMES.values():
+        for frame in frames:
+            fixed = max(re.split(r"\{.\}", frame), key=len)
+            phrase = " ".join(words(fixed))
+            assert len(phrase.split()) < 3 or phrase not in held, frame
+
+
+HELD_OUT = {
+    "ferry": "ferry|ferries",
+    "podcast": "podcasts?",
+    "swimming pool": "pools?",
+    "desk lamp": "lamps?",
+    "umbrella": "umbrellas?",
+    "mattress": "mattress(es)?",
+    "printer": "printers?",
+    "escape room": "escape rooms?",
+    "cheese stall": "cheeses?|stalls?",
+    "garden seeds": "radish(es)?|seedlings?|gardeners?",
+    "puppet theatre": "puppets?|theatres?",
+    "guitar": "guitars?",
+    "zoo": "zoos?",
+    "doorbell": "doorbells?",
+    "sunglasses": "sunglasses",
+}
+
+
+def test_held_out_topics_are_never_mentioned_in_training():
+    new = {r["topic"] for r in RECORDS["test"] if r["slice"] == "unseen_topic"}
+    assert new == set(HELD_OUT)
+    known = {r["topic"] for r in LEARNED}
+    assert new & known == set()
+    assert {r["topic"] for r in RECORDS["test"]} - new <= known
+    pattern = re.compile(rf"\b(?:{'|'.join(HELD_OUT.values())})\b", re.I)
+    assert [r["text"] for r in LEARNED if pattern.search(r["text"])] == []
+
+
+# --- shortcuts ------------------------------------------------------------------------
+
+
+def best_word_rule(records: list[dict]) -> tuple[float, str]:
+    """The most right of any rule "with this word one label, without it another"."""
+    total = Counter(r["label"] for r in records)
+    by_word: dict[str, Counter] = defaultdict(Counter)
+    for record in records:
+        for word in set(words(record["text"])):
+            by_word[word][record["label"]] += 1
+    return max(
+        (max(c.values()) + max(total[x] - c[x] for x in total), word)
+        for word, c in by_word.items()
+    )
+
+
+def test_no_single_word_gives_the_label_away():
+    for split in SPLITS:
+        right, word = best_word_rule(RECORDS[split])
+        assert right / len(RECORDS[split]) < 0.5, (split, word)
+    planted = [
+        {**r, "text": r["text"] + " but" * (r["label"] == "mixed")}
+        for r in RECORDS["test"]
+    ]
+    right, word = best_word_rule(planted)
+    assert word == "but" and right / len(planted) > 0.6
+
+
+def test_neither_length_nor_topic_gives_the_label_away():
+    for split in SPLITS:
+        total = Counter(r["label"] for r in RECORDS[split])
+        for limit in range(9, 35):
+            short = Counter(
+                r["label"] for r in RECORDS[split] if len(r["text"].split()) < limit
+            )
+            right = max(short.values(), default=0)
+            right += max(total[x] - short[x] for x in total)
+            assert right / len(RECORDS[split]) < 0.5, (split, limit)
+    by_topic: dict[str, Counter] = defaultdict(Counter)
+    for record in RECORDS["train"]:
+        by_topic[record["topic"]][record["label"]] += 1
+    right = sum(max(c.values()) for c in by_topic.values())
+    assert right / len(RECORDS["train"]) < 0.4
+
+
+def test_a_word_counting_classifier_does_not_solve_it():
+    """Naive Bayes on the words of the training split stays far from a good score."""
+    from math import log
+
+    counts = {label: Counter() for label in LABELS}
+    for record in RECORDS["train"]:
+        counts[record["label"]].update(set(words(record["text"])))
+    vocabulary = set().union(*counts.values())
+    sums = {label: sum(c.values()) + len(vocabulary) for label, c in counts.items()}
+
+    def guess(text: str) -> str:
+        known = [w for w in set(words(text)) if w in vocabulary]
+        return max(
+            sorted(LABELS),
+            key=lambda x: sum(log((counts[x][w] + 1) / sums[x]) for w in known),
+        )
+
+    def share(records: list[dict]) -> float:
+        return sum(guess(r["text"]) == r["label"] for r in records) / len(records)
+
+    assert share(RECORDS["test"]) < 0.6
+    assert share(RECORDS["train"]) > 0.8  # it does learn
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+def test_the_builder_makes_these_files():
+    for name, text in build.build().items():
+        assert (FOLDER / name).read_bytes() == text.encode("utf-8"), name
+
+
+def test_check_option_sees_a_changed_file(tmp_path):
+    for path in FOLDER.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    command = [sys.executable, str(tmp_path / "build.py"), "--check"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    changed = tmp_path / "validation.jsonl"
+    changed.write_bytes(changed.read_bytes()[:-2] + b" \n")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "validation.jsonl" in result.stdout
+
+
+def test_data_card_has_the_hash_and_the_counts_of_each_file():
+    card = (FOLDER / "README.md").read_text("utf-8")
+    for split in SPLITS:
+        data = (FOLDER / f"{split}.jsonl").read_bytes()
+        row = re.search(
+            rf"^\| `{split}\.jsonl` \| (\d+) \| `([0-9a-f]{{64}})`", card, re.M
+        )
+        assert row, split
+        assert int(row[1]) == len(RECORDS[split])
+        assert row[2] == hashlib.sha256(data).hexdigest()
+    assert "CC BY 4.0" in card
+    for name in KINDS | {"unseen_topic"}:
+        assert f"| `{name}` |" in card
+
+
+def test_load_examples_gives_texts_label_names_and_the_courses_columns():
+    for split in SPLITS:
+        examples = load_examples("reviews", split)
+        assert len(examples) == len(RECORDS[split])
+        assert {"text", "label", "slice", "topic", "prompt", "completion"} == set(
+            examples.column_names
+        )
+        assert examples["text"] == examples["prompt"]
+        assert examples["label"] == examples["completion"]
+        assert set(examples["label"]) == LABELS
