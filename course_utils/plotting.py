@@ -7,8 +7,10 @@ figure reads in grey. No display is needed.
 
 from __future__ import annotations
 
+from course_utils.figure_confusion import plot_confusion
 from course_utils.figure_curves import plot_loss, plot_memory, plot_spectrum
 from course_utils.figure_map import plot_method_map
+from course_utils.figure_prefix import plot_prefix
 from course_utils.figure_scores import (
     pareto_front,
     plot_by_slice,
@@ -41,11 +43,13 @@ __all__ = [
     "plot_attention_mask",
     "plot_by_slice",
     "plot_comparison",
+    "plot_confusion",
     "plot_learning_rates",
     "plot_loss",
     "plot_mask",
     "plot_memory",
     "plot_method_map",
+    "plot_prefix",
     "plot_scatter",
     "plot_spectrum",
 ]

@@ -71,6 +71,10 @@ DRAWINGS = {
     "attention": lambda **k: plotting.plot_attention_mask(
         CAUSAL, tokens="abcde灯", **k
     ),
+    "prefix": lambda **k: plotting.plot_prefix(["Dim", " the", "灯"], **k),
+    "confusion": lambda **k: plotting.plot_confusion(
+        [[9, 1, 0], [3, 4, 3], [0, 0, 0]], ["bad", "mixed", "good"], **k
+    ),
     "map": lambda **k: plotting.plot_method_map({"lora": 100}, total=1000, **k),
 }
 
@@ -148,6 +152,24 @@ def test_comparison_and_memory_write_their_values():
     assert [bar.get_x() for bar in ax.patches] == pytest.approx([0, 6, 9])
     with pytest.raises(ValueError, match="GiB"):
         plotting.plot_memory(PARTS, unit="Gb")
+
+
+def test_a_prefix_is_learned_at_every_layer_and_a_prompt_at_the_input():
+    ax = plotting.plot_prefix(["a", "b"], virtual=3, layers=4)
+    colours = [to_hex(patch.get_facecolor()) for patch in ax.patches]
+    assert colours.count(METHOD_COLOURS["prompt"]) == 3
+    assert colours.count(METHOD_COLOURS["prefix"]) == 3 * 4
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        plotting.plot_prefix("abcdefghi")
+
+
+def test_the_cells_of_a_confusion_matrix_hold_counts_and_shares_of_the_row():
+    ax = plotting.plot_confusion([[3, 1], [0, 2]], ["bad", "good"])
+    texts = {tuple(text.xy): text.get_text() for text in ax.texts}
+    assert texts[0, 0] == "3\n75 %" and texts[1, 0] == "1\n25 %"
+    assert texts[0, 1] == "0\n0 %" and texts[1, 1] == "2\n100 %"
+    with pytest.raises(ValueError, match="2 names for a matrix"):
+        plotting.plot_confusion([[1]], ["bad", "good"])
 
 
 def test_the_best_learning_rate_is_ringed():
