@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from course_utils import records
+from course_utils.experiment_lists_06 import virtual_runs
 from course_utils.experiment_setup import Experiment
 
-Family = list[Experiment] | Callable[[], list[Experiment]]
+Family = list[Any] | Callable[[], list[Any]]
 
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 PISSA = LORA | {"init_lora_weights": "pissa"}
@@ -27,7 +28,6 @@ P_TUNING = {
     "num_virtual_tokens": 20,
     "encoder_hidden_size": 576,
 }
-PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 32}
 SPECTRA = tuple(
     f"model.layers.{layer}.{part}.weight"
     for layer in (0, 15, 29)
@@ -76,12 +76,6 @@ def _rates(label: str, rates: Sequence[float], **settings: Any) -> list[Experime
 
 def _lora(label: str, *, learning_rate: float = 1e-3, **changes: Any) -> Experiment:
     return Experiment(label, LORA | changes, learning_rate, **GRID)
-
-
-def _prefixes(
-    label: str, rates: Sequence[float], method: Any = PREFIX, **settings: Any
-) -> list[Experiment]:
-    return _rates(label, rates, method=method, **SHORT, test_examples=0, **settings)
 
 
 def _own_best_rates() -> list[Experiment]:
@@ -237,36 +231,6 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
         ],
         "04_pissa": _own_best_rates,
     },
-    "06": {
-        "06_prefix": [
-            Experiment(
-                "prefix",
-                PREFIX,
-                1e-2,
-                steps=150,
-                batch_size=8,
-                schedule="cosine",
-                test_examples=240,
-                eval_every=25,
-                prefix_from="schema",
-                keep_adapter="06_prefix_tuning",
-            ),
-            *_prefixes(
-                "prefix from text", (3e-3, 1e-2, 3e-2, 1e-1), prefix_from="schema"
-            ),
-            *_prefixes("prefix random", (3e-2, 1e-1, 3e-1)),
-            *_prefixes(
-                "prefix zero",
-                (3e-3, 1e-2, 3e-2),
-                method=PREFIX | {"init_weights": "zero"},
-            ),
-            *_prefixes(
-                "prefix projected",
-                (1e-3, 3e-3),
-                method=PREFIX | {"prefix_projection": True, "encoder_hidden_size": 64},
-            ),
-        ],
-    },
     "05": {
         "05_rates": _rates(
             "prompt",
@@ -280,6 +244,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
     },
 }
 
+LESSON_RUNS["06"] = virtual_runs(SHORT, best_rate)
 LESSON_RUNS["07"] = {
     "07_qlora": [
         experiment

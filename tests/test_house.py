@@ -110,7 +110,8 @@ ARROWS = {
         *("classification", "data", "models", "parameters"),
         *("training", "training_callbacks"),
     },
-    "experiment_lists": {"experiment_setup", "records"},
+    "experiment_lists_06": {"experiment_classifier", "experiment_setup"},
+    "experiment_lists": {"experiment_lists_06", "experiment_setup", "records"},
     "experiment_run": {
         *("experiment_setup", "experiment_classifier"),
         *("data", "evaluation", "formatting", "models"),
@@ -139,7 +140,7 @@ FAMILIES = {
     },
     "training": {"training_callbacks", "training_speed"},
     "experiments": {
-        *("experiment_classifier", "experiment_lists"),
+        *("experiment_classifier", "experiment_lists", "experiment_lists_06"),
         *("experiment_run", "experiment_setup"),
     },
     "plotting": {module for module in ARROWS if module.startswith("figure_")},

@@ -71,7 +71,7 @@ DRAWINGS = {
     "attention": lambda **k: plotting.plot_attention_mask(
         CAUSAL, tokens="abcde灯", **k
     ),
-    "prefix": lambda **k: plotting.plot_prefix(["Dim", " the", "灯"], **k),
+    "prefix": lambda **k: plotting.plot_prefix(["Dim", " the", "lamp"], **k),
     "confusion": lambda **k: plotting.plot_confusion(
         [[9, 1, 0], [3, 4, 3], [0, 0, 0]], ["bad", "mixed", "good"], **k
     ),

@@ -1,0 +1,178 @@
+"""Classes, predictions, scores and confusions; and a recorded run of a classifier."""
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import byte_tokenizer
+from transformers import BertConfig, BertForSequenceClassification
+
+from course_utils import experiment_classifier as runs
+from course_utils import record_metrics, records
+from course_utils.classification import (
+    accuracy,
+    confusion_matrix,
+    label_names,
+    macro_f1,
+    predict,
+    tokenize_texts,
+)
+from course_utils.experiment_lists import LESSON_RUNS
+from course_utils.experiments import record_family
+from course_utils.runtime import Profile
+
+NAMES = ["bad", "good", "mixed"]
+ROWS = [
+    {"text": f"{word} {i}", "label": name, "slice": "plain" if i % 2 else "irony"}
+    for i in range(8)
+    for name, word in zip(NAMES, ("aaa", "zzz", "mmm"), strict=True)
+]
+METHODS = {
+    "prompt": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
+    "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+    "projection": {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": 4,
+        "prefix_projection": True,
+        "encoder_hidden_size": 8,
+    },
+    "p_tuning": {
+        "peft_type": "P_TUNING",
+        "num_virtual_tokens": 4,
+        "encoder_hidden_size": 8,
+    },
+    "lora": {"peft_type": "LORA", "r": 2, "target_modules": ["query", "value"]},
+    "head": "head",
+    "full": "full",
+}
+
+
+def small_bert(name=None, *, num_labels):
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=160,
+        num_labels=num_labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config).eval(), byte_tokenizer()
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A tiny encoder and eight short texts a class, the same in every split."""
+    data = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(runs, "load_classifier", small_bert)
+    monkeypatch.setattr(runs, "load_examples", lambda name, split: data)
+    profile = Profile("cpu", "cpu", torch.float32, 0)
+    monkeypatch.setattr(runs, "get_profile", lambda: profile)
+    monkeypatch.setattr(records, "data_folder", lambda: tmp_path)
+
+
+def test_labels_become_numbers_in_the_order_of_the_names():
+    assert label_names(ROWS) == NAMES
+    rows = tokenize_texts(ROWS[:3], byte_tokenizer(), NAMES, max_length=4)
+    assert rows["labels"] == [0, 1, 2]
+    assert [len(ids) for ids in rows["input_ids"]] == [4, 4, 4]
+    with pytest.raises(ValueError, match="'bad' is not one of"):
+        tokenize_texts(ROWS[:1], byte_tokenizer(), ["good"])
+
+
+def test_predictions_do_not_depend_on_the_batch_and_leave_the_mode():
+    model, tokenizer = small_bert(num_labels=3)
+    model.train()
+    model.bert.eval()
+    texts = ["a", "a much longer text than the others", "zz", "mmm mmm"]
+    one = [predict(model, tokenizer, [text], NAMES)[0] for text in texts]
+    assert predict(model, tokenizer, texts, NAMES, batch_size=3) == one
+    assert model.training and not model.bert.training
+    assert predict(model, tokenizer, [], NAMES) == []
+
+
+pairs = st.lists(
+    st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)), min_size=1, max_size=30
+)
+
+
+@given(pairs)
+def test_scores_follow_from_the_confusions(found):
+    predictions, references = zip(*found, strict=True)
+    matrix = torch.tensor(confusion_matrix(predictions, references, NAMES))
+    assert matrix.sum() == len(found)
+    right = matrix.diagonal()
+    assert accuracy(predictions, references) == pytest.approx(
+        right.sum().item() / len(found)
+    )
+    true, named = matrix.sum(1), matrix.sum(0)
+    f1 = (2 * right / (true + named))[true > 0]
+    assert macro_f1(predictions, references) == pytest.approx(f1.mean().item())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_what_it_says_and_learns(method, small):
+    experiment = runs.ClassifierExperiment(
+        method, METHODS[method], learning_rate=1e-2, steps=12, batch_size=8,
+        eval_every=6,
+    )  # fmt: skip
+    run = runs.run_classifier(experiment, progress=False)
+    assert [step for step, _ in run["eval_loss"]] == [6, 12]
+    assert len(run["loss"]) == 12 and len(run["predictions"]) == len(ROWS)
+    expected = {
+        "prompt": 4 * 32 + 99,
+        "prefix": 4 * 2 * 2 * 32 + 99,
+        "projection": 4 * 32 + 33 * 8 + 9 * 128 + 99,
+        "p_tuning": 4 * 32 + 33 * 8 + 9 * 8 + 9 * 32 + 99,
+        "lora": 2 * 2 * 2 * 64 + 99,
+        "head": 99,
+        "full": small_bert(num_labels=3)[0].num_parameters(),
+    }
+    assert run["trainable_parameters"] == expected[method]
+    assert run["measured"]["adapter_bytes"] >= 4 * 99
+    if method == "full":
+        assert run["loss"][-1] < 0.7 * run["loss"][0]
+
+
+def test_a_recorded_run_recomputes_its_scores(small):
+    options = {"steps": 2, "batch_size": 4, "eval_every": 2}
+    family = runs.ClassifierExperiment("head", "head", **options).seeds(0, 1)
+    record_family("06_try", family, command="make runs", say=lambda line: None)
+    record = records.load_record("06_try")
+    assert records.differences(record) == []
+    assert [run["seed"] for run in record["runs"]] == [0, 1]
+    first = record["runs"][0]
+    assert first["metrics"]["accuracy_by_slice"].keys() == {"plain", "irony"}
+    assert first["metrics"]["accuracy"] == accuracy(
+        first["predictions"], first["references"]
+    )
+    first["predictions"] = list(first["references"])
+    assert record_metrics.differences(record), "an edited prediction is not seen"
+
+
+def test_an_unknown_method_is_refused(small):
+    with pytest.raises(ValueError, match="expected 'full', 'head' or a dict"):
+        runs.make_classifier("half", 3)
+
+
+def test_the_classifier_families_are_of_classifiers():
+    family = LESSON_RUNS["06"]["06_method_rates"]
+    assert {type(e) for e in family} == {runs.ClassifierExperiment}
+
+
+@pytest.mark.model
+def test_the_built_in_encoder_reads_a_prefix_at_every_layer():
+    """An encoder drops no cache: its answer depends on the prefix of its last layer."""
+    runs.set_seed(0)
+    method = METHODS["prefix"]
+    model, tokenizer = runs.make_classifier(method, 3)
+    model.eval()
+    batch = tokenizer("A quiet room, a rude porter.", return_tensors="pt")
+    before = model(**batch).logits
+    width = 2 * 384
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight[:, -width:] *= 3
+    assert (model(**batch).logits - before).abs().max() > 1e-4
