@@ -91,6 +91,13 @@ def _virtual_tokens(model: Any) -> str | None:
     return config.peft_type.value if config.is_prompt_learning else None
 
 
+def virtual_length(model: Any) -> int:
+    """How many virtual tokens stand before each row: 0 without prompt learning."""
+    if _virtual_tokens(model) is None:
+        return 0
+    return model.active_peft_config.num_virtual_tokens
+
+
 def left_batch(
     model: Any, rows: Sequence[Sequence[int]], *, share_at_most: int | None = None
 ) -> Batch:

@@ -17,6 +17,7 @@ from course_utils.decoding import (
     decodes,
     inference_state,
     library_rows,
+    virtual_length,
 )
 from course_utils.formatting import end_of_turn_ids, generation_prompt
 
@@ -225,6 +226,7 @@ def _token_rows(
     if template is None and system is not None:
         raise ValueError("with template=None the system text stands in the prompt")
     rows, longest = [], getattr(base_model(model).config, "max_position_embeddings", 0)
+    virtual = virtual_length(model)
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompt {i} is {type(prompt).__name__}, not a string")
@@ -236,10 +238,11 @@ def _token_rows(
             row = generation_prompt(prompt, tokenizer, template=template, system=system)
         if not row:
             raise ValueError(f"prompt {i} has no tokens")
-        if longest and len(row) + new > longest:
+        if longest and virtual + len(row) + new > longest:
+            learned = f" and {virtual} virtual ones" if virtual else ""
             raise ValueError(
-                f"prompt {i} has {len(row)} tokens; with {new} new ones it exceeds "
-                f"the {longest} that this model can read"
+                f"prompt {i} has {len(row)} tokens{learned}; with {new} new ones it "
+                f"exceeds the {longest} that this model can read"
             )
         rows.append(row)
     return rows

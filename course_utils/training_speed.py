@@ -36,9 +36,15 @@ def completion_loss(
 
     Returns:
         A scalar, 0 for a batch without a learned token.
+
+    Raises:
+        ValueError: the batch is packed and the model has virtual tokens, which would
+            stand before each row instead of each example.
     """
     from torch.nn.functional import cross_entropy
 
+    if "position_ids" in batch and "attention_mask" not in batch:
+        _refuse_virtual_tokens(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE
@@ -48,6 +54,16 @@ def completion_loss(
     total = cross_entropy(logits.float(), targets, reduction="sum")
     count = learned.sum().clamp(min=1) if learned_tokens is None else learned_tokens
     return total / count
+
+
+def _refuse_virtual_tokens(model: Any) -> None:
+    configs = getattr(model, "peft_config", {}).values()
+    if any(getattr(config, "is_prompt_learning", False) for config in configs):
+        raise ValueError(
+            "packed examples and virtual tokens do not go together: one prompt would "
+            "stand before the whole row, and PEFT ignores position_ids. Put one "
+            "example into each row: CompletionCollator pads them."
+        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Recorded runs: what is trained, what is spoiled, and resuming a family of runs."""
 
+import json
 import math
 
 import pytest
@@ -13,12 +14,14 @@ from course_utils.runtime import Profile
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
 
+UNTRAINED = ("prompt:", "round:")
+
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A tiny random model in float32, and records in a folder of this test's own."""
 
-    def load(name=None, *, dtype=None):
+    def load(name=None, *, dtype=None, quantization=None):
         return random_llama(initializer_range=0.05).to(dtype or torch.float32)
 
     for module in (experiment_run, experiment_setup):
@@ -106,6 +109,39 @@ def test_adapters_are_trained_by_the_same_path(small, more):
     assert all(math.isfinite(value) for value in run["loss"])
 
 
+def test_a_kept_prompt_holds_what_was_learned_and_no_path(small, monkeypatch, tmp_path):
+    from peft import PeftModel
+
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    byte_tokenizer().name_or_path = str(tmp_path / "tokenizer")
+    monkeypatch.setattr(experiment_run, "data_folder", lambda: tmp_path)
+    method = {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": 4,
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "abcd",
+    }
+    started = make_model(quick(method=method)).get_prompt(1)
+    words = random_llama(initializer_range=0.05).get_input_embeddings()
+    encoded = byte_tokenizer()("abcd", return_tensors="pt")["input_ids"]
+    assert torch.equal(started, words(encoded))
+    run = experiment_run.run_experiment(
+        quick(method=method, keep_adapter="x"), progress=False
+    )
+    folder = tmp_path / "adapters" / "x"
+    assert str(tmp_path) not in json.dumps(run)
+    assert {f.name for f in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert str(tmp_path) not in (folder / "adapter_config.json").read_text()
+    kept = folder / "adapter_model.safetensors"
+    assert run["measured"]["adapter_bytes"] == kept.stat().st_size > 4 * 4 * 32
+    loaded = PeftModel.from_pretrained(random_llama(initializer_range=0.05), folder)
+    assert loaded.get_prompt(1).shape == started.shape
+    assert not torch.allclose(loaded.get_prompt(1), started, atol=1e-4)
+
+
 def fake(calls):
     def run(experiment):
         calls.append((experiment.label, experiment.seed))
@@ -171,4 +207,4 @@ def test_the_lists_are_well_formed():
             keys = [(e.label, e.seed) for e in family]
             assert len(set(keys)) == len(keys), name
             assert all(e.learning_rate > 0 for e in family)
-            assert all(e.steps > 0 or "prompt" in e.method for e in family)
+            assert all(e.steps > 0 or e.method.startswith(UNTRAINED) for e in family)

@@ -62,6 +62,7 @@ ARROWS = {
     "parameters": {"closed_forms", "parameter_rows", "targets"},
     "lora": set(),
     "pissa": set(),
+    "soft_prompts": set(),
     "prefix": set(),
     "classification": set(),
     "memory_request": {"targets", "parameters"},
@@ -126,6 +127,7 @@ TOPS = {"experiments", "picture"}
 # may the others import them.
 LAZY = {
     *("lora", "memory_exact", "memory_fakes", "pissa", "prefix"),
+    "soft_prompts",
     "training_callbacks",
 }
 FAMILIES = {
@@ -535,13 +537,16 @@ def test_what_is_public_is_described_and_typed(module):
 # --- the repository --------------------------------------------------------------
 
 
+BINARY = {".png", ".svg", ".safetensors"}
+
+
 def project_files():
     """Return every text file that git would carry, tracked or new."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     paths = [ROOT / name for name in sorted(set(names.split("\0"))) if name]
     assert len(paths) > 20, "not a git checkout"
-    return [p for p in paths if p.exists() and p.suffix not in {".png", ".svg"}]
+    return [p for p in paths if p.exists() and p.suffix not in BINARY]
 
 
 # These two hold the patterns and the planted examples.

@@ -327,6 +327,10 @@ def test_wrong_prompts_are_named():
         stream(model, tokenizer, ["a"])
     with pytest.raises(ValueError, match="prompt 1 has 6.. tokens; with 64 new"):
         generate(model, tokenizer, ["a", "b" * 520])
+    with pytest.raises(ValueError, match="500 tokens and 5 virtual ones; with 8 new"):
+        generate(
+            small("prompt"), tokenizer, ["b" * 500], template=None, max_new_tokens=8
+        )
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
         generate(model, tokenizer, [""], template=None)
     with pytest.raises(ValueError, match="stands in the prompt"):
