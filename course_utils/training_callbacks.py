@@ -94,10 +94,12 @@ def check_prompt_methods(model: Any, gradient_checkpointing: bool) -> None:
     configs = getattr(model, "peft_config", {}).values()
     names = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs}
     kinds = names & {"PREFIX_TUNING", "CARTRIDGE"}
-    if gradient_checkpointing and kinds:
+    on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if kinds and (gradient_checkpointing or on):
         raise ValueError(
             f"{kinds.pop()} does not work with gradient checkpointing: pass "
-            "gradient_checkpointing=False to the trainer's arguments."
+            "gradient_checkpointing=False to the trainer's arguments, and call "
+            "model.get_base_model().gradient_checkpointing_disable()."
         )
 
 
@@ -129,6 +131,8 @@ class ReadyToGenerate(TrainerCallback):
     ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.config.use_cache = True
+        if getattr(base, "generation_config", None) is not None:
+            base.generation_config.use_cache = True
         if args.gradient_checkpointing:
             base.gradient_checkpointing_disable()
         self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -1,5 +1,6 @@
 """Prefix tuning from scratch: equal to PEFT, positions right, the prefix learns."""
 
+import datasets
 import pytest
 import torch
 from peft import (
@@ -10,8 +11,11 @@ from peft import (
 )
 from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
+from trl import SFTTrainer
 
 from course_utils.closed_forms import adapter_parameters
+from course_utils.formatting import CompletionCollator
+from course_utils.inference import generate
 from course_utils.parameters import count_parameters
 from course_utils.prefix import (
     PrefixMLP,
@@ -22,7 +26,10 @@ from course_utils.prefix import (
     to_peft_rows,
     with_prefix,
 )
+from course_utils.runtime import Profile, set_seed
+from course_utils.training import LossHistory, prepare_trainer, sft_config
 
+PROJECTED = {"prefix_projection": True, "encoder_hidden_size": 7}
 N = 5
 IDS = torch.arange(3, 19).reshape(2, 8)
 MASK = torch.ones_like(IDS)
@@ -146,7 +153,7 @@ def our_network(theirs):
 
 
 def test_the_network_is_that_of_peft():
-    theirs = peft_model(prefix_projection=True, encoder_hidden_size=7)
+    theirs = peft_model(**PROJECTED)
     ours = our_network(theirs)
     logits = with_prefix(random_llama(), ours(), IDS, MASK).logits
     expected = theirs(IDS, attention_mask=MASK).logits
@@ -158,7 +165,7 @@ def test_the_network_is_that_of_peft():
 
 
 def test_the_network_is_not_needed_after_training(tmp_path):
-    theirs = peft_model(prefix_projection=True, encoder_hidden_size=7)
+    theirs = peft_model(**PROJECTED)
     theirs.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert set(saved) == {"prompt_embeddings"}
@@ -174,3 +181,65 @@ def test_the_prefix_is_cast_to_the_models_dtype():
     loss = with_prefix(model, prefix, IDS, labels=LABELS).loss
     loss.backward()
     assert prefix.grad.dtype == torch.float32 and prefix.grad.abs().max() > 0
+
+
+def trainer_for(model, folder, **settings):
+    rows = [
+        {"input_ids": [*range(5, 15 + i)], "attention_mask": [1] * (10 + i)}
+        for i in range(4)
+    ]
+    for row in rows:
+        row["labels"] = [-100] * 4 + row["input_ids"][4:]
+    options = {"max_steps": 3, "per_device_train_batch_size": 2} | settings
+    return SFTTrainer(
+        model=model,
+        args=sft_config(Profile("cpu", "cpu", torch.float32, 0), folder, **options),
+        train_dataset=datasets.Dataset.from_list(rows),
+        data_collator=CompletionCollator(byte_tokenizer()),
+        processing_class=byte_tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("options", [{}, PROJECTED])
+def test_the_courses_trainer_gives_the_librarys_losses(options, tmp_path):
+    losses = []
+    for fast in (True, False):
+        set_seed(0)
+        trainer = trainer_for(peft_model(**options), tmp_path, learning_rate=0.1)
+        prepare_trainer(trainer, fast=fast)
+        trainer.train()
+        losses.append(LossHistory.from_trainer(trainer).loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_checkpointing_is_refused_wherever_it_was_switched_on(tmp_path):
+    for model, settings in (
+        (peft_model(), {"gradient_checkpointing": True}),
+        (peft_model(), {}),
+    ):
+        trainer = trainer_for(model, tmp_path, **settings)
+        if not settings:
+            model.get_base_model().gradient_checkpointing_enable()
+        prepare_trainer(trainer)
+        with pytest.raises(ValueError, match="does not work with gradient checkpoint"):
+            trainer.train()
+
+
+def test_a_prefix_generates_whatever_a_trainer_has_left(tmp_path):
+    model = peft_with(random_prefix(random_llama()))
+    base, tokenizer = model.get_base_model(), byte_tokenizer()
+    fresh = generate(model, tokenizer, ["Hello", "Dim it"], max_new_tokens=6)
+    base.config.use_cache = base.generation_config.use_cache = False
+    model.train()
+    base.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError):
+        model.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=6)
+    assert generate(model, tokenizer, ["Hello", "Dim it"], max_new_tokens=6) == fresh
+    base.gradient_checkpointing_disable()
+    trainer = trainer_for(model, tmp_path, learning_rate=0.0)
+    prepare_trainer(trainer)
+    trainer.train()
+    assert base.config.use_cache and base.generation_config.use_cache
+    model.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=6)
+    assert generate(model, tokenizer, ["Hello", "Dim it"], max_new_tokens=6) == fresh
