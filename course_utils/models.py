@@ -130,6 +130,7 @@ def load_classifier(
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
     if num_labels < 2:
         raise ValueError(f"num_labels must be 2 or more, not {num_labels}.")
@@ -139,7 +140,14 @@ def load_classifier(
         "dtype": torch.float32,
         "use_safetensors": True,
     }
-    model = _from_pretrained(AutoModelForSequenceClassification, name, MINILM, options)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # else a table says that the new head is new
+    try:
+        model = _from_pretrained(
+            AutoModelForSequenceClassification, name, MINILM, options
+        )
+    finally:
+        logging.set_verbosity(level)
     tokenizer = _from_pretrained(AutoTokenizer, name, MINILM, {})
     return model.to(get_profile().device).eval(), tokenizer
 
