@@ -7,6 +7,7 @@ from typing import Any
 
 from course_utils import records
 from course_utils.experiment_lists_06 import virtual_runs
+from course_utils.experiment_lists_07 import quantized_runs
 from course_utils.experiment_setup import Experiment
 
 Family = list[Any] | Callable[[], list[Any]]
@@ -245,54 +246,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
 }
 
 LESSON_RUNS["06"] = virtual_runs(SHORT, best_rate)
-LESSON_RUNS["07"] = {
-    "07_qlora": [
-        experiment
-        for label, quantization in {
-            "LoRA": None,
-            "QLoRA, NF4": "nf4",
-            "QLoRA, FP4": "fp4",
-        }.items()
-        for experiment in Experiment(
-            label,
-            LORA,
-            3e-3,
-            steps=24,
-            batch_size=8,
-            eval_every=8,
-            eval_examples=48,
-            test_examples=60,
-            quantization=quantization,
-        ).seeds(0, 1, 2)
-    ],
-    "07_rounding": [
-        Experiment(label, f"round:{name}", steps=0, test_examples=0, start=start)
-        for label, (name, start) in {
-            "int8, by rows": ("int8", None),
-            "int4": ("int4", None),
-            "FP4": ("fp4", None),
-            "NF4": ("nf4", None),
-            "NF4, double": ("nf4+dq", None),
-            "LoftQ, 1 round, r = 8": ("nf4:8", "loftq:1"),
-            "LoftQ, 5 rounds, r = 8": ("nf4:8", "loftq:5"),
-            "QPiSSA, r = 8": ("nf4:8", "qpissa"),
-            "LoftQ, 1 round, r = 32": ("nf4:32", "loftq:1"),
-            "LoftQ, 5 rounds, r = 32": ("nf4:32", "loftq:5"),
-            "QPiSSA, r = 32": ("nf4:32", "qpissa"),
-        }.items()
-    ],
-    "07_starts": [
-        experiment
-        for label, start in {
-            "NF4": None,
-            "NF4, LoftQ": "loftq:1",
-            "NF4, QPiSSA": "qpissa",
-        }.items()
-        for experiment in Experiment(
-            label, LORA, 1e-3, **SHORT, test_examples=0, quantization="nf4", start=start
-        ).seeds(0, 1, 2)
-    ],
-}
+LESSON_RUNS["07"] = quantized_runs(LORA, SHORT)
 
 # Seconds on two cores with bfloat16 (measured): a training example, an answer.
 EXAMPLE_S = {"full": 0.17, "peft": 0.12}

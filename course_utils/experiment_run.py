@@ -51,6 +51,10 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         return run_classifier(experiment, progress=progress)
     if str(experiment.method).startswith("prompt:"):
         return _run_prompting(experiment)
+    if str(experiment.method).startswith("round:"):
+        from course_utils.experiment_rounding import run_rounding
+
+        return run_rounding(experiment)
     start, profile = time.perf_counter(), replace(get_profile(), seed=experiment.seed)
     tokenizer = load_tokenizer(experiment.model)
     set_seed(experiment.seed)
@@ -223,7 +227,8 @@ def _to_profile_dtype(model: Any, dtype: Any) -> None:
     """16-bit weights to generate with; a PEFT model's adapters stay in float32."""
     adapted = hasattr(model, "peft_config")
     for parameter in model.parameters():
-        if not (adapted and parameter.requires_grad):
+        trained = adapted and parameter.requires_grad
+        if parameter.is_floating_point() and not trained:  # 4-bit weights are bytes
             parameter.data = parameter.data.to(dtype)
 
 

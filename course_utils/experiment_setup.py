@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.runtime import data_folder
 
 # Younger than the first records, which know nothing of them.
-ABSENT_WHEN_UNSET = ("quantization", "keep_adapter", "prefix_from")
+ABSENT_WHEN_UNSET = ("quantization", "keep_adapter", "start", "prefix_from")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Experiment:
         forgetting: measure the general questions before and after.
         spectra: weights whose change ΔW is taken apart into singular values.
         quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
+        start: `"qpissa"`, or `"loftq:k"` with k rounds: how adapters on 4-bit weights
+            begin (`course_utils.loftq`); None begins as PEFT does.
         prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
             `schema.txt`, set as a system turn; None starts as PEFT does.
         keep_adapter: keep the trained adapter in `data/adapters/` under this name.
@@ -72,6 +75,7 @@ class Experiment:
     quantization: str | None = None
     keep_adapter: str | None = None
     prefix_from: str | None = None
+    start: str | None = None
     data: str = "home_commands"
     model: str | None = None
 
@@ -116,6 +120,9 @@ def make_model(experiment: Experiment) -> Any:
         config = get_peft_config({"task_type": "CAUSAL_LM", **method})
         base = load_model(name, dtype=dtype, quantization=experiment.quantization)
         model = get_peft_model(base, config)
+        if experiment.start:
+            originals = load_model(name, dtype=torch.float32).state_dict()
+            set_start(model, originals, quantized_start(experiment.start))
         if experiment.prefix_from:
             from peft import initialize_kv_prefix_from_text
 
@@ -141,6 +148,22 @@ def make_model(experiment: Experiment) -> Any:
     for layer in layers[: int(number)]:
         layer.requires_grad_(False)
     return model
+
+
+def quantized_start(name: str) -> Any:
+    """The function of `course_utils.loftq` that an experiment's `start` names.
+
+    Raises:
+        ValueError: there is no such start.
+    """
+    from course_utils.loftq import loftq_init, qpissa_init
+
+    kind, _, rounds = name.partition(":")
+    if name == "qpissa":
+        return qpissa_init
+    if kind == "loftq" and rounds.isdigit() and int(rounds) > 0:
+        return functools.partial(loftq_init, rounds=int(rounds))
+    raise ValueError(f"start {name!r} is neither 'qpissa' nor 'loftq:k'")
 
 
 def make_records(experiment: Experiment) -> list[dict[str, Any]]:

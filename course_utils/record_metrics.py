@@ -23,6 +23,25 @@ def _last(values: Sequence[float | None]) -> float | None:
     return known[-1] if known else None
 
 
+def _by_text(run: dict, function: Callable[..., float]) -> dict[str, float]:
+    """Apply a function to what was measured on the texts of each set."""
+    found = run["measured"]
+    return {
+        name: function(
+            *(found[key][name] for key in ("kl", "tokens", "loss_before", "loss_after"))
+        )
+        for name in found["kl"]
+    }
+
+
+def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
+    """Standard error of Σ sums / Σ counts, taking the texts as drawn at random."""
+    mean = math.fsum(sums) / sum(counts)
+    left = [s - mean * c for s, c in zip(sums, counts, strict=True)]
+    n = len(left)
+    return math.sqrt(n / (n - 1) * math.fsum(x * x for x in left)) / sum(counts)
+
+
 # How each metric of a run is computed from the run.
 METRICS: dict[str, Callable[[dict], Any]] = {
     "exact_match": lambda run: scoring.exact_match(
@@ -46,6 +65,18 @@ METRICS: dict[str, Callable[[dict], Any]] = {
     ),
     "final_loss": lambda run: _last(run["loss"]),
     "final_eval_loss": lambda run: _last([pair[1] for pair in run["eval_loss"]]),
+    "weight_error": lambda run: math.sqrt(
+        math.fsum(run["measured"]["squared_error"])
+        / math.fsum(run["measured"]["squared_norm"])
+    ),
+    # Nats a token, by set of texts.
+    "kl": lambda run: _by_text(run, lambda kl, n, *_: math.fsum(kl) / sum(n)),
+    "kl_standard_error": lambda run: _by_text(
+        run, lambda kl, n, *_: _ratio_error(kl, n)
+    ),
+    "loss_change": lambda run: _by_text(
+        run, lambda _, n, old, new: (math.fsum(new) - math.fsum(old)) / sum(n)
+    ),
 }
 _summaries: dict[str, Callable[[list[dict]], dict]] = {}
 

@@ -1,0 +1,96 @@
+"""LoftQ's and QPiSSA's starts, by hand and on bitsandbytes' 4-bit layers."""
+
+import functools
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from peft import LoraConfig, get_peft_model
+from small_models import random_llama
+
+from course_utils.loftq import loftq_init, low_rank, qpissa_init, set_start
+from course_utils.nf4 import quantize_4bit
+
+STARTS = {
+    "qpissa": qpissa_init,
+    "loftq": loftq_init,
+    "loftq, 5 rounds": functools.partial(loftq_init, rounds=5),
+}
+
+
+def rounding(weight):
+    return quantize_4bit(weight).dequantize()
+
+
+def weight_of(shape=(96, 64)):
+    torch.manual_seed(0)
+    decay = torch.diag(0.9 ** torch.arange(shape[1]).float())
+    return torch.randn(shape) @ decay
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 128)])
+def test_low_rank_is_the_best_of_its_rank(shape):
+    matrix = torch.randn(shape)
+    A, B = low_rank(matrix, 8, 24)
+    assert A.shape == (8, shape[1]) and B.shape == (shape[0], 8)
+    left = (matrix - 3 * B @ A).norm()
+    best = torch.linalg.svdvals(matrix)[8:].norm()
+    assert best * 0.9999 <= left <= best * 1.001
+    assert torch.allclose(A.norm(), B.norm(), rtol=1e-4), "each takes the root"
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_is_nearer_than_plain_4_bits(name):
+    weight = weight_of()
+    A, B, rounded = STARTS[name](weight, 8, 16, rounding)
+    plain = (rounding(weight) - weight).norm()
+    error = (rounded + 2 * B @ A - weight).norm()
+    assert error < 0.9 * plain
+    assert torch.allclose(rounding(rounded), rounded, atol=1e-5), "in 4 bits already"
+    assert (rounded + B @ A - weight).norm() > 1.02 * error, "the scale is alpha / r"
+
+
+def test_one_round_of_loftq_leaves_the_plain_4_bits():
+    weight = weight_of()
+    A, B, rounded = loftq_init(weight, 8, 16, rounding)
+    assert torch.equal(rounded, rounding(weight))
+    exact = torch.linalg.svdvals(weight - rounded)[8:].norm()
+    assert torch.allclose((weight - rounded - 2 * B @ A).norm(), exact, rtol=1e-3)
+    more = loftq_init(weight, 8, 16, rounding, rounds=5)
+    assert (more[2] + 2 * more[1] @ more[0] - weight).norm() < exact
+
+
+def four_bit_layers(model):
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            yield module.base_layer.weight
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_peft_model_gets_the_start(name, tmp_path, monkeypatch):
+    from course_utils.models import load_model
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plain = random_llama(hidden_size=64, intermediate_size=128)
+    plain.save_pretrained(tmp_path)
+    base = load_model(str(tmp_path), dtype=torch.float32, quantization="nf4")
+    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
+    model = get_peft_model(base, config)
+    trained = model.get_nb_trainable_parameters()
+    changed = set_start(model, plain.state_dict(), STARTS[name])
+    assert changed == 7 * plain.config.num_hidden_layers
+    assert model.get_nb_trainable_parameters() == trained
+    for layer_name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            original = plain.get_parameter(f"{layer_name}.weight")
+            held = layer.base_layer.weight
+            kept = held.quant_state
+            rounded = bnb.dequantize_4bit(held.data, kept)
+            A, B = (m["default"].weight for m in (layer.lora_A, layer.lora_B))
+            error = (rounded + 3 * B @ A - original).norm() / original.norm()
+            double = quantize_4bit(original.detach(), double_quant=True).dequantize()
+            assert error < 0.95 * (double - original).norm() / original.norm()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.abs().sum() > 0 for g in grads)
