@@ -28,6 +28,7 @@ LESSONS = (
     "02_full_fine_tuning",
     "03_lora",
     "04_pissa",
+    "05_prompt_tuning",
 )
 MAX_MODULE_LINES = 300
 IMPORT_LIMIT_S = 0.050
@@ -62,6 +63,8 @@ ARROWS = {
     "parameters": {"closed_forms", "parameter_rows", "targets"},
     "lora": set(),
     "pissa": set(),
+    "nf4": set(),
+    "loftq": {"nf4"},
     "soft_prompts": set(),
     "prefix": set(),
     "classification": set(),
@@ -106,15 +109,21 @@ ARROWS = {
     "records": {"record_metrics"},
     "prose_figures": {"records"},
     "widget_figures": {"parameters", "memory", "plotting"},
-    "experiment_setup": {"data", "formatting", "models"},
+    "experiment_setup": {"data", "formatting", "loftq", "models"},
+    "experiment_rounding": {
+        *("experiment_setup", "data", "evaluation", "formatting", "models", "nf4"),
+    },
     "experiment_classifier": {
         *("classification", "data", "models", "parameters"),
         *("training", "training_callbacks"),
     },
+    "experiment_lists_07": {"experiment_setup"},
     "experiment_lists_06": {"experiment_classifier", "experiment_setup"},
-    "experiment_lists": {"experiment_lists_06", "experiment_setup", "records"},
+    "experiment_lists": {
+        *("experiment_lists_06", "experiment_lists_07", "experiment_setup", "records"),
+    },
     "experiment_run": {
-        *("experiment_setup", "experiment_classifier"),
+        *("experiment_setup", "experiment_rounding", "experiment_classifier"),
         *("data", "evaluation", "formatting", "models"),
         *("parameters", "training", "training_callbacks"),
     },
@@ -126,7 +135,7 @@ TOPS = {"experiments", "picture"}
 # These subclass a heavy library's classes, so they import it; only inside functions
 # may the others import them.
 LAZY = {
-    *("lora", "memory_exact", "memory_fakes", "pissa", "prefix"),
+    *("lora", "loftq", "memory_exact", "memory_fakes", "nf4", "pissa", "prefix"),
     "soft_prompts",
     "training_callbacks",
 }
@@ -142,8 +151,9 @@ FAMILIES = {
     },
     "training": {"training_callbacks", "training_speed"},
     "experiments": {
-        *("experiment_classifier", "experiment_lists", "experiment_lists_06"),
-        *("experiment_run", "experiment_setup"),
+        *("experiment_classifier", "experiment_lists"),
+        *("experiment_lists_06", "experiment_lists_07"),
+        *("experiment_rounding", "experiment_run", "experiment_setup"),
     },
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
     "records": {"record_metrics", "prose_figures"},
