@@ -235,7 +235,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
     "05": {
         "05_rates": _rates(
             "prompt",
-            (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+            (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
             method=PROMPT,
             **SHORT,
             test_examples=0,
