@@ -21,7 +21,7 @@ from typing import NamedTuple
 FOLDER = Path(__file__).resolve().parent
 SEED = 20261122
 LABELS = {"-": "negative", "~": "mixed", "+": "positive"}
-COMPOSED = 125  # joined reviews of each label, in the training split only
+COMPOSED = 250  # joined reviews of each label, in the training split only
 VALIDATION_EVERY = 4  # of each kind, every fourth three is validation
 
 # {p} and {n} are clauses of praise and of blame, {P} and {N} the same at the beginning
@@ -30,7 +30,7 @@ FRAMES = {
     "positive": [
         "{P}, {p}, and {p}.",
         "{P}. What is more, {p}.",
-        "{P}, and {p}. We shall be back.",
+        "{P}, and {p}. A recommendation from me.",
         "First of all, {p}. Secondly, {p}.",
         "I was ready to complain, but {p}, and {p}.",
         "{P}; {p}. That is all I ask.",
@@ -44,7 +44,7 @@ FRAMES = {
     "negative": [
         "{N}, {n}, and {n}.",
         "{N}. What is more, {n}.",
-        "{N}, and {n}. We shall not be back.",
+        "{N}, and {n}. No recommendation from me.",
         "First of all, {n}. Secondly, {n}.",
         "I was ready to like it, but {n}, and {n}.",
         "{N}; {n}. I ask for more than that.",
@@ -58,13 +58,13 @@ FRAMES = {
     "mixed": [
         "{P}, and {n}.",
         "{N}, and {p}.",
-        "{P}; {n}. That is about even.",
+        "{P}; {n}.",
         "{N}. What is more pleasant, {p}.",
-        "First of all, {p}. Secondly, {n}. I shall see.",
+        "First of all, {p}. Secondly, {n}.",
         "True, {p}, and it is as true that {n}.",
-        "Although {n}, {p}. I would give it half marks.",
+        "Although {n}, {p}. Half marks.",
         "My sister says that {p}, my brother says that {n}. I agree with both.",
-        "{P}, I admit; {n}, I must add. I am in two minds.",
+        "{P}, I admit; {n}, I must add.",
         "{N}, but {p}. Some days I mind and some days I do not.",
         "{P} and {p}. Then again, {n} and {n}.",
         "I was ready to like it, and {p}. I was ready to complain, and {n}.",
@@ -102,27 +102,54 @@ def written(name: str) -> list[list[Review]]:
     return threes
 
 
-def fragments() -> dict[str, dict[str, list[str]]]:
-    """Topic -> {"p": clauses of praise, "n": clauses of blame}."""
-    found: dict[str, dict[str, list[str]]] = {}
+class Clause(NamedTuple):
+    text: str
+    opposite: int  # praise and blame of the same number say the opposite; 0: nothing
+
+
+def fragments() -> dict[str, dict[str, list[Clause]]]:
+    """Topic -> {"p": clauses of praise, "n": clauses of blame}.
+
+    Clauses under "@name: topics" belong to each of these topics; there the first
+    praise and the first blame are opposites, the second and the second, and so on.
+    """
+    found: dict[str, dict[str, list[Clause]]] = {}
     for line in (FOLDER / "fragments.txt").read_text(encoding="utf-8").splitlines():
         mark, _, text = line.partition(" ")
         if mark == "#":
-            clauses = found.setdefault(text, {"p": [], "n": []})
+            shared, count = text[0] == "@", {"p": 0, "n": 0}
+            topics = text.partition(": ")[2].split(", ") if shared else [text]
+            for topic in topics:
+                found.setdefault(topic, {"p": [], "n": []})
         else:
-            clauses[{"+": "p", "-": "n"}[mark]].append(text)
+            kind = {"+": "p", "-": "n"}[mark]
+            count[kind] += 1
+            for topic in topics:
+                found[topic][kind].append(Clause(text, count[kind] if shared else 0))
     return found
 
 
-def compose(frame: str, clauses: dict[str, list[str]], rng: random.Random) -> str:
-    """One frame with different clauses of one topic in its places."""
+def subject(clause: str) -> str:
+    """What a clause is about: the words before its verb."""
+    return re.split(r" (?:is|are|was|were|has|have|had|tastes?|looks?) ", clause)[0]
+
+
+def compose(
+    frame: str, clauses: dict[str, list[Clause]], rng: random.Random
+) -> str | None:
+    """One frame with clauses of one topic in its places; None if two clash."""
     left = {kind: rng.sample(some, len(some)) for kind, some in clauses.items()}
+    about: list = []
 
     def fill(match: re.Match) -> str:
-        clause = left[match[1].lower()].pop()
-        return clause[0].upper() + clause[1:] if match[1].isupper() else clause
+        text, opposite = left[match[1].lower()].pop()
+        about.append(subject(text))
+        about.append(opposite)
+        return text[0].upper() + text[1:] if match[1].isupper() else text
 
-    return re.sub(r"\{([pnPN])\}", fill, frame)
+    text = re.sub(r"\{([pnPN])\}", fill, frame)
+    named = [one for one in about if one not in (0, "it", "they", "we", "I")]
+    return text if len(named) == len(set(named)) else None
 
 
 def composed(rng: random.Random) -> list[Review]:
@@ -141,7 +168,7 @@ def composed(rng: random.Random) -> list[Review]:
             frame = turns[(number + number // len(topics)) % len(turns)]
             number += 1
             text = compose(frame, stock[topic], rng)
-            if text in seen or not 8 <= len(text.split()) <= 35:
+            if not text or text in seen or not 8 <= len(text.split()) <= 35:
                 continue
             seen.add(text)
             both = re.search("[pP]}", frame) and re.search("[nN]}", frame)
