@@ -1,6 +1,7 @@
 # make course   install, fetch the model, run every lesson (PROFILE=smoke|cpu|t4, LESSON=02)
 # make lab      install, then JupyterLab at lesson 00
 # make test     install, then ruff, unit tests, and every lesson with its exercises
+# make test-colab  the same on the packages of Colab's image (.venv-colab)
 # make lessons  the lessons' tests alone · make bench · make runs LESSON=02 · make picture
 # make links REPO=owner/name   name the repository everywhere · make clean
 PYTHON ?= python3
@@ -12,7 +13,8 @@ LAB_ARGS ?=
 PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/python -m
 STAMP = $(VENV)/.installed
-.PHONY: course lab test lessons bench runs picture links clean install
+COLAB = .venv-colab/bin/python -m
+.PHONY: course lab test test-colab lessons bench runs picture links clean install
 
 course: $(STAMP)
 	$(RUN) course_utils.course --profile $(PROFILE) $(if $(LESSON),--lesson $(LESSON))
@@ -23,6 +25,12 @@ lab: $(STAMP)
 test: $(STAMP)
 	$(RUN) ruff check . && $(RUN) ruff format --check .
 	$(RUN) pytest -q
+
+test-colab:
+	$(PYTHON) -m venv .venv-colab
+	$(COLAB) pip install $(subst constraints,constraints-colab,$(PIP_ARGS)) -e ".[dev]"
+	$(COLAB) pytest -q
+	$(COLAB) pytest -q -m slow tests/test_colab.py
 
 lessons: $(STAMP)
 	$(RUN) pytest -q tests/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
@@ -48,4 +56,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-colab build *.egg-info .pytest_cache .ruff_cache .hypothesis

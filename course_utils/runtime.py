@@ -180,9 +180,14 @@ def data_folder() -> Path:
 def build_folder() -> Path:
     """Return the folder that lessons write into, created if need be.
 
-    It is ``build/`` of the checkout, otherwise ``build/`` of the current folder.
+    It is the folder that the environment variable ``COURSE_BUILD`` names (on Colab one
+    on Drive, so that work outlives the session), otherwise ``build/`` of the checkout,
+    otherwise ``build/`` of the current folder.
     """
+    chosen = os.environ.get("COURSE_BUILD")
     folder = (checkout_folder() or Path.cwd()) / "build"
+    if chosen:
+        folder = Path(chosen).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

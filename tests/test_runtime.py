@@ -114,16 +114,27 @@ def test_bad_seed_is_refused(seed):
 
 
 def test_folders_of_a_checkout(monkeypatch):
+    monkeypatch.delenv("COURSE_BUILD", raising=False)
     root = runtime.checkout_folder()
     assert runtime.data_folder() == root / "data"
     assert runtime.build_folder() == root / "build"
 
 
 def test_build_folder_without_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.delenv("COURSE_BUILD", raising=False)
     monkeypatch.setattr(runtime, "checkout_folder", lambda: None)
     monkeypatch.chdir(tmp_path)
     assert runtime.build_folder() == tmp_path / "build"
     assert runtime.data_folder().name == "_data"
+
+
+def test_build_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_BUILD", str(tmp_path / "drive" / "course"))
+    assert runtime.build_folder() == tmp_path / "drive" / "course"
+    assert runtime.build_folder().is_dir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_BUILD", "mine")
+    assert runtime.build_folder() == tmp_path / "mine"
 
 
 def test_readiness_names_the_cure(machine, monkeypatch):
