@@ -67,13 +67,16 @@ class MemoryEstimate:
         """
         return self.total <= gpu_gib(gpu) * GIB
 
-    def cheapest_change(self, gpu: str) -> tuple[str, MemoryEstimate] | None:
+    def cheapest_change(self, gpu: str | float) -> tuple[str, MemoryEstimate] | None:
         """The change that makes this run fit `gpu` at the lowest price.
 
         The prices, from low to high: the chunked loss (the same numbers at the same
         speed), an 8-bit optimizer, a smaller batch with gradient accumulation, gradient
         checkpointing (about a third more time), QLoRA (a rounded base; for full
         fine-tuning, another method). Several changes add their prices.
+
+        Args:
+            gpu: a card of `GPUS`, or GiB.
 
         Returns:
             What to change, and its estimate by the closed form; None where nothing

@@ -109,8 +109,8 @@ def model_config(name: str) -> Any:
     return AutoConfig.for_model(kind, **fields)
 
 
-def gpu_gib(gpu: str) -> float:
-    """GiB of tensors to plan for on `gpu` (upper or lower case).
+def gpu_gib(gpu: str | float) -> float:
+    """GiB of tensors to plan for on `gpu` (upper or lower case; a number is GiB).
 
     Raises:
         ValueError: for a card that is not in `GPUS`; the message lists them.
@@ -118,6 +118,8 @@ def gpu_gib(gpu: str) -> float:
     >>> gpu_gib("t4")
     14.0
     """
+    if isinstance(gpu, int | float):
+        return float(gpu)
     known = {name.lower(): gib for name, gib in GPUS.items()}
     if str(gpu).lower() not in known:
         raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_utils.runtime import Profile
+from course_utils.training_memory import plan_settings, use_memory_advice
 from course_utils.training_speed import (
     completion_loss,
     use_completion_loss,
@@ -39,6 +40,7 @@ __all__ = [
     "completion_loss",
     "find_checkpoint",
     "fix_trainable_dtype",
+    "plan_settings",
     "prepare_trainer",
     "sft_config",
     "training_arguments",
@@ -123,8 +125,9 @@ def prepare_trainer(
     Progress in plain lines; trainable parameters in float32; a clear error before step
     1 where training could not work; a model that can generate afterwards; checkpoints
     that say when they are complete; the batches of a resumed run as they would have
-    been. With `fast`, on a CPU: what `course_utils.training_speed` lists; losses stay
-    the same, within 1e-4 a step in float32.
+    been; advice where memory runs out. With `fast`, on a CPU: what
+    `course_utils.training_speed` lists; losses stay the same, within 1e-4 a step in
+    float32.
 
     Args:
         trainer: before `trainer.train()`.
@@ -145,6 +148,7 @@ def prepare_trainer(
     ):
         trainer.add_callback(callback)
     use_seeded_batches(trainer)
+    use_memory_advice(trainer)
     if fast and trainer.args.device.type == "cpu":
         use_completion_loss(trainer)
         trainer.add_callback(callbacks.QuickPasses())

@@ -101,9 +101,10 @@ ARROWS = {
     },
     "training_speed": {"formatting"},
     "training_callbacks": {"training_speed"},
+    "training_memory": {"memory"},
     "training": {
         *("formatting", "evaluation", "memory"),
-        *("training_callbacks", "training_speed"),
+        *("training_callbacks", "training_memory", "training_speed"),
     },
     "record_metrics": {"classification", "scoring"},
     "records": {"record_metrics"},
@@ -149,7 +150,7 @@ FAMILIES = {
         *("memory_answer", "memory_exact", "memory_fakes", "memory_formula"),
         *("memory_measure", "memory_request", "memory_static"),
     },
-    "training": {"training_callbacks", "training_speed"},
+    "training": {"training_callbacks", "training_memory", "training_speed"},
     "experiments": {
         *("experiment_classifier", "experiment_lists"),
         *("experiment_lists_06", "experiment_lists_07"),
@@ -559,8 +560,10 @@ def project_files():
     return [p for p in paths if p.exists() and p.suffix not in BINARY]
 
 
-# These two hold the patterns and the planted examples.
-OWN_EXAMPLES = {"tests/notebook_rules.py", "tests/test_house.py"}
+# These hold the patterns and the planted examples.
+OWN_EXAMPLES = {
+    *("tests/notebook_rules.py", "tests/test_house.py", "tests/test_security.py"),
+}
 
 
 def test_no_machine_paths_secrets_or_package_indexes():
