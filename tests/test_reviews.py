@@ -138,11 +138,12 @@ def test_fragments_and_frames_are_for_training_alone():
             assert len(texts) == len(set(texts)) >= 10, topic
             found = [c for c in texts if len(words(c)) > 4]
             assert [c for c in found if " ".join(words(c)) in held] == []
-    for frames in build.FRAMES.values():
-        for frame in frames:
-            fixed = max(re.split(r"\{.\}", frame), key=len)
-            phrase = " ".join(words(fixed))
-            assert len(phrase.split()) < 3 or phrase not in held, frame
+    frames = [f for of in build.FRAMES.values() for some in of.values() for f in some]
+    assert len(frames) == len(set(frames))
+    for frame in frames:
+        fixed = max(re.split(r"\{.\}", frame), key=len)
+        phrase = " ".join(words(fixed))
+        assert len(phrase.split()) < 4 or phrase not in held, frame
 
 
 HELD_OUT = {

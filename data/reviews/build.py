@@ -21,54 +21,101 @@ from typing import NamedTuple
 FOLDER = Path(__file__).resolve().parent
 SEED = 20261122
 LABELS = {"-": "negative", "~": "mixed", "+": "positive"}
-COMPOSED = 250  # joined reviews of each label, in the training split only
+COMPOSED = 300  # joined reviews of each label, in the training split only
 VALIDATION_EVERY = 4  # of each kind, every fourth three is validation
 
 # {p} and {n} are clauses of praise and of blame, {P} and {N} the same at the beginning
 # of a sentence. Each joining word stands among the frames of more than one label.
 FRAMES = {
-    "positive": [
-        "{P}, {p}, and {p}.",
-        "{P}. What is more, {p}.",
-        "{P}, and {p}. A recommendation from me.",
-        "First of all, {p}. Secondly, {p}.",
-        "I was ready to complain, but {p}, and {p}.",
-        "{P}; {p}. That is all I ask.",
-        "True, {n}, but {p} and {p}: I would choose it again.",
-        "Although {n}, {p}, {p}, and I recommend it.",
-        "{N}, I admit. Who cares, when {p} and {p}?",
-        "My sister says that {n}. I disagree with her: {p}, and {p}.",
-        "{P}. Even so I had doubts, until I saw that {p}.",
-        "I had read that {n}. That was long ago; today {p}, and {p}.",
-    ],
-    "negative": [
-        "{N}, {n}, and {n}.",
-        "{N}. What is more, {n}.",
-        "{N}, and {n}. No recommendation from me.",
-        "First of all, {n}. Secondly, {n}.",
-        "I was ready to like it, but {n}, and {n}.",
-        "{N}; {n}. I ask for more than that.",
-        "True, {p}, but {n} and {n}: I would not choose it again.",
-        "Although {p}, {n}, {n}, and I advise against it.",
-        "{P}, I admit. Who cares, when {n} and {n}?",
-        "My sister says that {p}. I disagree with her: {n}, and {n}.",
-        "{N}. Even so I had hopes, until I saw that {n}.",
-        "I had read that {p}. That was long ago; today {n}, and {n}.",
-    ],
-    "mixed": [
-        "{P}, and {n}.",
-        "{N}, and {p}.",
-        "{P}; {n}.",
-        "{N}. What is more pleasant, {p}.",
-        "First of all, {p}. Secondly, {n}.",
-        "True, {p}, and it is as true that {n}.",
-        "Although {n}, {p}. Half marks.",
-        "My sister says that {p}, my brother says that {n}. I agree with both.",
-        "{P}, I admit; {n}, I must add.",
-        "{N}, but {p}. Some days I mind and some days I do not.",
-        "{P} and {p}. Then again, {n} and {n}.",
-        "I was ready to like it, and {p}. I was ready to complain, and {n}.",
-    ],
+    "plain": {
+        "positive": [
+            "{P}, {p}, and {p}.",
+            "{P}. What is more, {p}.",
+            "{P}, and {p}. A recommendation from me.",
+            "First of all, {p}. Secondly, {p}.",
+            "I was ready to complain, but {p}, and {p}.",
+            "{P}; {p}. That is all I ask.",
+            "{P}. Even so I had doubts, until I saw that {p}.",
+            "Wonderful: {p}, and {p}.",
+        ],
+        "negative": [
+            "{N}, {n}, and {n}.",
+            "{N}. What is more, {n}.",
+            "{N}, and {n}. No recommendation from me.",
+            "First of all, {n}. Secondly, {n}.",
+            "I was ready to like it, but {n}, and {n}.",
+            "{N}; {n}. I ask for more than that.",
+            "{N}. Even so I had hopes, until I saw that {n}.",
+            "What a scandal: {n}, and {n}.",
+        ],
+    },
+    "mixed_feelings": {
+        "positive": [
+            "True, {n}, but {p} and {p}: I would choose it again.",
+            "Although {n}, {p}, {p}, and I recommend it.",
+            "{N}, I admit. Who cares, when {p} and {p}?",
+            "My sister says that {n}. I disagree with her: {p}, and {p}.",
+            "I had read that {n}. That was long ago; today {p}, and {p}.",
+        ],
+        "negative": [
+            "True, {p}, but {n} and {n}: I would not choose it again.",
+            "Although {p}, {n}, {n}, and I advise against it.",
+            "{P}, I admit. Who cares, when {n} and {n}?",
+            "My sister says that {p}. I disagree with her: {n}, and {n}.",
+            "I had read that {p}. That was long ago; today {n}, and {n}.",
+        ],
+        "mixed": [
+            "{P}, and {n}.",
+            "{N}, and {p}.",
+            "{P}; {n}.",
+            "{N}. What is more pleasant, {p}.",
+            "First of all, {p}. Secondly, {n}.",
+            "True, {p}, and it is as true that {n}.",
+            "Although {n}, {p}. Half marks.",
+            "My sister says that {p}, my brother says that {n}. I agree with both.",
+            "{P}, I admit; {n}, I must add.",
+            "{N}, but {p}. Some days I mind and some days I do not.",
+            "{P} and {p}. Then again, {n} and {n}.",
+            "I was ready to like it, and {p}. I was ready to complain, and {n}.",
+        ],
+    },
+    "negation": {
+        "positive": [
+            "Nobody can say that {n}, or that {n}.",
+            "It is not true that {n}. Nor is it true that {n}.",
+            "Do not let anybody tell you that {n}: {p}.",
+            "I would never say that {n}; {p}.",
+        ],
+        "negative": [
+            "Nobody can say that {p}, or that {p}.",
+            "It is not true that {p}. Nor is it true that {p}.",
+            "Do not let anybody tell you that {p}: {n}.",
+            "I would never say that {p}; {n}.",
+        ],
+        "mixed": [
+            "Nobody can say that {p}, or that {n}.",
+            "It is not true that {n}. Nor is it true that {p}.",
+            "I do not deny that {p}. I do not deny either that {n}.",
+            "I would never say that {n}, or that {p}.",
+        ],
+    },
+    "irony": {
+        "positive": [
+            "What a scandal: {p}, and {p}.",
+            "I must complain: {p}. I never asked to be spoiled.",
+            "How dare they? {P}, and {p}.",
+        ],
+        "negative": [
+            "Wonderful: {n}, and {n}.",
+            "I must say thank you: {n}. I never asked to be spoiled.",
+            "How kind of them! {N}, and {n}.",
+        ],
+        "mixed": [
+            "Wonderful: {n}. What a scandal: {p}.",
+            "I must say thank you: {p}. I must say thank you again: {n}.",
+            "How kind of them! {N}, and {p}.",
+        ],
+    },
 }
 
 
@@ -157,22 +204,21 @@ def composed(rng: random.Random) -> list[Review]:
     stock = fragments()
     made: list[Review] = []
     seen: set[str] = set()
-    for label, frames in FRAMES.items():
-        topics, turns = list(stock), list(frames)
+    for label in LABELS.values():
+        topics = list(stock)
+        turns = [(k, f) for k in FRAMES for f in FRAMES[k].get(label, ())]
         rng.shuffle(topics)
         rng.shuffle(turns)
         number = 0
         wanted = len(made) + COMPOSED
         while len(made) < wanted:
             topic = topics[number % len(topics)]
-            frame = turns[(number + number // len(topics)) % len(turns)]
+            kind, frame = turns[(number + number // len(topics)) % len(turns)]
             number += 1
             text = compose(frame, stock[topic], rng)
             if not text or text in seen or not 8 <= len(text.split()) <= 35:
                 continue
             seen.add(text)
-            both = re.search("[pP]}", frame) and re.search("[nN]}", frame)
-            kind = "mixed_feelings" if both else "plain"
             made.append(Review(text, label, kind, topic))
     return made
 
