@@ -58,6 +58,13 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
         {"method": "lora", "batch_size": 16, "sequence_length": 128}
         | {"r": 8, "target_modules": "all-linear"},
     ),
+    (
+        "05_prompt_tuning",
+        "prompt tuning and P-tuning, equal to PEFT's; load a trained prompt",
+        "logits equal to PEFT's",
+        {"method": "prompt_tuning", "batch_size": 16, "sequence_length": 128}
+        | {"num_virtual_tokens": 20},
+    ),
 )
 
 
