@@ -84,7 +84,12 @@ def _own_best_rates() -> list[Experiment]:
     for label, method in (("LoRA", LORA), ("PiSSA", PISSA)):
         rate = best_rate("04_learning_rates", label)
         one = Experiment(
-            label, method, rate, steps=40, eval_every=10, base_dtype="float32"
+            label,
+            method,
+            rate,
+            **GRID | {"steps": 30},
+            eval_every=10,
+            base_dtype="float32",
         )
         found += one.seeds(0, 1, 2)
     return found
