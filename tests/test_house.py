@@ -29,6 +29,7 @@ LESSONS = (
     "03_lora",
     "04_pissa",
     "05_prompt_tuning",
+    "06_prefix_tuning",
 )
 MAX_MODULE_LINES = 300
 IMPORT_LIMIT_S = 0.050
