@@ -2,16 +2,20 @@
 
 import pytest
 import torch
-from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
 from training_child import records
 from trl import SFTTrainer
 
-from course_utils.evaluation import evaluate
+from course_utils.data import load_examples
+from course_utils.evaluation import evaluate, stratified
 from course_utils.formatting import CompletionCollator, pack_examples
 from course_utils.inference import generate
+from course_utils.models import load_model, load_tokenizer
 from course_utils.parameters import count_parameters
-from course_utils.runtime import Profile
+from course_utils.records import load_record
+from course_utils.runtime import Profile, data_folder
 from course_utils.soft_prompts import (
     LSTMPromptEncoder,
     PromptEncoder,
@@ -233,3 +237,36 @@ def test_packed_examples_are_refused_in_words():
     completion_loss(random_llama(), packed)
     with pytest.raises(ValueError, match="one example "):
         completion_loss(peft_prompt(random_rows()), packed)
+
+
+# --- the trained prompt that lesson 05 loads -----------------------------------------
+
+
+@pytest.fixture
+def kept():
+    folder = data_folder() / "adapters" / "05_prompt_tuning"
+    if not folder.exists():
+        pytest.skip("make runs LESSON=05 has not kept a prompt yet")
+    (run,) = load_record("05_long")["runs"]
+    return folder, run
+
+
+def test_the_kept_prompt_is_that_of_its_record(kept):
+    folder, run = kept
+    file = folder / "adapter_model.safetensors"
+    assert file.stat().st_size == run["measured"]["adapter_bytes"]
+    (rows,) = load_file(file).values()
+    assert rows.shape == (run["settings"]["method"]["num_virtual_tokens"], 576)
+    assert rows.numel() == run["trainable_parameters"]
+
+
+@pytest.mark.model
+def test_the_kept_prompt_gives_the_answers_of_its_record(kept):
+    folder, run = kept
+    model = PeftModel.from_pretrained(load_model(), folder)
+    asked = stratified(load_examples("home_commands", "test"), len(run["predictions"]))
+    few = [record["prompt"] for record in asked[:8]]
+    found = generate(model, load_tokenizer(), few, max_new_tokens=80)
+    # in 16 bits a near tie may fall otherwise on another processor
+    same = sum(a == b for a, b in zip(found, run["predictions"], strict=False))
+    assert same >= 6, (found, run["predictions"][:8])
