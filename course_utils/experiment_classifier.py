@@ -42,6 +42,7 @@ class ClassifierExperiment:
     data: str = "reviews"
 
     # What `experiment_lists.estimate_seconds` asks of any experiment.
+    kind = "encoder"
     eval_examples = 0
     test_examples = 0
     forgetting = False

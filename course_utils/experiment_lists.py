@@ -254,13 +254,14 @@ LESSON_RUNS["06"] = virtual_runs(SHORT, best_rate)
 LESSON_RUNS["07"] = quantized_runs(LORA, SHORT)
 
 # Seconds on two cores with bfloat16 (measured): a training example, an answer.
-EXAMPLE_S = {"full": 0.17, "peft": 0.12}
+EXAMPLE_S = {"full": 0.17, "peft": 0.12, "encoder": 0.02}
 ANSWER_S = 0.3
 
 
 def estimate_seconds(experiment: Experiment) -> float:
     """About how long an experiment takes on two cores, in seconds."""
     kind = "peft" if isinstance(experiment.method, dict) else "full"
+    kind = getattr(experiment, "kind", kind)
     cost = experiment.steps * experiment.batch_size * EXAMPLE_S[kind]
     every = experiment.eval_every or experiment.steps or 1
     cost += experiment.steps / every * experiment.eval_examples * EXAMPLE_S[kind] / 3
