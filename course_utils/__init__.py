@@ -24,7 +24,5 @@ if "datasets" in sys.modules:  # imported before us: it has read its variable al
     sys.modules["datasets"].disable_progress_bars()
 if "logging" in sys.modules:  # as in any notebook; not worth its import elsewhere
     sys.modules["logging"].getLogger("bitsandbytes").setLevel("ERROR")
-# PEFT asks transformers by an old name; no reader can do anything about it.
-warnings.filterwarnings(
-    "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-)
+# PEFT asks transformers by an old name, and so do we: older versions know no other.
+warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)

@@ -35,10 +35,10 @@ class ClassifierExperiment:
     method: Any = "full"
     learning_rate: float = 1e-4
     steps: int = 100
-    batch_size: int = 16
+    batch_size: int = 8
     warmup: float = 0.1
     seed: int = 0
-    eval_every: int = 25
+    eval_every: int = 50
     data: str = "reviews"
 
     # What `experiment_lists.estimate_seconds` asks of any experiment.

@@ -25,8 +25,8 @@ VIRTUAL = {"num_virtual_tokens": 16}
 DEEP = {"peft_type": "PREFIX_TUNING"} | VIRTUAL
 # Methods of classification, each with the learning rates tried.
 CLASSIFIERS: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "frozen": ("head", (3e-3, 1e-2, 3e-2, 1e-1)),
-    "prompt": ({"peft_type": "PROMPT_TUNING"} | VIRTUAL, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "frozen": ("head", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "prompt": ({"peft_type": "PROMPT_TUNING"} | VIRTUAL, (1e-2, 3e-2, 1e-1, 3e-1)),
     "P-tuning": (
         {"peft_type": "P_TUNING", "encoder_hidden_size": 128} | VIRTUAL,
         (3e-4, 1e-3, 3e-3, 1e-2),
@@ -58,7 +58,8 @@ def virtual_runs(
         runs = []
         for label, (method, _) in CLASSIFIERS.items():
             rate = best_rate("06_method_rates", label)
-            runs += ClassifierExperiment(label, method, rate).seeds(0, 1, 2)
+            one = ClassifierExperiment(label, method, rate, steps=200, eval_every=100)
+            runs += one.seeds(0, 1, 2)
         return runs
 
     return {
