@@ -635,6 +635,27 @@ def test_ci_runs_make_test_in_a_fresh_place():
     assert any("export COURSE_CACHE=" in line for line in lines)
 
 
+def test_the_workflow_runs_it_on_push_and_monthly_on_three_systems():
+    path = ROOT / ".github" / "workflows" / "course.yml"
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    when = workflow[True]  # YAML reads the word "on" as a truth value
+    assert {"push", "schedule"} <= set(when)
+    (monthly,) = when["schedule"]
+    assert monthly["cron"].split()[2] == "1", "the first day of each month"
+    jobs = workflow["jobs"]
+    systems = {
+        name.split("-")[0] for name in jobs["newest"]["strategy"]["matrix"]["os"]
+    }
+    assert systems == {"ubuntu", "macos", "windows"}
+    commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    assert "bash .ci/run" in commands
+    assert any(command.startswith("make test-colab") for command in commands)
+    used = {
+        step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step
+    }
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
+
+
 def test_no_file_is_large():
     large = [p.name for p in project_files() if p.stat().st_size > 3_000_000]
     assert not large

@@ -50,7 +50,8 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder, kill_at=None):
+def train(folder, kill_at=None):
+    """Train, or go on training, in a folder; return the losses and sums of weights."""
     torch.set_num_threads(1)
     profile = Profile("cpu", "cpu", torch.float32, 0)
     # Dropout and several epochs: the random state and the data order both matter.
@@ -77,8 +78,8 @@ def main(folder, kill_at=None):
     history = LossHistory.from_trainer(trainer)
     weights = [p.detach().double().sum().item() for p in trainer.model.parameters()]
     facts = {"from": found and Path(found).name, "loss": history.loss}
-    print(json.dumps(facts | {"steps": history.steps, "weights": weights}))
+    return facts | {"steps": history.steps, "weights": weights}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(int(value) for value in sys.argv[2:]))
+    print(json.dumps(train(sys.argv[1], *(int(value) for value in sys.argv[2:]))))
