@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
 from trl import SFTTrainer
 
+from course_utils import experiment_setup
 from course_utils.closed_forms import adapter_parameters
+from course_utils.experiment_lists import LESSON_RUNS
+from course_utils.experiment_setup import make_model
 from course_utils.formatting import CompletionCollator
 from course_utils.inference import generate
 from course_utils.parameters import count_parameters
@@ -26,10 +29,12 @@ from course_utils.prefix import (
     to_peft_rows,
     with_prefix,
 )
-from course_utils.runtime import Profile, set_seed
+from course_utils.records import load_record
+from course_utils.runtime import Profile, data_folder, set_seed
 from course_utils.training import LossHistory, prepare_trainer, sft_config
 
 PROJECTED = {"prefix_projection": True, "encoder_hidden_size": 7}
+TOKENIZER = byte_tokenizer()
 N = 5
 IDS = torch.arange(3, 19).reshape(2, 8)
 MASK = torch.ones_like(IDS)
@@ -243,3 +248,27 @@ def test_a_prefix_generates_whatever_a_trainer_has_left(tmp_path):
     assert base.config.use_cache and base.generation_config.use_cache
     model.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=6)
     assert generate(model, tokenizer, ["Hello", "Dim it"], max_new_tokens=6) == fresh
+
+
+def test_a_recorded_run_starts_from_the_instructions(monkeypatch):
+    for name, value in (("load_model", random_llama()), ("load_tokenizer", TOKENIZER)):
+        monkeypatch.setattr(experiment_setup, name, lambda *_, v=value, **__: v)
+    long, *others = LESSON_RUNS["06"]["06_prefix"]
+    assert long.prefix_from == "schema" and others[-1].prefix_from is None
+    rows = make_model(long).prompt_encoder["default"].embedding.weight
+    text = (data_folder() / long.data / "schema.txt").read_text(encoding="utf-8")
+    ids = TOKENIZER(text, return_tensors="pt")["input_ids"][:, : len(rows)]
+    expected = to_peft_rows(prefix_from_text(random_llama(), ids))
+    torch.testing.assert_close(rows.detach(), expected, rtol=0, atol=1e-4)
+
+
+def test_the_kept_prefix_is_that_of_its_record():
+    folder = data_folder() / "adapters" / "06_prefix_tuning"
+    if not folder.exists():
+        pytest.skip("make runs LESSON=06 has not kept a prefix yet")
+    (run,) = [r for r in load_record("06_prefix")["runs"] if r["label"] == "prefix"]
+    file = folder / "adapter_model.safetensors"
+    assert file.stat().st_size == run["measured"]["adapter_bytes"]
+    (rows,) = load_file(file).values()
+    assert rows.shape == (run["settings"]["method"]["num_virtual_tokens"], 30 * 2 * 192)
+    assert rows.numel() == run["trainable_parameters"]
