@@ -209,6 +209,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
                 schedule="cosine",
                 test_examples=None,
                 eval_every=25,
+                validation_answers=150,
                 forgetting=True,
             ),
         ],

@@ -132,6 +132,15 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         if scored.slices:
             run["slices"] = list(scored.slices)
             run["metrics"] += METRICS[2:]
+    if experiment.validation_answers:
+        like_training = load_examples(experiment.data, "validation")
+        limit = experiment.validation_answers
+        scored = evaluate(model, tokenizer, like_training, limit=limit)
+        run["measured"]["validation"] = {
+            "predictions": list(scored.predictions),
+            "references": list(scored.references),
+        }
+        run["metrics"].append("validation_exact_match")
     if experiment.forgetting:
         old, new = _untuned(experiment.model), _general(model, tokenizer)
         run["measured"]["general_questions"] = {"before": old, "after": new}

@@ -13,7 +13,13 @@ from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.runtime import data_folder
 
 # Younger than the first records, which know nothing of them.
-ABSENT_WHEN_UNSET = ("quantization", "keep_adapter", "start", "prefix_from")
+ABSENT_WHEN_UNSET = (
+    "quantization",
+    "keep_adapter",
+    "start",
+    "prefix_from",
+    "validation_answers",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Experiment:
         train_examples: train on that many examples only; None takes all.
         test_examples: answers generated and scored, chosen by slice; 0 for none, None
             for the whole test set.
+        validation_answers: answers to validation sentences, which are of the training
+            set's kind, generated and scored too; None for none.
         eval_every: validation loss every so many steps; 0 measures it at the end.
         eval_examples: validation examples for that.
         base_dtype: dtype of frozen weights; None takes the profile's. What is trained
@@ -76,6 +84,7 @@ class Experiment:
     keep_adapter: str | None = None
     prefix_from: str | None = None
     start: str | None = None
+    validation_answers: int | None = None
     data: str = "home_commands"
     model: str | None = None
 

@@ -63,6 +63,9 @@ METRICS: dict[str, Callable[[dict], Any]] = {
     "accuracy_by_slice": lambda run: scoring.by_slice(
         run["predictions"], run["references"], run["slices"], classification.accuracy
     ),
+    "validation_exact_match": lambda run: scoring.exact_match(
+        *(run["measured"]["validation"][key] for key in ("predictions", "references"))
+    ),
     "final_loss": lambda run: _last(run["loss"]),
     "final_eval_loss": lambda run: _last([pair[1] for pair in run["eval_loss"]]),
     "weight_error": lambda run: math.sqrt(

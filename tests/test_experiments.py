@@ -84,7 +84,12 @@ def test_a_run_has_what_a_record_needs(small, monkeypatch):
     monkeypatch.setattr(experiment_run, "_general", lambda model, tok: asked)
     name = "model.layers.1.self_attn.q_proj.weight"
     experiment = quick(
-        test_examples=3, eval_every=2, forgetting=True, spectra=(name,), steps=4
+        test_examples=3,
+        validation_answers=2,
+        eval_every=2,
+        forgetting=True,
+        spectra=(name,),
+        steps=4,
     )
     record_family("02_try", [experiment], command="make runs", say=lambda line: None)
     record = records.load_record("02_try")
@@ -94,6 +99,8 @@ def test_a_run_has_what_a_record_needs(small, monkeypatch):
     assert run["loss"][-1] < run["loss"][0]
     assert len(run["predictions"]) == len(run["slices"]) == 3
     assert set(run["metrics"]) >= {"exact_match", "by_slice", "final_eval_loss"}
+    assert len(run["measured"]["validation"]["predictions"]) == 2
+    assert run["metrics"]["validation_exact_match"] == 0
     values = run["measured"]["singular_values"][name]
     assert len(values) == 32 and values == sorted(values, reverse=True) and values[0]
     assert run["measured"]["general_questions"]["before"] == asked
