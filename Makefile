@@ -2,7 +2,8 @@
 # make lab      install, then JupyterLab at lesson 00
 # make test     install, then ruff, unit tests, and every lesson with its exercises
 # make test-colab  the same on the packages of Colab's image (.venv-colab)
-# make lessons  the lessons' tests alone · make bench · make runs LESSON=02 · make picture
+# make lessons  the lessons' tests alone · make runs LESSON=02 · make picture
+# make bench    20 minutes on a quiet machine; LitGPT in an environment of its own
 # make links REPO=owner/name   name the repository everywhere · make clean
 PYTHON ?= python3
 PROFILE ?= cpu
@@ -35,8 +36,13 @@ test-colab:
 lessons: $(STAMP)
 	$(RUN) pytest -q tests/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
 
-bench: $(STAMP)
+bench: $(STAMP) build/litgpt
 	$(RUN) tests.benchmarks
+
+build/litgpt: tests/benchmarks/litgpt.txt
+	rm -rf $@ && $(PYTHON) -m venv $@
+	$@/bin/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
+	@touch $@
 
 runs: $(STAMP)
 	$(RUN) course_utils.experiments $(LESSON)

@@ -248,6 +248,8 @@ def test_recompute_leaves_its_argument_alone(folder):
 
 
 def committed():
+    import tests.benchmarks.summary  # noqa: F401, the summary of `bench`
+
     try:  # the summaries of the course's own records are registered there
         import course_utils.experiments  # noqa: F401
     except ModuleNotFoundError as error:

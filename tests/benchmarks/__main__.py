@@ -1,78 +1,106 @@
-"""`make bench`: training paths, start-up and evaluation; writes data/runs/bench.json.
+"""`make bench`: how fast the course is; writes data/runs/bench.json, prints a table.
 
-Expect half an hour on two cores; nothing else should run meanwhile.
+    python -m tests.benchmarks [--only training answers] [--methods lora]
+                               [--rounds 3] [--steps 3] [--fresh]
+
+Nothing else should run meanwhile: each run keeps the load it met. Each finished run is
+kept in `build/bench/` and not repeated until `--fresh`; the record is written when all
+parts are there. A round measures the things of a group one after the other, beginning
+with another one each time.
 """
 
-import statistics
-import subprocess
-import sys
+from __future__ import annotations
+
+import argparse
+import json
+import os
 import time
+from collections.abc import Iterable, Sequence
+
+import torch
 
 from course_utils import records
-from course_utils.data import data_hash, load_examples
-from course_utils.evaluation import evaluate
-from course_utils.models import load_model, load_tokenizer
-from course_utils.runtime import hardware, versions
-from tests.benchmarks import training
+from course_utils.data import data_hash
+from course_utils.models import load_model, release
+from course_utils.runtime import build_folder, hardware, versions
+from tests.benchmarks import everyday, paths, summary, training, where
+from tests.benchmarks.turns import Task, in_turn
 
-ANSWERS = 40
-
-
-def import_seconds():
-    """Seconds that `import course_utils` takes in a fresh interpreter."""
-    code = (
-        "import time; start = time.perf_counter(); import course_utils; "
-        "print(time.perf_counter() - start)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    return float(done.stdout)
+PARTS = ("start", "training", "ablation", "threads", "answers", "profile", "compile")
 
 
-def load_seconds():
-    """Seconds from the call to a model in memory, the converted copy being cached."""
-    start = time.perf_counter()
-    load_model()
-    return time.perf_counter() - start
+def tasks_of(
+    parts: Sequence[str], methods: Sequence[str], rounds: int, steps: int
+) -> list[Task]:
+    """All tasks of some parts, those of a group side by side."""
+    every = [
+        *everyday.everyday_tasks(rounds),
+        *training.training_tasks(steps, methods),
+        *training.ablation_tasks(steps),
+        *training.thread_tasks(steps),
+        *where.profile_tasks(),
+        *training.compile_tasks(steps + 2),
+    ]
+    return [task for task in every if task.part in parts]
 
 
-def evaluation_seconds(batch_size):
-    """Seconds to generate and score `ANSWERS` answers."""
-    test = load_examples("home_commands", "test")
-    result = evaluate(
-        load_model(), load_tokenizer(), test, limit=ANSWERS, batch_size=batch_size
-    )
-    return result.seconds
+def measure(task: Task, number: int) -> dict:
+    """One run, in the shape that records have."""
+    settings = {"part": task.part, "name": task.name} | task.settings
+    run = {
+        "label": task.label,
+        "settings": {"threads": torch.get_num_threads()} | settings,
+        "seed": number,
+        "loss": [],
+        "metrics": {},
+    }
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    run |= task.function(number)
+    if load is not None:
+        run["measured"] = run.get("measured", {}) | {"load_before": round(load, 2)}
+    return run
 
 
-PARTS = {
-    "import course_utils": import_seconds,
-    "model load, warm": load_seconds,
-    f"{ANSWERS} answers, one by one": lambda: evaluation_seconds(1),
-    f"{ANSWERS} answers, in batches of 32": lambda: evaluation_seconds(32),
-}
+def key_of(run: dict) -> tuple:
+    """What tells one run from another."""
+    return run["label"], run["seed"], json.dumps(run["settings"], sort_keys=True)
 
 
-def main(rounds=3):
-    start, runs, parts = time.perf_counter(), [], {name: [] for name in PARTS}
-    load_model()  # the conversion, the first time, is not measured
-
-    def add(label, seed, seconds, **more):
-        run = {"label": label, "settings": {}, "seed": seed, "loss": [], "metrics": []}
-        runs.append(run | {"seconds": seconds} | more)
-
-    for number in range(rounds):
-        names = list(PARTS)
-        for name in names if number % 2 == 0 else reversed(names):
-            parts[name].append(PARTS[name]())
-            add(name, number, parts[name][-1])
-    found = training.measure(["full", "lora", "qlora"], rounds, steps=4)
-    for (method, path), speeds in found.items():
-        for number, speed in enumerate(speeds):
-            add(f"{method}, {path}", number, 0.0, tokens_per_s=speed)
-    for name, seconds in parts.items():
-        middle, least, most = statistics.median(seconds), min(seconds), max(seconds)
-        print(f"{name:<34}{middle:8.3f} s  ({least:.3f} to {most:.3f})")
-    print("\n".join(training.table(found)))
+def main(arguments: Iterable[str] | None = None) -> None:
+    """The command line; see the module's own text."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--methods", nargs="+", default=paths.METHODS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="the first is a warm-up")
+    parser.add_argument("--fresh", action="store_true", help="forget finished runs")
+    asked = parser.parse_args(arguments)
+    store = build_folder() / "bench" / f"{asked.rounds}x{asked.steps}.jsonl"
+    store.parent.mkdir(parents=True, exist_ok=True)
+    if asked.fresh:
+        store.unlink(missing_ok=True)
+    lines = store.read_text(encoding="utf-8").splitlines() if store.is_file() else []
+    done = {key_of(run): run for run in map(json.loads, lines)}
+    if not paths.litgpt_python():
+        print("LitGPT is left out: it has no environment; `make build/litgpt` makes it")
+    release(load_model())  # the conversion, the first time, is measured by itself
+    begun, runs = time.perf_counter(), []
+    tasks = tasks_of(asked.only, asked.methods, asked.rounds, asked.steps)
+    for task, number in in_turn(tasks, asked.rounds):
+        found = _known(done, task, number)
+        if found is None:
+            found = measure(task, number)
+            with store.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found, ensure_ascii=False) + "\n")
+            gone = time.perf_counter() - begun
+            print(f"{gone:5.0f} s · round {number + 1} · {task.label}", flush=True)
+        runs.append(found)
+    runs += everyday.lesson_runs()
+    print("\n".join(summary.table(summary.summarise(runs))))
+    whole = set(asked.only) == set(PARTS) and set(asked.methods) == set(paths.METHODS)
+    if not whole or asked.rounds < 3:
+        print("a part, or fewer than 3 rounds: data/runs/bench.json stays as it is")
+        return
     source = {"name": "home_commands", "sha256": data_hash("home_commands")}
     records.save_record(
         "bench",
@@ -81,10 +109,17 @@ def main(rounds=3):
             "hardware": hardware(),
             "versions": versions(),
             "data": source,
-            "seconds": time.perf_counter() - start,
+            "seconds": sum(run["seconds"] for run in runs),
             "runs": runs,
         },
     )
+
+
+def _known(done: dict[tuple, dict], task: Task, number: int) -> dict | None:
+    settings = {"threads": torch.get_num_threads(), "part": task.part}
+    settings |= {"name": task.name} | task.settings
+    wanted = {"label": task.label, "seed": number, "settings": settings}
+    return done.get(key_of(wanted))
 
 
 if __name__ == "__main__":

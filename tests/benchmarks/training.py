@@ -1,229 +1,270 @@
-"""Real tokens a second of five ways to train the built-in model, in turn.
+"""Tasks that train: the paths side by side, and what each ingredient brings.
 
-    python -m tests.benchmarks.training [--methods full lora qlora] [--rounds 3]
-
-All train on the same records, `EXAMPLES` a step. The paths of a round run one after
-the other, and each round begins with another path, so that a busy machine is busy for
-all. A step's first run is left out. Padding is not counted as tokens.
+A task's function returns the fields of a recorded run. All train on the first records
+of the training set, `paths.EXAMPLES` a step.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import tempfile
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    BitsAndBytesConfig,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from trl import SFTConfig, SFTTrainer
 
+from course_utils import training_callbacks, training_speed
 from course_utils.data import load_examples
-from course_utils.formatting import CompletionCollator, tokenize_dataset
-from course_utils.models import load_model, load_tokenizer, release
-from course_utils.runtime import get_profile, set_seed
-from course_utils.training import completion_loss, prepare_trainer, sft_config
-from course_utils.training_speed import SeededBatches, set_attention
+from course_utils.formatting import IGNORE
+from course_utils.models import load_tokenizer
+from course_utils.runtime import Profile, get_profile, set_seed
+from tests.benchmarks import paths
+from tests.benchmarks.turns import Task
 
-EXAMPLES = 8
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
-PATHS = ("classic", "sft_defaults", "bare_loop", "course")
+ROOT = Path(__file__).resolve().parents[2]
 
 
-class Clock(TrainerCallback):
-    """Seconds of each optimiser step, and the real tokens of each batch."""
-
-    def __init__(self, collator):
-        self.collator, self.tokens, self.seconds = collator, [], []
-
-    def __call__(self, examples):
-        batch = self.collator(examples)
-        self.tokens.append(int(batch["attention_mask"].sum()))
-        return batch
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
-
-    def tokens_per_s(self, batches_per_step=1):
-        steps = len(self.seconds)
-        tokens = [
-            sum(self.tokens[i * batches_per_step : (i + 1) * batches_per_step])
-            for i in range(steps)
-        ]
-        return sum(tokens[1:]) / sum(self.seconds[1:])
+@functools.cache
+def _data(steps: int):
+    records = load_examples("home_commands")
+    return records.select(range(paths.EXAMPLES * (steps + 1))), load_tokenizer()
 
 
-def make_model(method, *, dtype):
-    if method == "full":
-        return load_model(dtype=torch.float32)
-    if method == "qlora":
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-        model = load_model(dtype=dtype, quantization=settings)
+def run_path(path: str, method: str, steps: int) -> dict:
+    """Train by one of `paths.PATHS`."""
+    set_seed(0)
+    return paths.train(path, method, *_data(steps), steps)
+
+
+def training_tasks(steps: int, methods=paths.METHODS) -> list[Task]:
+    """Every path by every method; LitGPT by LoRA, where its environment is."""
+    tasks = []
+    for method in methods:
+        for path in paths.PATHS:
+            if path == "litgpt" and (method != "lora" or not paths.litgpt_python()):
+                continue
+            tasks.append(
+                Task(
+                    "training",
+                    path,
+                    lambda _, p=path, m=method: run_path(p, m, steps),
+                    {"method": method, "path": path, "steps": steps},
+                )
+            )
+    return tasks
+
+
+def all_logits_loss(model, batch, learned_tokens=None):
+    """`completion_loss` with a logit for every position, as models compute it."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs | {"use_cache": False}).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    total = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+    return total / (learned_tokens or (targets != IGNORE).sum())
+
+
+@contextlib.contextmanager
+def _without(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in patches:
+            stack.enter_context(patch.object(owner, name, replacement))
+        yield
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+PADDED = (training_speed, "without_padding", lambda model, batch: batch)
+# What is taken away: replaced functions, and settings of the trainer.
+ABLATION: dict[str, tuple[list, dict]] = {
+    "the course's path": ([], {}),
+    "padding": ([PADDED], {}),
+    "padding, grouped by length": (
+        [PADDED],
+        {"train_sampling_strategy": "group_by_length"},
+    ),
+    "logits everywhere": ([(training_speed, "completion_loss", all_logits_loss)], {}),
+    "fused attention": ([(training_callbacks, "set_attention", _nothing)], {}),
+    "casts of LoRA inputs": ([(training_callbacks, "cast_lora_inputs", _nothing)], {}),
+    "float32": ([], {"profile": Profile("cpu", "cpu", torch.float32, 0)}),
+    "gradient checkpointing": ([], {"gradient_checkpointing": True}),
+    "unfused AdamW": ([], {"optim": "adamw_torch"}),
+}
+
+
+def run_ablation(name: str, steps: int) -> dict:
+    """The course's LoRA path with one ingredient taken away."""
+    patches, settings = ABLATION[name]
+    if "group_by_length" in settings.values():  # a draw from more records than a step's
+        records, tokenizer = _data(50)
     else:
-        model = load_model(dtype=dtype)
-    return get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+        records, tokenizer = _data(steps)
+    set_seed(0)
+    path = functools.partial(paths.course, **settings)
+    with _without(*patches), patch.dict(paths.PATHS, trial=path):
+        return paths.train("trial", "lora", records, tokenizer, steps)
 
 
-def classic(method, records, tokenizer, steps, folder):
-    """Trainer, fp32, padded to 256, batch 1 × accumulation 8."""
-    collator = CompletionCollator(tokenizer, pad_to_multiple_of=256)
-    clock = Clock(collator)
-    args = TrainingArguments(
-        output_dir=folder,
-        use_cpu=True,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=EXAMPLES,
-        max_steps=steps,
-        learning_rate=RATES[method],
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    trainer = Trainer(
-        model=make_model(method, dtype=torch.float32),
-        args=args,
-        train_dataset=tokenize_dataset(records, tokenizer),
-        data_collator=clock,
-        callbacks=[clock],
-    )
-    trainer.train()
-    return trainer, clock.tokens_per_s(EXAMPLES)
-
-
-def sft_defaults(method, records, tokenizer, steps, folder):
-    """SFTTrainer as it comes: prompt and completion, its collator and checkpointing."""
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": record["prompt"]}],
-            "completion": [{"role": "assistant", "content": record["completion"]}],
-        }
-        for record in records
-    ]
-    trainer = SFTTrainer(
-        model=make_model(method, dtype=torch.float32),
-        args=SFTConfig(
-            output_dir=folder,
-            use_cpu=True,
-            per_device_train_batch_size=EXAMPLES,
-            max_steps=steps,
-            learning_rate=RATES[method],
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    clock = Clock(trainer.data_collator)
-    trainer.data_collator = clock
-    trainer.add_callback(clock)
-    trainer.train()
-    return trainer, clock.tokens_per_s()
-
-
-def bare_loop(method, records, tokenizer, steps, folder):
-    """The course's ingredients in a loop of plain PyTorch."""
-    profile = get_profile()
-    model = make_model(method, dtype=profile.dtype).train()
-    set_attention(model, "eager")
-    data = tokenize_dataset(records, tokenizer)
-    lengths = [len(ids) for ids in data["input_ids"]]
-    order = list(SeededBatches(lengths, EXAMPLES, 0))
-    collator = CompletionCollator(tokenizer)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=RATES[method], fused=True)
-    seconds = tokens = 0.0
-    for step in range(steps):
-        start = time.perf_counter()
-        rows = order[step * EXAMPLES : (step + 1) * EXAMPLES]
-        batch = collator([data[i] for i in rows])
-        bf16 = profile.dtype == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = completion_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step:
-            seconds += time.perf_counter() - start
-            tokens += int(batch["attention_mask"].sum())
-    return model, tokens / seconds
-
-
-def course(method, records, tokenizer, steps, folder):
-    """SFTTrainer made ready by `prepare_trainer`."""
-    profile = get_profile()
-    clock = Clock(CompletionCollator(tokenizer))
-    trainer = SFTTrainer(
-        model=make_model(method, dtype=profile.dtype),
-        args=sft_config(
-            profile,
-            folder,
-            per_device_train_batch_size=EXAMPLES,
-            max_steps=steps,
-            learning_rate=RATES[method],
-        ),
-        train_dataset=tokenize_dataset(records, tokenizer),
-        data_collator=clock,
-        processing_class=tokenizer,
-        callbacks=[clock],
-    )
-    prepare_trainer(trainer, every=10**9)
-    trainer.train()
-    return trainer, clock.tokens_per_s()
-
-
-def measure(methods, rounds, steps, paths=PATHS):
-    """Tokens a second of each (method, path), one figure a round."""
-    records, tokenizer = load_examples("home_commands"), load_tokenizer()
-    found = {(method, path): [] for method in methods for path in paths}
-    for number in range(rounds):
-        for method in methods:
-            turn = number % len(paths)
-            for path in (*paths[turn:], *paths[:turn]):
-                set_seed(0)
-                few = records.select(range(EXAMPLES * (steps + 2)))
-                with tempfile.TemporaryDirectory() as folder:
-                    holder, speed = globals()[path](
-                        method, few, tokenizer, steps, folder
-                    )
-                release(holder)
-                found[method, path].append(speed)
-                print(f"round {number + 1} · {method} · {path} · {speed:.0f} tokens/s")
-    return found
-
-
-def table(found):
-    """Lines: median, least and greatest, and the ratio to the classic recipe."""
-    lines = [f"{'method':<7}{'path':<14}{'tokens/s':>9}{'least':>7}{'most':>7}  ratio"]
-    for (method, path), speeds in found.items():
-        middle = statistics.median(speeds)
-        base = statistics.median(found.get((method, "classic"), speeds))
-        lines.append(
-            f"{method:<7}{path:<14}{middle:9.0f}{min(speeds):7.0f}{max(speeds):7.0f}"
-            f"  {middle / base:.2f}"
+def ablation_tasks(steps: int) -> list[Task]:
+    """Every entry of `ABLATION`; the last ones matter for full fine-tuning too."""
+    return [
+        Task(
+            "ablation",
+            name,
+            lambda _, n=name: run_ablation(n, steps),
+            {"method": "lora", "steps": steps},
         )
-    return lines
+        for name in ABLATION
+    ]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=["full", "lora", "qlora"])
-    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
-    chosen = parser.parse_args()
-    result = measure(chosen.methods, chosen.rounds, chosen.steps, tuple(chosen.paths))
-    print("\n".join(table(result)))
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_threads(count: int, steps: int) -> dict:
+    """The course's LoRA path with a number of threads."""
+    with threads(count):
+        return run_path("course", "lora", steps)
+
+
+def run_processes(processes: int, count: int, steps: int) -> dict:
+    """Several trainings at once, each a process with so many threads.
+
+    Each waits until all are ready; `step_seconds` and `tokens` are lists of lists.
+    """
+    code = (
+        "import sys; from tests.benchmarks import training; "
+        "training.child(int(sys.argv[1]), int(sys.argv[2]))"
+    )
+    words = [sys.executable, "-c", code, str(count), str(steps)]
+    settings = os.environ | {"OMP_NUM_THREADS": str(count)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [
+        subprocess.Popen(words, env=settings, cwd=ROOT, **pipes)
+        for _ in range(processes)
+    ]
+    try:
+        for child in children:
+            while (line := child.stdout.readline()).strip() != "ready":
+                if not line:
+                    raise RuntimeError("a training process ended before it began")
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        lines = [child.communicate()[0].splitlines()[-1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    found = [json.loads(line) for line in lines]
+    return {
+        "seconds": max(one["seconds"] for one in found),
+        "loss": found[0]["loss"],
+        "measured": {
+            key: [one["measured"][key] for one in found]
+            for key in ("step_seconds", "tokens")
+        },
+    }
+
+
+def child(count: int, steps: int) -> None:
+    """One of several training processes: says ready, waits for a line, trains."""
+    with threads(count):
+        run_path("course", "lora", 1)  # loads all that is loaded at first use
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(json.dumps(run_path("course", "lora", steps)), flush=True)
+
+
+def thread_tasks(steps: int) -> list[Task]:
+    """One and two threads, alone and two processes at once."""
+    settings = {"method": "lora", "steps": steps}
+    tasks = [
+        Task(
+            "threads",
+            f"{count} {'thread' if count == 1 else 'threads'}",
+            lambda _, c=count: run_threads(c, steps),
+            settings | {"threads": count},
+        )
+        for count in (1, 2)
+    ]
+    return tasks + [
+        Task(
+            "threads",
+            f"2 processes × {count}",
+            lambda _, c=count: run_processes(2, c, steps),
+            settings | {"threads": count, "processes": 2},
+        )
+        for count in (1, 2)
+    ]
+
+
+def run_compiled(steps: int) -> dict:
+    """A LoRA step through `torch.compile`: its own cost, then seconds a step.
+
+    The forward pass of each packed batch is padded to one shape, 256 tokens a row, so
+    that it is compiled once; `plain_seconds` are the same steps without it.
+    """
+    records, tokenizer = _data(steps)
+    data = paths.tokenize_dataset(records, tokenizer)
+    model = paths.make_model("lora", get_profile().dtype).train()
+    training_speed.set_attention(model, "eager")
+    training_speed.cast_lora_inputs(model, get_profile().dtype != torch.bfloat16)
+    decoder, head = model.get_base_model().model, model.get_base_model().lm_head
+    compiled = torch.compile(decoder, dynamic=False)
+    batches = []
+    for step in range(steps):
+        rows = [data[step * paths.EXAMPLES + i] for i in range(paths.EXAMPLES)]
+        batches.append(paths.side_by_side(rows, 256, exactly=True))
+    bf16 = get_profile().dtype == torch.bfloat16
+    seconds: dict[str, list[float]] = {"compiled": [], "plain": []}
+    losses = []
+    for name, forward in (("plain", decoder), ("compiled", compiled)):
+        for batch in batches:
+            start = time.perf_counter()
+            targets = batch["labels"][:, 1:]
+            learned = targets != IGNORE
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                hidden = forward(**inputs, use_cache=False).last_hidden_state
+                logits = head(hidden[:, :-1][learned]).float()
+                loss = torch.nn.functional.cross_entropy(logits, targets[learned])
+            loss.backward()
+            model.zero_grad()
+            seconds[name].append(time.perf_counter() - start)
+            losses.append(loss.item())
+    return {
+        "seconds": sum(seconds["compiled"]),
+        "loss": losses,
+        "measured": {
+            "compiled_seconds": seconds["compiled"],
+            "plain_seconds": seconds["plain"],
+        },
+    }
+
+
+def compile_tasks(steps: int) -> list[Task]:
+    """`torch.compile`, once: it costs minutes."""
+    settings = {"method": "lora", "steps": steps}
+    return [Task("compile", "step", lambda _: run_compiled(steps), settings, once=True)]

@@ -1,0 +1,277 @@
+"""The figures of `data/runs/bench.json`, computed from its raw seconds.
+
+Importing this registers the summary, so that `records.recompute` finds it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from course_utils.records import summary_of
+
+UNIT = "real tokens a second"
+# The first pattern that an operator's name contains decides; the order matters.
+KINDS = (
+    ("optimiser", ("_fused_adamw", "_foreach", "clip_grad", "linalg_vector_norm")),
+    ("attention", ("softmax", "bmm", "baddbmm", "scaled_dot_product")),
+    ("loss", ("log_softmax", "nll_loss")),
+    ("matrix products", ("mm", "gemm", "linear", "matmul", "4bit")),
+    ("copies and casts", ("copy_", "to_copy", "cat", "clone", "index", "fill", "zero")),
+)
+
+
+def kind_of(name: str) -> str:
+    """The kind of work an operator does.
+
+    >>> kind_of("aten::addmm"), kind_of("aten::_log_softmax"), kind_of("aten::mul")
+    ('matrix products', 'loss', 'other arithmetic')
+    """
+    name = name.removeprefix("aten::")
+    if "log_softmax" in name:
+        return "loss"
+    for kind, patterns in KINDS:
+        if any(pattern in name for pattern in patterns):
+            return kind
+    return "other arithmetic"
+
+
+def shares(events: dict[str, float], wall: float) -> dict[str, float]:
+    """Shares of a step's wall seconds by kind; what no operator ran is Python's.
+
+    Args:
+        events: operator -> own seconds.
+        wall: seconds of the step.
+
+    >>> found = shares({"aten::mm": 6.0, "aten::copy_": 2.0}, 10.0)
+    >>> found["matrix products"], round(found["Python"], 3)
+    (0.6, 0.2)
+    """
+    found = dict.fromkeys([kind for kind, _ in KINDS] + ["other arithmetic"], 0.0)
+    for name, seconds in events.items():
+        found[kind_of(name)] += seconds / wall
+    return found | {"Python": max(0.0, 1 - sum(found.values()))}
+
+
+def part_of(run: dict) -> str:
+    """The part of the benchmark that a run belongs to."""
+    return run["settings"]["part"]
+
+
+def speed(run: dict) -> float:
+    """Real tokens a second of a training, its first step left out.
+
+    Of several processes at once: of all together.
+    """
+    seconds, tokens = run["measured"]["step_seconds"], run["measured"]["tokens"]
+    if seconds and not isinstance(seconds[0], list):
+        seconds, tokens = [seconds], [tokens]
+    return sum(
+        sum(t[1 : len(s)]) / sum(s[1:]) for s, t in zip(seconds, tokens, strict=True)
+    )
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, least and greatest, and of how many.
+
+    >>> spread([3.0, 1.0, 2.0])
+    {'median': 2.0, 'least': 1.0, 'most': 3.0, 'rounds': 3}
+    """
+    values = list(values)
+    return {
+        "median": statistics.median(values),
+        "least": min(values),
+        "most": max(values),
+        "rounds": len(values),
+    }
+
+
+def ratios(above: dict[int, float], below: dict[int, float]) -> dict[str, float]:
+    """The spread of the ratios in each round that has both.
+
+    Two things measured one after the other meet the same neighbours on the machine.
+    """
+    both = sorted(above.keys() & below.keys())
+    return spread([above[number] / below[number] for number in both])
+
+
+def _by_name(runs: Sequence[dict], part: str, value: Any) -> dict[str, dict[int, Any]]:
+    found: dict[str, dict[int, Any]] = defaultdict(dict)
+    for run in runs:
+        if part_of(run) == part:
+            found[run["settings"]["name"]][run["seed"]] = value(run)
+    return dict(found)
+
+
+def _training(runs: Sequence[dict]) -> dict[str, Any]:
+    speeds: dict[str, dict] = {}
+    against: dict[str, dict] = {}
+    losses: dict[str, dict] = {}
+    methods = dict.fromkeys(
+        run["settings"]["method"] for run in runs if part_of(run) == "training"
+    )
+    for method in methods:
+        own = [r for r in runs if r["settings"].get("method") == method]
+        found = _by_name(own, "training", speed)
+        speeds[method] = {name: spread(f.values()) for name, f in found.items()}
+        if "course" in found:
+            against[method] = {
+                name: ratios(found["course"], other)
+                for name, other in found.items()
+                if name != "course" and found["course"].keys() & other.keys()
+            }
+        loss = _by_name(own, "training", lambda run: run["loss"])
+        losses[method] = {
+            name: {"first": f[min(f)][0], "last": f[min(f)][-1]}
+            for name, f in loss.items()
+        }
+    return {"tokens_per_s": speeds, "course_against": against, "losses": losses}
+
+
+def _answers(runs: Sequence[dict]) -> dict[str, Any]:
+    singles = [r for r in runs if _is(r, "answers", "one by one")]
+    batched = [r for r in runs if _is(r, "answers", "batched")]
+    if not singles or not batched:
+        return {}
+    alone = {r["seed"]: r["seconds"] / r["measured"]["answers"] for r in singles}
+    together = {r["seed"]: r["seconds"] / r["measured"]["answers"] for r in batched}
+    texts = dict(
+        zip(batched[0]["measured"]["chosen"], batched[0]["predictions"], strict=True)
+    )
+    pairs = [
+        (texts[place], text)
+        for run in singles
+        for place, text in zip(
+            run["measured"]["chosen"], run["predictions"], strict=True
+        )
+    ]
+    return {
+        "one_by_one_s_each": spread(alone.values()),
+        "batched_s_each": spread(together.values()),
+        "batched_against_one_by_one": ratios(alone, together),
+        "compared": len(pairs),
+        "different": sum(a != b for a, b in pairs),
+    }
+
+
+def _is(run: dict, part: str, name: str) -> bool:
+    return part_of(run) == part and run["settings"]["name"] == name
+
+
+def _compiled(run: dict) -> dict[str, float]:
+    """What compiling costs, what a step saves, and after how many steps it pays."""
+    plain = statistics.median(run["measured"]["plain_seconds"][1:])
+    first, *rest = run["measured"]["compiled_seconds"]
+    compiled = statistics.median(rest)
+    saved = plain - compiled
+    found = {"plain_s": plain, "compiled_s": compiled, "own_cost_s": first - compiled}
+    found["ratio"] = plain / compiled
+    if saved > 0:
+        found["pays_after_steps"] = (first - compiled) / saved
+    return found
+
+
+@summary_of("bench")
+def summarise(runs: list[dict]) -> dict[str, Any]:
+    """Every figure that `make bench` prints, and that prose may quote.
+
+    Returns:
+        `tokens_per_s`, `course_against`, `losses` by method and path; `taken_away`,
+        the share of the course's speed that is left without an ingredient; `threads`;
+        `compile`; `seconds` of single things; `answers`; `profile` by method.
+    """
+    summary = _training(runs)
+    ablation = _by_name(runs, "ablation", speed)
+    whole = ablation.pop("the course's path", {})
+    summary["taken_away"] = {
+        name: ratios(found, whole)
+        for name, found in ablation.items()
+        if found.keys() & whole.keys()
+    }
+    threads = _by_name(runs, "threads", speed)
+    summary["threads"] = {name: spread(f.values()) for name, f in threads.items()}
+    compiled = [run for run in runs if part_of(run) == "compile"]
+    if compiled:
+        summary["compile"] = _compiled(compiled[0])
+    summary["seconds"] = {
+        name: spread(found.values())
+        for name, found in _by_name(runs, "start", lambda run: run["seconds"]).items()
+    }
+    waits = [
+        statistics.median(run["measured"]["waits"])
+        for run in runs
+        if _is(run, "answers", "first token")
+    ]
+    if waits:
+        summary["seconds"]["first token"] = spread(waits)
+    summary["answers"] = _answers(runs)
+    summary["profile"] = {
+        run["settings"]["method"]: shares(
+            run["measured"]["operators"], run["measured"]["wall"]
+        )
+        for run in runs
+        if part_of(run) == "profile"
+    }
+    lessons = _by_name(runs, "lessons", lambda run: run["seconds"])
+    summary["lessons"] = {name: found[0] for name, found in lessons.items()}
+    if lessons:
+        summary["lessons_s"] = sum(summary["lessons"].values())
+    return summary
+
+
+def table(summary: dict[str, Any]) -> list[str]:
+    """The summary as lines to print."""
+    lines = [f"training, {UNIT}, median (least to most), course ÷ path, losses"]
+    for method, found in summary.get("tokens_per_s", {}).items():
+        for name, figures in found.items():
+            ratio = summary["course_against"].get(method, {}).get(name)
+            loss = summary["losses"][method][name]
+            lines.append(
+                f"  {method:<6}{name:<14}{_spread(figures, 0)}"
+                f"  {_ratio(ratio):<22}{loss['first']:.3f} to {loss['last']:.3f}"
+            )
+    lines.append("LoRA without …, share of the course's speed that is left")
+    for name, found in summary.get("taken_away", {}).items():
+        lines.append(f"  {name:<32}{_ratio(found)}")
+    lines.append(f"threads, {UNIT}, all processes together")
+    for name, found in summary.get("threads", {}).items():
+        lines.append(f"  {name:<32}{_spread(found, 0)}")
+    if found := summary.get("compile"):
+        pays = found.get("pays_after_steps")
+        after = f"pays after {pays:.0f} steps" if pays else "never pays"
+        lines.append(
+            f"torch.compile: {found['plain_s']:.2f} s a step becomes "
+            f"{found['compiled_s']:.2f} s and costs {found['own_cost_s']:.0f} s once: "
+            f"{after}"
+        )
+    lines.append("seconds")
+    for name, found in summary.get("seconds", {}).items():
+        lines.append(f"  {name:<32}{_spread(found, 3)}")
+    if found := summary.get("answers"):
+        for way in ("one_by_one", "batched"):
+            name = f"an answer, {way.replace('_', ' ')}"
+            lines.append(f"  {name:<32}{_spread(found[f'{way}_s_each'], 3)}")
+        ratio = _ratio(found["batched_against_one_by_one"])
+        lines.append(
+            f"  batched is faster by {ratio}; {found['different']} of "
+            f"{found['compared']} answers differ"
+        )
+    for method, found in summary.get("profile", {}).items():
+        parts = [f"{kind} {share:.0%}" for kind, share in found.items()]
+        lines.append(f"profile of a {method} step: {', '.join(parts)}")
+    for name, seconds in summary.get("lessons", {}).items():
+        lines.append(f"  lesson {name:<25}{seconds:8.0f} s")
+    return lines
+
+
+def _spread(found: dict, digits: int) -> str:
+    middle, least, most = found["median"], found["least"], found["most"]
+    return f"{middle:8.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+
+
+def _ratio(found: dict | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['median']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
