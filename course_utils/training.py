@@ -149,6 +149,7 @@ def prepare_trainer(
         trainer.add_callback(callback)
     use_seeded_batches(trainer)
     use_memory_advice(trainer)
+    callbacks.keep_finished_runs(trainer)
     if fast and trainer.args.device.type == "cpu":
         use_completion_loss(trainer)
         trainer.add_callback(callbacks.QuickPasses())

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from course_utils.training_speed import cast_lora_inputs, set_attention
 
@@ -156,3 +157,32 @@ class MarkCheckpoints(TrainerCallback):
         draft = folder / f".{MANIFEST}.tmp"
         draft.write_text(json.dumps({"step": state.global_step, "files": files}))
         os.replace(draft, folder / MANIFEST)
+
+
+def keep_finished_runs(trainer: Any) -> None:
+    """Let `train` load a finished run's checkpoint instead of training on.
+
+    Transformers does one more step when it resumes from the last checkpoint of a run
+    that was complete, and so changes the weights.
+    """
+    train = trainer.train
+
+    def train_what_is_left(resume_from_checkpoint: Any = None, **options: Any) -> Any:
+        if not isinstance(resume_from_checkpoint, str | os.PathLike):
+            return train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        folder, args = Path(resume_from_checkpoint), trainer.args
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        done = state.epoch is not None and state.epoch >= args.num_train_epochs
+        if args.max_steps > 0:
+            done = state.global_step >= args.max_steps
+        if not done:
+            return train(resume_from_checkpoint=str(folder), **options)
+        trainer._load_from_checkpoint(str(folder))
+        trainer.state = state
+        trainer.model.eval()
+        print(f"nothing left to train: {folder.name} is the end of this run")
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        mean = sum(losses) / max(1, len(losses))
+        return TrainOutput(state.global_step, mean, {})
+
+    trainer.train = train_what_is_left

@@ -283,7 +283,8 @@ def child(folder, kill_at=None):
         capture_output=True,
         text=True,
         cwd=HERE,
-        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ["PYTHONPATH"]])},
     )
     if kill_at:
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -292,6 +293,7 @@ def child(folder, kill_at=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
     unbroken = child(tmp_path / "whole")
     seed = random.randrange(10**6)
@@ -306,6 +308,27 @@ def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
     assert resumed["steps"] == unbroken["steps"] == list(range(1, STEPS + 1)), note
     assert resumed["loss"] == pytest.approx(unbroken["loss"], abs=1e-6), note
     assert resumed["weights"] == pytest.approx(unbroken["weights"], abs=1e-5), note
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("size", [{"max_steps": 4}, {"num_train_epochs": 1}], ids=str)
+def test_a_finished_run_is_loaded_and_not_trained_on(method, size, tmp_path, capsys):
+    settings = {"max_steps": -1, "save_strategy": "steps", "save_steps": 2} | size
+    settings["per_device_train_batch_size"] = 10
+    trainer = build(SFTTrainer, tmp_path, wrapped(method), **settings)
+    prepare_trainer(trainer)
+    trainer.train()
+    again = build(SFTTrainer, tmp_path, wrapped(method), **settings)
+    prepare_trainer(again)
+    again.train(resume_from_checkpoint=find_checkpoint(tmp_path))
+    assert "nothing left to train: checkpoint-4" in capsys.readouterr().out
+    assert LossHistory.from_trainer(again) == LossHistory.from_trainer(trainer)
+    theirs = dict(trainer.model.named_parameters())
+    for name, parameter in again.model.named_parameters():
+        torch.testing.assert_close(parameter, theirs[name], atol=0, rtol=0)
+    assert not again.model.training
+    ids = torch.tensor([[5, 6, 7]])
+    assert again.model.generate(input_ids=ids, max_new_tokens=3).shape[1] > 3
 
 
 def test_only_complete_checkpoints_are_found(tmp_path):
