@@ -824,3 +824,8 @@ def test_worked_examples_are_earlier_turns_of_the_chat():
 def test_worked_examples_need_an_end_of_turn():
     with pytest.raises(ValueError, match="llama2 template has no end of turn"):
         with_examples("llama2", [], system="Count.")
+
+
+def test_the_slow_property_sees_ten_thousand_texts():
+    assert MANY.max_examples * len(TOKENIZERS) >= 10_000
+    assert {"byte_level", "metaspace_first", "unigram", "word_piece"} <= set(TOKENIZERS)
