@@ -32,7 +32,7 @@ CLASSIFIERS: dict[str, tuple[Any, tuple[float, ...]]] = {
         (3e-4, 1e-3, 3e-3, 1e-2),
     ),
     "prefix": (DEEP, (3e-3, 1e-2, 3e-2, 1e-1)),
-    "prefix projected": (
+    "prefix, projected": (
         DEEP | {"prefix_projection": True, "encoder_hidden_size": 128},
         (3e-4, 1e-3, 3e-3, 1e-2),
     ),

@@ -1,5 +1,7 @@
 """Classes, predictions, scores and confusions; and a recorded run of a classifier."""
 
+import itertools
+
 import datasets
 import pytest
 import torch
@@ -19,6 +21,7 @@ from course_utils.classification import (
     tokenize_texts,
 )
 from course_utils.experiment_lists import LESSON_RUNS
+from course_utils.experiment_lists_06 import CLASSIFIERS, virtual_runs
 from course_utils.experiments import record_family
 from course_utils.runtime import Profile
 
@@ -161,6 +164,22 @@ def test_an_unknown_method_is_refused(small):
 def test_the_classifier_families_are_of_classifiers():
     family = LESSON_RUNS["06"]["06_method_rates"]
     assert {type(e) for e in family} == {runs.ClassifierExperiment}
+
+
+def test_the_best_rate_of_a_method_is_not_mixed_with_anothers():
+    """`best_rate` takes the runs whose label begins with the method's and a space."""
+    for a, b in itertools.permutations(CLASSIFIERS, 2):
+        assert not b.startswith(f"{a} ")
+    asked = []
+
+    def best(name, label):
+        asked.append((name, label))
+        return CLASSIFIERS[label][1][1]
+
+    family = virtual_runs({}, best)["06_methods"]()
+    assert asked == [("06_method_rates", label) for label in CLASSIFIERS]
+    assert [e.seed for e in family] == [0, 1, 2] * len(CLASSIFIERS)
+    assert {e.learning_rate for e in family} == {r[1] for _, r in CLASSIFIERS.values()}
 
 
 @pytest.mark.model
