@@ -25,13 +25,13 @@ VIRTUAL = {"num_virtual_tokens": 16}
 DEEP = {"peft_type": "PREFIX_TUNING"} | VIRTUAL
 # Methods of classification, each with the learning rates tried.
 CLASSIFIERS: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "frozen": ("head", (1e-2, 3e-2, 1e-1, 3e-1)),
-    "prompt": ({"peft_type": "PROMPT_TUNING"} | VIRTUAL, (1e-2, 3e-2, 1e-1, 3e-1)),
+    "frozen": ("head", (3e-3, 1e-2, 3e-2, 1e-1)),
+    "prompt": ({"peft_type": "PROMPT_TUNING"} | VIRTUAL, (3e-3, 1e-2, 3e-2, 1e-1)),
     "P-tuning": (
         {"peft_type": "P_TUNING", "encoder_hidden_size": 128} | VIRTUAL,
         (3e-4, 1e-3, 3e-3, 1e-2),
     ),
-    "prefix": (DEEP, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "prefix": (DEEP, (1e-3, 3e-3, 1e-2, 3e-2)),
     "prefix, projected": (
         DEEP | {"prefix_projection": True, "encoder_hidden_size": 128},
         (3e-4, 1e-3, 3e-3, 1e-2),
