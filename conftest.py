@@ -2,6 +2,8 @@
 
 import os
 
+import course_utils  # noqa: F401  sets the libraries' manners: no telemetry, no bars
+
 # Kernels inherit these: the smoke profile, and the kernel of this environment.
 os.environ.setdefault("COURSE_PROFILE", "smoke")
 os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")

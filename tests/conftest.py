@@ -1,7 +1,18 @@
-"""Time limits, skips with a reason, and the seconds of each lesson at the end."""
+"""No network, time limits, skips with a reason, the seconds of each lesson at the end.
+
+Before the first test the models that tests need are fetched; from then on this process
+and those it starts can connect to nothing outside, and an attempt fails the session.
+"""
+
+import os
+import runpy
+import tempfile
+from pathlib import Path
 
 import pytest
 
+GUARD = Path(__file__).parent / "network_guard"
+LOG = pytest.StashKey[Path]()
 TEST_LIMIT_S = 300
 SECONDS = pytest.StashKey[dict]()
 BUDGET_S = {"00": 60, "01": 60}  # the smoke profile on two cores; other lessons: 85
@@ -24,6 +35,33 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(TEST_LIMIT_S))
 
 
+def pytest_collection_finish(session):
+    """Fetch models, then refuse outward connections."""
+    if session.config.option.collectonly:
+        return
+    if any(item.get_closest_marker("model") for item in session.items):
+        from course_utils import bundled
+
+        for bundle in (bundled.SMOLLM2, bundled.MINILM):
+            try:
+                bundled.prepare(bundle)
+            except bundled.ModelUnavailable as error:
+                print(f"{bundle.name}: {error}")  # the tests that need it will fail
+    log = Path(tempfile.mkdtemp(prefix="blocked-")) / "log"
+    session.config.stash[LOG] = log
+    os.environ["COURSE_BLOCKED_LOG"] = str(log)
+    paths = [str(GUARD), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    runpy.run_path(str(GUARD / "sitecustomize.py"))
+
+
+def pytest_sessionfinish(session):
+    """Fail where anything tried to connect outward, a caught error too."""
+    log = session.config.stash.get(LOG, None)
+    if log and log.exists():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def lesson_seconds(request):
     """Seconds of each lesson executed in this session, printed at its end."""
@@ -31,6 +69,10 @@ def lesson_seconds(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    log = config.stash.get(LOG, None)
+    if log and log.exists():
+        terminalreporter.section("tried to connect outward: this session fails")
+        terminalreporter.write(log.read_text(encoding="utf-8"))
     seconds = config.stash[SECONDS]
     if not seconds:
         return
