@@ -185,7 +185,7 @@ def decode_rows(
     here = list(range(len(rows)))  # the row at each place of the batch; None: ended
     for step in range(max_new_tokens):
         logits = network(**inputs, logits_to_keep=1).logits[:, -1]
-        tokens = pick(logits.float())
+        tokens = pick(logits)
         pairs = []
         for place, token in enumerate(tokens.tolist()):
             if here[place] is not None and token in stop:

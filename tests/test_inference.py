@@ -342,6 +342,16 @@ def test_wrong_prompts_are_named():
         generate(model, tokenizer, ["a"], do_sample=True, temperature=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_takes_the_first_of_the_largest_logits(dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(40, 49152).to(dtype)
+    logits[:20] = logits[:20].round()  # many ties
+    pick = _picker(None, False, 1.0, 1.0, None)
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert pick(logits).tolist() == first
+
+
 def test_sampling_draws_from_the_models_distribution():
     model, tokenizer = small(initializer_range=0.2), byte_tokenizer()
     ids = torch.tensor([generation_prompt("Hello", tokenizer)])
