@@ -30,6 +30,7 @@ LESSONS = (
     "04_pissa",
     "05_prompt_tuning",
     "06_prefix_tuning",
+    "07_qlora",
 )
 MAX_MODULE_LINES = 300
 IMPORT_LIMIT_S = 0.050

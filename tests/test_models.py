@@ -168,3 +168,39 @@ def test_4bit_weights_survive_an_evaluation_forward(folder, monkeypatch):
     if not has_avx512bf16():
         pytest.skip("because this processor lacks AVX512-BF16: no repacking to guard")
     assert cosine_after_evaluation(folder, monkeypatch, fixed=False) < 0.999
+
+
+def merged_weights(folder, monkeypatch, *, fixed, look_first):
+    """All 4-bit weights after merging a LoRA adapter, as floats in one row."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft import LoraConfig, get_peft_model
+
+    with monkeypatch.context() as patch:
+        if not fixed:
+            patch.setattr(models, "keep_4bit_weights_in_place", lambda model: None)
+        model = models.load_model(str(folder), dtype=torch.float32, quantization="nf4")
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(model, config).eval()
+    if look_first:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[3, 4, 5]]))
+    merged = model.merge_and_unload()
+    weights = [m.weight for m in merged.modules() if hasattr(m, "quant_state")]
+    assert len(weights) == 14
+    return torch.cat(
+        [dequantize_4bit(w.data, w.quant_state).flatten() for w in weights]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_4bit_weights_merge_after_an_evaluation_as_before(folder, monkeypatch):
+    from bitsandbytes.functional import has_avx512bf16
+
+    wanted = merged_weights(folder, monkeypatch, fixed=True, look_first=False)
+    found = merged_weights(folder, monkeypatch, fixed=True, look_first=True)
+    assert torch.equal(found, wanted)
+    if not has_avx512bf16():
+        pytest.skip("because this processor lacks AVX512-BF16: no repacking to guard")
+    broken = merged_weights(folder, monkeypatch, fixed=False, look_first=True)
+    assert (broken - wanted).norm() > 0.2 * wanted.norm()
