@@ -197,13 +197,13 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
     },
     "03": {
         "03_learning_rates": _rates(
-            "LoRA", (3e-4, 1e-3, 3e-3, 1e-2), method=LORA, **GRID
+            "LoRA", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), method=LORA, **GRID
         ),
         "03_lora": [
             Experiment(
                 "LoRA",
                 LORA,
-                2e-3,
+                3e-3,
                 steps=150,
                 batch_size=8,
                 schedule="cosine",
