@@ -71,7 +71,7 @@ def test_a_session_that_tries_in_secret_fails(tmp_path):
     command += ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path)]
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": here},
+        env=os.environ | {"PYTHONPATH": here, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         cwd=tmp_path,
