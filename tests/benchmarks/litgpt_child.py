@@ -52,9 +52,15 @@ def main(source, data, rate, steps, examples):
     logged = []
 
     def listen(fabric, metrics, step=None):
-        logged.append((time.perf_counter(), metrics))
+        if "iter_time" in metrics:  # its count of tokens is one tensor, that grows
+            found = {name: float(metrics[name]) for name in ("iter_time", "loss")}
+            found["tokens"] = int(metrics["tokens"])
+            logged.append((time.perf_counter(), found))
 
-    with patch.object(Fabric, "log_dict", listen), patch.object(lora, "merge_lora"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(Fabric, "log_dict", listen))
+        for after in ("save_hyperparameters", "merge_lora"):  # when all is trained
+            stack.enter_context(patch.object(lora, after))
         lora.setup(
             converted(Path(source)),
             out_dir=Path(data) / "out",
@@ -80,14 +86,13 @@ def main(source, data, rate, steps, examples):
                 "init_args": {"lr": rate, "weight_decay": 0.0},
             },
         )
-    steps = [(when, found) for when, found in logged if "iter_time" in found]
-    first = steps[0][0] - steps[0][1]["iter_time"]
-    whens = [first, *(when for when, _ in steps)]
-    totals = [0, *(int(found["tokens"]) for _, found in steps)]
+    first = logged[0][0] - logged[0][1]["iter_time"]
+    whens = [first, *(when for when, _ in logged)]
+    totals = [0, *(found["tokens"] for _, found in logged)]
     return {
         "seconds": [b - a for a, b in zip(whens, whens[1:], strict=False)],
         "tokens": [b - a for a, b in zip(totals, totals[1:], strict=False)],
-        "loss": [found["loss"] for _, found in steps],
+        "loss": [found["loss"] for _, found in logged],
     }
 
 
