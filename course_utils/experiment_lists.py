@@ -227,10 +227,10 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
     "04": {
         "04_learning_rates": [
             experiment
-            for label, method in (("LoRA", LORA), ("PiSSA", PISSA))
+            for label, method, more in (("LoRA", LORA, (3e-2,)), ("PiSSA", PISSA, ()))
             for experiment in _rates(
                 label,
-                (3e-4, 1e-3, 3e-3, 1e-2),
+                (3e-4, 1e-3, 3e-3, 1e-2, *more),
                 method=method,
                 base_dtype="float32",
                 **GRID | {"test_examples": 0},
