@@ -7,6 +7,7 @@ compares the model with the original on two sets of texts.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -72,8 +73,9 @@ def rounded_weight(weight: Any, method: str, start: str | None) -> Any:
 def run_rounding(experiment: Experiment) -> dict[str, Any]:
     """Measure an experiment whose method is `"round:..."`; see `rounded_weight`.
 
-    Errors of weights, by matrix; and by text, over all tokens but the first: the
-    Kullback-Leibler divergence KL(original || rounded) in nats, and the loss of both.
+    Errors of weights, by matrix; and by text, over the tokens after what all texts
+    begin with (the template's system turn): the Kullback-Leibler divergence
+    KL(original || rounded) in nats, and the loss of both.
 
     Args:
         experiment: its `eval_examples` validation records are one set of texts, the
@@ -127,13 +129,18 @@ def _batches(model: str | None, data: str, count: int) -> list[dict[str, Any]]:
     for name, rows in sets.items():
         records = list(tokenize_dataset(rows, tokenizer))
         records.sort(key=lambda row: len(row["input_ids"]))
+        ids = [row["input_ids"] for row in records]
+        shared = len(os.path.commonprefix(ids))
         for place in range(0, len(records), 8):
-            found.append(collate(records[place : place + 8]) | {"set": name})
+            batch = collate(records[place : place + 8])
+            counted = batch["attention_mask"][:, 1:].bool()
+            counted[:, : shared - 1] = False  # the target of position t is token t + 1
+            found.append(batch | {"set": name, "counted": counted})
     return found
 
 
 def _log_probabilities(model: Any, batch: dict[str, Any]) -> Any:
-    """Of the next token, at each real position but the last of a text: (n, V)."""
+    """Of the next token, at each position that counts: (n, V)."""
     import torch
 
     device = model.device
@@ -142,13 +149,12 @@ def _log_probabilities(model: Any, batch: dict[str, Any]) -> Any:
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
         ).logits[:, :-1]
-        real = batch["attention_mask"][:, 1:].bool().to(device)
-        return logits[real].log_softmax(-1)
+        return logits[batch["counted"].to(device)].log_softmax(-1)
 
 
 @functools.cache
 def _original(model: str | None, data: str, count: int) -> list[Any]:
-    """The original model's answers, once for all runs of a family (about 2 GB)."""
+    """The original model's answers, once for all runs of a family (about 1 GB)."""
     import torch
 
     original = load_model(model, dtype=torch.float32)
@@ -158,8 +164,8 @@ def _original(model: str | None, data: str, count: int) -> list[Any]:
 
 def _compare(p: Any, q: Any, batch: dict[str, Any]) -> dict[str, list[float]]:
     """Sums over the tokens of each text."""
-    targets = batch["input_ids"][:, 1:][batch["attention_mask"][:, 1:].bool()]
-    counts = (batch["attention_mask"].sum(1) - 1).tolist()
+    targets = batch["input_ids"][:, 1:][batch["counted"]]
+    counts = batch["counted"].sum(1).tolist()
     token = targets.to(p.device)[:, None]
     by_token = {
         "kl": (p.exp() * (p - q)).sum(-1),
