@@ -20,6 +20,7 @@ TIMES = "course_cpu"
 PROPER = {
     "Lora": "LoRA",
     "Pissa": "PiSSA",
+    "Qlora": "QLoRA",
     "Text to": "From text to",
     "fine tuning": "fine-tuning",
 }
@@ -64,6 +65,20 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
         "logits equal to PEFT's",
         {"method": "prompt_tuning", "batch_size": 16, "sequence_length": 128}
         | {"num_virtual_tokens": 20},
+    ),
+    (
+        "06_prefix_tuning",
+        "prefix tuning, equal to PEFT's; seven methods on a small classifier",
+        "logits equal to PEFT's",
+        {"method": "prefix_tuning", "batch_size": 16, "sequence_length": 128}
+        | {"num_virtual_tokens": 20},
+    ),
+    (
+        "07_qlora",
+        "NF4, equal to bitsandbytes'; QLoRA; a 7B model planned for a T4",
+        "bytes equal to bitsandbytes'",
+        {"method": "qlora", "batch_size": 16, "sequence_length": 128}
+        | {"r": 8, "target_modules": "all-linear"},
     ),
 )
 
