@@ -48,7 +48,7 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     (
         "03_lora",
         "LoRA, equal to PEFT's; save, merge, switch adapters",
-        "logits equal to PEFT's",
+        "{03_lora:exact_match.LoRA} exact match",
         {"method": "lora", "batch_size": 16, "sequence_length": 128}
         | {"r": 8, "target_modules": "all-linear"},
     ),
@@ -62,7 +62,7 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     (
         "05_prompt_tuning",
         "prompt tuning and P-tuning, equal to PEFT's; load a trained prompt",
-        "logits equal to PEFT's",
+        "{05_long:exact_match.prompt} exact match",
         {"method": "prompt_tuning", "batch_size": 16, "sequence_length": 128}
         | {"num_virtual_tokens": 20},
     ),
