@@ -152,7 +152,7 @@ def prepare_trainer(
     callbacks.keep_finished_runs(trainer)
     if fast and trainer.args.device.type == "cpu":
         use_completion_loss(trainer)
-        trainer.add_callback(callbacks.QuickPasses())
+        trainer.add_callback(callbacks.QuickAttention())
 
 
 def fix_trainable_dtype(trainer: Any) -> int:

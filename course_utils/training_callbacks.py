@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from course_utils.training_speed import cast_lora_inputs, set_attention
+from course_utils.training_speed import set_attention
 
 MANIFEST = "complete.json"
 
@@ -104,19 +104,17 @@ def check_prompt_methods(model: Any, gradient_checkpointing: bool) -> None:
         )
 
 
-class QuickPasses(TrainerCallback):
-    """Plain attention and no needless casts while training; afterwards as before."""
+class QuickAttention(TrainerCallback):
+    """Plain attention while training; afterwards the model's own."""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         self.had = set_attention(model, "eager")
-        cast_lora_inputs(model, not args.bf16)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        cast_lora_inputs(model, True)
         if self.had is not None:
             set_attention(model, self.had)
 

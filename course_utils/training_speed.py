@@ -139,9 +139,9 @@ class SeededBatches:
         yield from last
 
 
-# Models whose code keeps examples apart where positions begin again (checked in
-# transformers' `masking_utils`): others are padded as usual.
-PACKABLE = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "smollm3"}
+# Models whose code keeps examples apart where positions begin again, by a test of each;
+# others are padded as usual.
+PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 
 WIDEST = 256  # tokens: attention costs the square of a row's length
 
@@ -226,7 +226,11 @@ def use_completion_loss(trainer: Any) -> None:
         if labels is None or labels.dim() != 2 or needs_logits:
             return original(model, inputs, return_outputs, num_items_in_batch)
         inputs = without_padding(trainer.model, inputs)
-        loss = completion_loss(model, inputs, num_items_in_batch)
+        cast_lora_inputs(trainer.model, not trainer.args.bf16)
+        try:
+            loss = completion_loss(model, inputs, num_items_in_batch)
+        finally:  # a run that is interrupted leaves a model that can generate
+            cast_lora_inputs(trainer.model, True)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     trainer.compute_loss = compute_loss

@@ -200,7 +200,7 @@ def test_a_card_keeps_the_librarys_kernels_and_never_builds_all_logits(t4, tmp_p
         prepare_trainer(trainer)
     assert model.config._attn_implementation == "sdpa"
     kinds = {type(c) for c in trainer.callback_handler.callbacks}
-    assert callbacks.QuickPasses not in kinds
+    assert callbacks.QuickAttention not in kinds
     assert "compute_loss" not in vars(trainer)
     seen = []
     model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape))

@@ -29,7 +29,11 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from course_utils.training_speed import SeededBatches, without_padding
+from course_utils.training_speed import (
+    PACKABLE,
+    SeededBatches,
+    without_padding,
+)
 
 HERE = Path(__file__).parent
 FP32 = Profile("cpu", "cpu", torch.float32, 0)
@@ -106,6 +110,41 @@ def test_a_batch_without_padding_has_the_same_loss_and_gradients(method, attenti
     # Without the positions the examples see each other, and the loss is another.
     leaking = {k: v for k, v in packed.items() if k != "position_ids"}
     assert abs(completion_loss(model, leaking).item() - losses[0].item()) > 1e-4
+
+
+@pytest.mark.parametrize("kind", sorted(PACKABLE))
+def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes, **heads, initializer_range=0.2)
+    model, data = AutoModelForCausalLM.from_config(config), batch(9)
+    packed = without_padding(model, data)
+    assert "position_ids" in packed
+    expected = completion_loss(model, data).item()
+    assert completion_loss(model, packed).item() == pytest.approx(expected, abs=1e-5)
+    leaking = {k: v for k, v in packed.items() if k != "position_ids"}
+    assert abs(completion_loss(model, leaking).item() - expected) > 1e-3
+
+
+def test_an_interrupted_run_leaves_adapters_that_can_generate(tmp_path, monkeypatch):
+    model = wrapped("lora").to(torch.bfloat16)
+    trainer = build(SFTTrainer, tmp_path, model, BF16)
+    prepare_trainer(trainer)
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+
+    def stop(*_, **__):
+        assert layer.cast_input_dtype_enabled is False
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("course_utils.training_speed.completion_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert layer.cast_input_dtype_enabled is True
+    with torch.no_grad():
+        model(input_ids=batch(2)["input_ids"])
 
 
 def test_batches_that_cannot_be_packed_stay_padded():
