@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from course_utils import memory, parameters
+from course_utils import memory, memory_measure, parameters
 from course_utils.memory import GIB, estimate_memory, measure_memory, model_config
 from course_utils.memory_static import optimizer_state_bytes, quantization_constants
 
@@ -468,6 +469,15 @@ def test_resident_sees_pages_that_are_touched():
     assert used.added_bytes > 150_000_000
 
 
+def test_resident_looks_by_itself_where_linux_does_not_help(monkeypatch):
+    monkeypatch.setattr(memory_measure, "_restart_high_water", lambda: False)
+    with measure_memory("resident") as used:
+        block = torch.ones(50_000_000)
+        time.sleep(0.1)
+        del block
+    assert used.added_bytes > 150_000_000
+
+
 def test_measure_memory_refuses_unknown_kinds():
     with pytest.raises(ValueError, match="none of auto, cuda"), measure_memory("ram"):
         pass
@@ -486,8 +496,6 @@ def test_cuda_peak_is_the_allocators():
 
 
 def test_estimates_take_milliseconds():
-    import time
-
     run = {"batch_size": 4, "sequence_length": 512, "dtype": "bfloat16", **ALL}
     estimate_memory("llama-2-7b", "qlora", **run)
     start = time.process_time()
