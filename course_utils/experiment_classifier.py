@@ -90,6 +90,7 @@ def run_classifier(
     """
     from transformers import DataCollatorWithPadding, Trainer
 
+    from course_utils.experiment_costs import saved_bytes
     from course_utils.training_callbacks import PlainProgress
 
     start, profile = time.perf_counter(), replace(get_profile(), seed=experiment.seed)
@@ -155,20 +156,3 @@ def run_classifier(
         run["metrics"].append("accuracy_by_slice")
     run["seconds"] = time.perf_counter() - start
     return run
-
-
-def saved_bytes(model: Any) -> int:
-    """How large a file `save_pretrained` writes; a head's own weights for `"head"`.
-
-    Returns:
-        Bytes.
-    """
-    from pathlib import Path
-
-    if not hasattr(model, "peft_config"):
-        return sum(
-            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))

@@ -8,6 +8,7 @@ from typing import Any
 from course_utils import records
 from course_utils.experiment_lists_06 import virtual_runs
 from course_utils.experiment_lists_07 import quantized_runs
+from course_utils.experiment_lists_08 import comparison_runs
 from course_utils.experiment_setup import Experiment
 
 Family = list[Any] | Callable[[], list[Any]]
@@ -253,6 +254,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
 
 LESSON_RUNS["06"] = virtual_runs(SHORT, best_rate)
 LESSON_RUNS["07"] = quantized_runs(LORA, SHORT)
+LESSON_RUNS["08"] = comparison_runs(LORA, PROMPT)
 
 # Seconds on two cores with bfloat16 (measured): a training example, an answer.
 EXAMPLE_S = {"full": 0.17, "peft": 0.12, "encoder": 0.02}

@@ -45,6 +45,7 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     import datasets
     from trl import SFTTrainer
 
+    from course_utils.experiment_costs import PeakOfStep, saved_bytes
     from course_utils.training_callbacks import PlainProgress
 
     if isinstance(experiment, ClassifierExperiment):
@@ -89,6 +90,9 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         prepare_trainer(trainer)
         if not progress:
             trainer.pop_callback(PlainProgress)
+        peak = PeakOfStep()
+        if experiment.costs:
+            trainer.add_callback(peak)
         trained = count_parameters(trainer.model).trainable
         clock = time.perf_counter()
         trainer.train()
@@ -100,7 +104,7 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     # Validation inside the training is not training time; the last one may be outside.
     inside = [entry for entry in log if "eval_runtime" in entry and every]
     inside = inside[: experiment.steps // every] if every else []
-    train_seconds -= sum(entry["eval_runtime"] for entry in inside)
+    train_seconds -= sum(entry["eval_runtime"] for entry in inside) + peak.seconds
     run = {
         "label": experiment.label,
         "settings": experiment.settings(),
@@ -112,6 +116,9 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         "tokens_per_s": trainer.state.num_input_tokens_seen / train_seconds,
         "measured": {"train_seconds": train_seconds},
     }
+    if experiment.costs:
+        run["measured"]["peak_bytes"] = peak.peak_bytes
+        run["measured"]["adapter_bytes"] = saved_bytes(model)
     if experiment.keep_adapter:
         folder = data_folder() / "adapters" / experiment.keep_adapter
         run["measured"]["adapter_bytes"] = _keep_adapter(model, folder, experiment)
@@ -129,6 +136,8 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         run["predictions"] = list(scored.predictions)
         run["references"] = list(scored.references)
         run["metrics"] += METRICS[:2]
+        if experiment.costs:
+            run["metrics"].append("by_field")
         if scored.slices:
             run["slices"] = list(scored.slices)
             run["metrics"] += METRICS[2:]

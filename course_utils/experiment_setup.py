@@ -19,6 +19,7 @@ ABSENT_WHEN_UNSET = (
     "start",
     "prefix_from",
     "validation_answers",
+    "costs",
 )
 
 
@@ -57,6 +58,8 @@ class Experiment:
             begin (`course_utils.loftq`); None begins as PEFT does.
         prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
             `schema.txt`, set as a system turn; None starts as PEFT does.
+        costs: measure the most that tensors take in the second step, and the bytes of
+            what a user of the method has to keep; None leaves both out.
         keep_adapter: keep the trained adapter in `data/adapters/` under this name.
         data, model: names of the data set and, None for the built-in one, the model.
     """
@@ -85,6 +88,7 @@ class Experiment:
     prefix_from: str | None = None
     start: str | None = None
     validation_answers: int | None = None
+    costs: bool | None = None
     data: str = "home_commands"
     model: str | None = None
 

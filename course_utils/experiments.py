@@ -127,9 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             experiments = family() if callable(family) else family
             minutes = sum(map(estimate_seconds, experiments)) / 60
             print(f"{name}: {len(experiments)} runs, about {minutes:.0f} min in all")
-            if not asked.estimate:
-                command = f"make runs LESSON={lesson}"
-                record_family(name, experiments, command=command)
+            command = f"make runs LESSON={lesson}"
+            while not asked.estimate:
+                made = record_family(name, experiments, command=command)
+                if not made or not callable(family):
+                    break
+                experiments = family()  # some follow from their own record, and grow
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ METRICS: dict[str, Callable[[dict], Any]] = {
     "field_f1_by_slice": lambda run: scoring.by_slice(
         run["predictions"], run["references"], run["slices"], scoring.field_f1
     ),
+    "by_field": lambda run: scoring.by_field(run["predictions"], run["references"]),
     "accuracy": lambda run: classification.accuracy(
         run["predictions"], run["references"]
     ),

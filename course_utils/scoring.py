@@ -250,3 +250,32 @@ def by_slice(
         )
         for name in dict.fromkeys(slices)
     }
+
+
+def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Share of the references' fields that the predictions have, by a field's name.
+
+    `actions[0].room` and `room` are both the field `room`.
+
+    Args:
+        predictions: What the model answered.
+        references: The right answers, in the same order.
+
+    Returns:
+        {field: share, 0 to 1}, the commonest field first.
+
+    Raises:
+        ValueError: as `field_f1`.
+
+    Examples:
+        >>> by_field(['{"a": 1, "b": 2}', "?"], ['{"a": 1, "b": 3}', '{"a": 1}'])
+        {'a': 0.5, 'b': 0.0}
+    """
+    hits, stated = Counter(), Counter()
+    for guess, right in _pairs(predictions, references):
+        wanted = _fields(right)
+        common = _fields(guess) & wanted
+        for counts, fields in ((hits, common), (stated, wanted)):
+            for (path, *_), number in fields.items():
+                counts[path.rpartition(".")[2].partition("[")[0]] += number
+    return {name: hits[name] / count for name, count in stated.most_common()}

@@ -8,6 +8,7 @@ import torch
 from small_models import byte_tokenizer, random_llama
 
 from course_utils import experiment_run, experiment_setup, experiments, records
+from course_utils.experiment_lists_08 import sweep
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.experiments import LESSON_RUNS, best_rate, record_family
 from course_utils.runtime import Profile
@@ -215,3 +216,62 @@ def test_the_lists_are_well_formed():
             assert len(set(keys)) == len(keys), name
             assert all(e.learning_rate > 0 for e in family)
             assert all(e.steps > 0 or e.method.startswith(UNTRAINED) for e in family)
+
+
+def sweep_run(experiment, loss):
+    metrics = {"final_eval_loss": loss}
+    shared = {"label": experiment.label, "seed": experiment.seed, "metrics": metrics}
+    return shared | {"settings": experiment.settings()}
+
+
+def test_a_sweep_grows_until_each_best_rate_is_inside(monkeypatch):
+    runs = []
+    monkeypatch.setattr(records, "list_records", lambda: ["08_try"])
+    monkeypatch.setattr(records, "load_record", lambda name: {"runs": runs})
+    last = quick("prompting", steps=0)
+    methods = {
+        "full": ("full", 1e-3, {}),
+        "LoRA": (LORA, 1e-2, {"quantization": "nf4"}),
+    }
+    family = sweep("08_try", methods, [last])
+    # |log rate - peak| is the loss; LoRA's peak lies outside the first three rates
+    peaks = {"full": -3, "LoRA": -4, "prompting": 0}
+    made = []
+    while True:
+        left = [e for e in family() if (e.label, e.seed) not in made]
+        if not left:
+            break
+        for one in left:
+            distance = abs(math.log10(one.learning_rate) - peaks[one.label.split()[0]])
+            runs.append(sweep_run(one, None if distance > 1.8 else distance))
+            made.append((one.label, one.seed))
+    assert family()[-1] == last
+    tried = {(e.label, e.seed) for e in family()[:-1]}
+    assert tried == {
+        *((f"full lr {rate}", 0) for rate in ("0.0003", "0.001", "0.003")),
+        *((f"LoRA lr {r}", 0) for r in ("3e-05", "0.0001", "0.0003", "0.001")),
+        *((f"LoRA lr {r}", 0) for r in ("0.003", "0.01", "0.03")),
+        *(
+            (f"{best}", s)
+            for best in ("full lr 0.001", "LoRA lr 0.0001")
+            for s in (1, 2)
+        ),
+    }
+    assert all(e.forgetting == bool(e.seed) for e in family()[:-1])
+    assert all(e.quantization == "nf4" for e in family() if "LoRA" in e.label)
+
+
+def test_costs_are_measured_in_a_step_that_has_optimizer_state(small):
+    run = experiment_run.run_experiment(
+        quick("LoRA", LORA, costs=True, test_examples=3), progress=False
+    )
+    weights = 4 * random_llama().num_parameters()
+    costs = run["measured"]
+    assert weights < costs["peak_bytes"]
+    # r = 2: an adapter is far smaller than the model it belongs to
+    assert 4 * run["trainable_parameters"] < costs["adapter_bytes"] < weights
+    assert "by_field" in run["metrics"]
+    whole = experiment_run.run_experiment(quick(costs=True), progress=False)
+    assert whole["measured"]["adapter_bytes"] == weights
+    # gradients and AdamW's two moments of every weight are there too, not of LoRA's
+    assert whole["measured"]["peak_bytes"] > costs["peak_bytes"] + 2 * weights

@@ -118,17 +118,20 @@ ARROWS = {
     },
     "experiment_classifier": {
         *("classification", "data", "models", "parameters"),
-        *("training", "training_callbacks"),
+        *("training", "training_callbacks", "experiment_costs"),
     },
+    "experiment_costs": {"memory"},
+    "experiment_lists_08": {"experiment_setup", "records"},
     "experiment_lists_07": {"experiment_setup"},
     "experiment_lists_06": {"experiment_classifier", "experiment_setup"},
     "experiment_lists": {
-        *("experiment_lists_06", "experiment_lists_07", "experiment_setup", "records"),
+        *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
+        *("experiment_setup", "records"),
     },
     "experiment_run": {
         *("experiment_setup", "experiment_rounding", "experiment_classifier"),
         *("data", "evaluation", "formatting", "models"),
-        *("parameters", "training", "training_callbacks"),
+        *("parameters", "training", "training_callbacks", "experiment_costs"),
     },
     "widgets": {"widget_figures", "parameters", "memory", "plotting"},
 }
@@ -140,7 +143,7 @@ TOPS = {"experiments", "picture"}
 LAZY = {
     *("lora", "loftq", "memory_exact", "memory_fakes", "nf4", "pissa", "prefix"),
     "soft_prompts",
-    "training_callbacks",
+    *("training_callbacks", "experiment_costs"),
 }
 FAMILIES = {
     "data": {"data_errors", "data_files", "data_json", "data_schemas"},

@@ -1,0 +1,56 @@
+"""What a recorded run costs: tensors at the peak of a step, bytes that are kept."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from course_utils.memory import measure_memory
+
+
+class PeakOfStep(TrainerCallback):
+    """Measures the most that tensors take in one step: weights, state, activations.
+
+    Attributes:
+        peak_bytes: of the step, once it has ended.
+        seconds: what the measuring itself took.
+    """
+
+    def __init__(self, step: int = 2) -> None:
+        """Measure in the given step; in the first there is no optimizer state yet."""
+        self.step, self.seconds, self.peak_bytes = step, 0.0, None
+        self._meter: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step - 1:
+            clock = time.perf_counter()
+            kind = "cuda" if args.device.type == "cuda" else "allocator"
+            self._meter = measure_memory(kind)
+            self._used = self._meter.__enter__()
+            self.seconds += time.perf_counter() - clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._meter is not None:
+            clock = time.perf_counter()
+            self._meter.__exit__(None, None, None)
+            self.peak_bytes, self._meter = self._used.peak_bytes, None
+            self.seconds += time.perf_counter() - clock
+
+
+def saved_bytes(model: Any) -> int:
+    """How large the file is that a method leaves: an adapter's, else trained weights'.
+
+    Returns:
+        Bytes.
+    """
+    if not hasattr(model, "peft_config"):
+        return sum(
+            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
