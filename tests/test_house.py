@@ -158,8 +158,9 @@ FAMILIES = {
     "training": {"training_callbacks", "training_memory", "training_speed"},
     "experiments": {
         *("experiment_classifier", "experiment_lists"),
-        *("experiment_lists_06", "experiment_lists_07"),
-        *("experiment_rounding", "experiment_run", "experiment_setup"),
+        *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
+        *("experiment_costs", "experiment_rounding"),
+        *("experiment_run", "experiment_setup"),
     },
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
     "records": {"record_metrics", "prose_figures"},
