@@ -33,6 +33,7 @@ __all__ = [
     "exact_match",
     "field_f1",
     "forgetting",
+    "free_text",
     "perplexity",
     "stratified",
 ]
@@ -43,11 +44,14 @@ class Evaluation:
     """Answers of a model to a data set, and their scores.
 
     Attributes:
-        exact_match: share of answers equal to the reference as JSON, 0 to 1.
-        field_f1: micro F1 over the fields of the JSON objects, 0 to 1.
+        exact_match: share of answers equal to the reference, 0 to 1: as JSON, or as
+            text where `as_text`.
+        field_f1: micro F1 over the fields of the JSON objects, 0 to 1; NaN where
+            `as_text`.
         predictions, references, prompts: strings, in the order of the data.
         slices: the slice of each example, or None where the data has none.
         seconds: wall seconds of the generation.
+        as_text: the answers are free text, not JSON.
     """
 
     exact_match: float
@@ -57,25 +61,26 @@ class Evaluation:
     prompts: tuple[str, ...]
     slices: tuple[str, ...] | None
     seconds: float
+    as_text: bool = False
 
     def by_slice(self) -> dict[str, float]:
         """Exact match of each slice, 0 to 1; empty where the data has no slices."""
         if self.slices is None:
             return {}
-        return scoring.by_slice(self.predictions, self.references, self.slices)
+        score = scoring.exact_text if self.as_text else exact_match
+        return scoring.by_slice(self.predictions, self.references, self.slices, score)
 
     def mistakes(self) -> list[tuple[str, str, str]]:
         """(prompt, prediction, reference) of each answer that is not an exact match."""
-        right = scoring.matches(self.predictions, self.references)
-        rows = zip(self.prompts, self.predictions, self.references, right, strict=True)
-        return [(p, a, r) for p, a, r, ok in rows if not ok]
+        score = scoring.exact_text if self.as_text else exact_match
+        rows = zip(self.prompts, self.predictions, self.references, strict=True)
+        return [(p, a, r) for p, a, r in rows if not score([a], [r])]
 
     def __str__(self) -> str:
         n = len(self.references)
-        head = (
-            f"exact match {self.exact_match:.1%} of {n} · field F1 "
-            f"{self.field_f1:.3f} · {self.seconds:.1f} s"
-        )
+        head = f"exact match {self.exact_match:.1%} of {n} · "
+        head += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
+        head += f"{self.seconds:.1f} s"
         slices = self.by_slice()
         if len(slices) < 2:
             return head
@@ -85,6 +90,15 @@ class Evaluation:
             for name, share in slices.items()
         ]
         return "\n".join([head, *lines])
+
+
+def free_text(references: Iterable[str]) -> bool:
+    """Whether none of `references` is a JSON object: compare such answers as text.
+
+    >>> free_text(["yes", "no"]), free_text(["yes", "{}"])
+    (True, False)
+    """
+    return all(scoring.parse_json_object(text) is None for text in references)
 
 
 def evaluate(
@@ -97,17 +111,19 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
+    as_text: bool = False,
 ) -> Evaluation:
     """Generate an answer to each prompt and score it against the completion.
 
     Args:
         model, tokenizer, template, system, batch_size: as for ``generate``.
-        dataset: records with ``prompt`` and ``completion`` (one JSON object), and
-            perhaps ``slice``.
+        dataset: records with ``prompt`` and ``completion`` (one JSON object, unless
+            ``as_text``), and perhaps ``slice``.
         limit: score that many records only, chosen by ``stratified``: the same ones
             every time, each slice in its share. None scores all.
         max_new_tokens: None takes 8 more than the longest completion has tokens; an
             answer that is longer is wrong anyway.
+        as_text: compare answers as text, not as JSON.
 
     Raises:
         ValueError: the data set is empty, a record has no prompt or completion, or a
@@ -119,7 +135,8 @@ def evaluate(
     records = stratified(dataset, limit)
     prompts, references = column(records, "prompt"), column(records, "completion")
     slices = column(records, "slice") if "slice" in records[0] else None
-    scoring.exact_match(references, references)  # a broken reference is said now
+    if not as_text:
+        exact_match(references, references)  # a broken reference is said now
     if max_new_tokens is None:
         encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + 8
@@ -134,12 +151,14 @@ def evaluate(
         batch_size=batch_size,
     )
     seconds = time.perf_counter() - start
+    score = scoring.exact_text if as_text else exact_match
     return Evaluation(
-        exact_match(predictions, references),
-        field_f1(predictions, references),
+        score(predictions, references),
+        float("nan") if as_text else field_f1(predictions, references),
         tuple(predictions),
         references,
         prompts,
         slices,
         seconds,
+        as_text,
     )

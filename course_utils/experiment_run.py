@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from course_utils.data import load_examples
-from course_utils.evaluation import answer_share, evaluate, perplexity, stratified
+from course_utils.evaluation import (
+    Evaluation,
+    answer_share,
+    evaluate,
+    free_text,
+    perplexity,
+    stratified,
+)
 from course_utils.experiment_classifier import ClassifierExperiment, run_classifier
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
@@ -131,16 +138,18 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     _to_profile_dtype(model, profile.dtype)
     if experiment.test_examples != 0:
         test = load_examples(experiment.data, "test")
-        scored = evaluate(model, tokenizer, test, limit=experiment.test_examples)
+        scored = evaluate(
+            model,
+            tokenizer,
+            test,
+            limit=experiment.test_examples,
+            as_text=free_text(test["completion"]),
+        )
         run["measured"]["test_seconds"] = scored.seconds
-        run["predictions"] = list(scored.predictions)
-        run["references"] = list(scored.references)
-        run["metrics"] += METRICS[:2]
-        if experiment.costs:
+        run |= _answers(scored)
+        run["metrics"] += _score_names(scored)
+        if experiment.costs and not scored.as_text:
             run["metrics"].append("by_field")
-        if scored.slices:
-            run["slices"] = list(scored.slices)
-            run["metrics"] += METRICS[2:]
     if experiment.validation_answers:
         like_training = load_examples(experiment.data, "validation")
         limit = experiment.validation_answers
@@ -178,20 +187,20 @@ def _keep_adapter(model: Any, folder: Path, experiment: Experiment) -> int:
 
 def _run_prompting(experiment: Experiment) -> dict[str, Any]:
     """Score the untrained model, asked without help or with the best prompt."""
-    start = time.perf_counter()
-    folder = data_folder() / experiment.data
-    schema = (folder / "schema.txt").read_text(encoding="utf-8")
-    shots = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
-    templates = {
-        "prompt:zero-shot": "chatml",
-        "prompt:few-shot": with_examples("chatml", shots, system=schema),
-    }
+    start, template = time.perf_counter(), "chatml"
+    if experiment.method == "prompt:few-shot":
+        folder = data_folder() / experiment.data
+        schema = (folder / "schema.txt").read_text(encoding="utf-8")
+        shots = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
+        template = with_examples("chatml", shots, system=schema)
+    test = load_examples(experiment.data, "test")
     scored = evaluate(
         load_model(experiment.model),
         load_tokenizer(experiment.model),
-        load_examples(experiment.data, "test"),
-        template=templates[experiment.method],
+        test,
+        template=template,
         limit=experiment.test_examples,
+        as_text=free_text(test["completion"]),
     )
     return {
         "label": experiment.label,
@@ -199,14 +208,25 @@ def _run_prompting(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "loss": [],
         "eval_loss": [],
-        "metrics": list(METRICS),
+        "metrics": _score_names(scored),
         "trainable_parameters": 0,
         "measured": {"test_seconds": scored.seconds},
-        "predictions": list(scored.predictions),
-        "references": list(scored.references),
-        "slices": list(scored.slices),
+        **_answers(scored),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _answers(scored: Evaluation) -> dict[str, list[str]]:
+    names = ("predictions", "references", "slices")
+    return {
+        name: list(getattr(scored, name)) for name in names if getattr(scored, name)
+    }
+
+
+def _score_names(scored: Evaluation) -> list[str]:
+    if scored.as_text:
+        return ["exact_text"]
+    return [*METRICS] if scored.slices else [*METRICS[:2]]
 
 
 def _pairs(history: LossHistory) -> Any:

@@ -47,6 +47,7 @@ METRICS: dict[str, Callable[[dict], Any]] = {
     "exact_match": lambda run: scoring.exact_match(
         run["predictions"], run["references"]
     ),
+    "exact_text": lambda run: scoring.exact_text(run["predictions"], run["references"]),
     "field_f1": lambda run: scoring.field_f1(run["predictions"], run["references"]),
     "by_slice": lambda run: scoring.by_slice(
         run["predictions"], run["references"], run["slices"]

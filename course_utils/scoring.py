@@ -140,6 +140,24 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(right) / len(right)
 
 
+def exact_text(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of predictions equal to the reference as text, 0 to 1; for free answers.
+
+    White space in `predictions` and `references` counts as one blank.
+
+    Raises:
+        ValueError: lengths differ, or there is nothing to score.
+
+    Examples:
+        >>> exact_text([" yes\\n", "No"], ["yes", "no"])
+        0.5
+    """
+    if not references:
+        raise ValueError("nothing to score: there are no references")
+    pairs = list(zip(predictions, references, strict=True))
+    return sum(a.split() == b.split() for a, b in pairs) / len(pairs)
+
+
 def flatten_fields(value: Any, path: str = "") -> list[tuple[str, Any]]:
     """List the (path, value) pairs of a parsed JSON value.
 

@@ -134,6 +134,16 @@ ARROWS = {
         *("parameters", "training", "training_callbacks", "experiment_costs"),
     },
     "widgets": {"widget_figures", "parameters", "memory", "plotting"},
+    "method_runs": {"experiment_lists_08", "figure_style", "records"},
+    "method_table": {"figure_style", "method_runs"},
+    "method_compare": {
+        *("experiment_lists", "experiment_lists_08", "experiment_run"),
+        *("experiment_setup", "data", "evaluation", "models", "parameters"),
+        *("method_runs", "method_table", "records"),
+    },
+    "method_results": {
+        *("figure_style", "method_compare", "method_runs", "method_table"),
+    },
 }
 EVERYONE_MAY = {"runtime"}
 # Tops that run the others: they may import any module, and none imports them.
@@ -162,6 +172,7 @@ FAMILIES = {
         *("experiment_costs", "experiment_rounding"),
         *("experiment_run", "experiment_setup"),
     },
+    "method_results": {"method_compare", "method_runs", "method_table"},
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
     "records": {"record_metrics", "prose_figures"},
     "widgets": {"widget_figures"},
