@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from course_utils.figure_own import plot_own_points
 from course_utils.figure_style import display_name, finish, line_styles, new_axes
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def plot_scatter(
     ylabel: str = "exact match (%)",
     percent: bool = True,
     log: bool = False,
+    own: Mapping[str, tuple[float, float]] | None = None,
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Axes:
@@ -150,6 +152,7 @@ def plot_scatter(
         ylabel: the score, with its unit.
         percent: scores are 0 to 1 and shown in per cent.
         log: logarithmic cost axis; costs of 0 are then an error.
+        own: {label: (cost, score)} of the reader, laid over as `plot_own_points` does.
         ax: axes to draw in; None opens a figure.
         title: of the figure.
 
@@ -173,29 +176,52 @@ def plot_scatter(
     if log:
         ax.set_xscale("log")
     ax.margins(0.12, 0.15)
+    plot_own_points(ax, own or {}, recorded=points, percent=percent)
     finish(ax, xlabel=xlabel, ylabel=ylabel, title=title, legend=True)
-    _place_labels(ax, {display_name(k): (c, scale * s) for k, (c, s) in points.items()})
+    drawn = [(c, scale * s) for c, s in (own or {}).values()]
+    place_labels(
+        ax,
+        {display_name(k): (c, scale * s) for k, (c, s) in points.items()},
+        others=drawn,
+    )
     return ax
 
 
-def _place_labels(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write each label beside its point, where it covers no other label or point."""
+def place_labels(
+    ax: Axes,
+    points: Mapping[str, tuple[float, float]],
+    *,
+    radii: Mapping[str, float] | None = None,
+    others: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Write each label beside its point, where it covers no other label or point.
+
+    Args:
+        ax: the axes, drawn and with its legend.
+        points: {label: (x, y)}.
+        radii: {label: of its marker, in points}; None takes 5 for all.
+        others: points that labels keep clear of.
+    """
     from matplotlib.transforms import Bbox
 
     figure = ax.figure
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
-    spots = [ax.transData.transform(point) for point in points.values()]
-    half = 5 * figure.dpi / 72
-    taken = [
-        Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in spots
-    ]
+    dot = figure.dpi / 72
+    sizes = [(radii or {}).get(label, 5.0) for label in points]
+    sizes += [5.0] * len(others)
+    taken = []
+    for point, radius in zip([*points.values(), *others], sizes, strict=True):
+        (x, y), half = ax.transData.transform(point), radius * dot
+        taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
     if ax.get_legend():
         taken.append(ax.get_legend().get_window_extent(renderer))
     offsets = [(8, 0), (-8, 0), (0, 9), (0, -9), (7, 8), (7, -8), (-7, 8), (-7, -8)]
     offsets += [(0, 20), (0, -20), (10, 18), (10, -18), (-10, 18), (-10, -18)]
-    for label, point in points.items():
-        for dx, dy in offsets:
+    leader = {"arrowstyle": "-", "linewidth": 0.6, "color": "#777777"}
+    for (label, point), radius in zip(points.items(), sizes, strict=False):
+        for away in offsets:
+            dx, dy = (part * max(radius / 5, 0.8) for part in away)
             text = ax.annotate(
                 label,
                 point,
@@ -206,12 +232,13 @@ def _place_labels(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
                 va="center" if dy == 0 else "bottom" if dy > 0 else "top",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
                 zorder=2,
+                arrowprops=leader if away in offsets[4:] else None,
             )
             box = text.get_window_extent(renderer)
             inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
-            if (dx, dy) != offsets[-1]:
+            if away != offsets[-1]:
                 text.remove()
         taken.append(box)
 

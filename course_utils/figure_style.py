@@ -61,6 +61,8 @@ _ALIASES = {
     "prefix_tuning": "prefix",
     "ptuning": "p_tuning",
     "full_fine_tuning": "full",
+    "rslora": "lora",
+    "last_6_layers": "frozen",
 }
 # For what is no method: dark and light in turn, each with its own line and marker.
 _OTHERS = [

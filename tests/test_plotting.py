@@ -75,6 +75,9 @@ DRAWINGS = {
     "confusion": lambda **k: plotting.plot_confusion(
         [[9, 1, 0], [3, 4, 3], [0, 0, 0]], ["bad", "mixed", "good"], **k
     ),
+    "trade_off": lambda **k: plotting.plot_trade_off(
+        {m: (10 * i, 0.09 * i, 10**i) for i, m in enumerate(METHODS)}, **k
+    ),
     "map": lambda **k: plotting.plot_method_map({"lora": 100}, total=1000, **k),
 }
 
@@ -180,6 +183,76 @@ def test_the_best_learning_rate_is_ringed():
     ax = plotting.plot_learning_rates(losses, higher_is_better=False, percent=False)
     [ring] = [line for line in ax.lines if line.get_markersize() == 12]
     assert list(ring.get_xdata()) == [1e-4]
+
+
+RATES = {m: {1e-4 * 3**i: 0.5 + abs(i - 2) for i in range(5)} for m in METHODS}
+
+
+def test_panels_of_rates_ring_the_best_and_cross_what_is_off_the_scale(tmp_path):
+    losses = RATES | {"lora": {1e-3: 0.7, 1e-2: 0.5, 1e-1: None, 1.0: 40.0}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        panels = plotting.plot_rate_panels(
+            losses, own={"lora": (1e-3, 0.9)}, title="Rates"
+        )
+        figure = panels[0].figure
+        figure.savefig(tmp_path / "figure.png")
+    assert figure.get_figwidth() == 6.0 and figure.get_figheight() <= 4.0
+    assert figure._suptitle.get_text() == "Rates (red: yours)"
+    assert len(panels) == len(figure.axes) == len(METHODS)
+    panel = panels[METHODS.index("lora")]
+    curve, over, ring, own = panel.lines
+    assert list(curve.get_ydata()[:2]) == [0.7, 0.5]
+    assert np.isnan(curve.get_ydata()[2:]).all()
+    assert list(over.get_xdata()) == [1e-1, 1.0]
+    assert set(over.get_ydata()) == {panel.get_ylim()[1]} == {1.5}
+    assert (ring.get_xdata(), ring.get_ydata()) == ([1e-2], [0.5])
+    assert (own.get_xdata(), own.get_ydata()) == ([1e-3], [0.9])
+    assert panel.get_title() == "LoRA\nbest 0.01"
+    assert not overlapping(panel.get_xticklabels())
+    (high,) = plotting.plot_rate_panels(
+        {"full": {1e-3: 0.2, 1e-2: 0.4}}, percent=True, higher_is_better=True
+    )
+    assert high.lines[2].get_xdata() == [1e-2] and high.get_ylim() == (-3, 103)
+    for nothing in ({}, {"full": {1e-3: None}}):
+        with pytest.raises(ValueError, match="there is no"):
+            plotting.plot_rate_panels(nothing)
+
+
+def test_own_points_are_open_and_named_in_the_legend():
+    points = {"lora": (10, 0.5), "full": (20, 0.6)}
+    own = {"full": (15, 0.3)}
+    ax = plotting.plot_scatter(points, xlabel="seconds", own=own)
+    assert [t.get_text() for t in ax.get_legend().texts] == ["not beaten", "yours"]
+    lines = [ln for ln in ax.lines if ln.get_linestyle() == "None"]
+    rim = [ln for ln in lines if ln.get_markeredgecolor() == "#e3001b"]
+    assert [list(ln.get_xdata()) for ln in rim] == [[15], []]
+    assert {ln.get_markerfacecolor() for ln in rim} == {"none"}
+    assert rim[0].get_marker() == METHOD_STYLES["full"]["marker"]
+    assert rim[0].get_ydata() == [30]
+    (joined,) = [ln for ln in ax.lines if ln.get_color() == "#e3001b"]
+    assert list(joined.get_ydata()) == [30, 60]
+    other = plotting.plot_learning_rates({"lora": {1e-3: 0.1}, "full": {1e-3: 0.2}})
+    plotting.plot_own_points(other, {"lora": (1e-3, 0.3)}, label="mine")
+    assert [t.get_text() for t in other.get_legend().texts][-1] == "mine"
+    assert not plotting.plot_scatter(points, xlabel="s").get_legend().texts[1:]
+
+
+def test_a_trade_off_fills_what_nothing_beats_in_all_three():
+    points = {
+        "lora": (10, 0.5, 1e7),
+        "dora": (12, 0.5, 1e7),
+        "prompt": (11, 0.4, 1e4),
+        "full": (20, 0.6, 5e8),
+    }
+    ax = plotting.plot_trade_off(points)
+    dots = {ln.get_xdata()[0]: ln for ln in ax.lines[1:] if len(ln.get_xdata())}
+    hollow = {x for x, ln in dots.items() if ln.get_markerfacecolor() == "white"}
+    assert hollow == {12}
+    sizes = [dots[x].get_markersize() for x in (11, 10, 20)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
+    assert list(ax.lines[0].get_xdata()) == [10, 20]
+    assert not overlapping(ax.texts)
 
 
 def test_the_front_is_what_no_other_point_beats():
