@@ -76,12 +76,16 @@ def load_model(
     Raises:
         ModelUnavailable: the model is not to be had; the message names each place
             that was tried, its reason, and the cures.
-        ValueError: the quantization is unknown.
+        ValueError: the quantization or the dtype is unknown.
     """
     from transformers import AutoModelForCausalLM
 
     profile = get_profile()
     dtype = dtype or profile.dtype
+    if not getattr(dtype, "is_floating_point", False):
+        raise ValueError(
+            f"dtype {dtype!r} is none of torch.float32, torch.float16, torch.bfloat16"
+        )
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
@@ -209,6 +213,8 @@ def _quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
 
 def _from_pretrained(kind: Any, name: str, bundle: Bundle, options: dict) -> Any:
     """Call ``kind.from_pretrained`` on the cache, a folder, or the hub."""
+    from safetensors import SafetensorError
+
     reason = None
     source: str | Path = name
     if name == bundle.name:
@@ -218,14 +224,16 @@ def _from_pretrained(kind: Any, name: str, bundle: Bundle, options: dict) -> Any
             reason, source = error, bundle.hub
     elif Path(name).expanduser().is_dir():
         source = Path(name).expanduser()
+    elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():
+        raise ModelUnavailable(_explain(name, Path(name), "no such folder", None))
     try:
-        with no_progress_bars():
-            return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        with no_progress_bars():  # None would ask the reader whether to run its code
+            return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelUnavailable(_explain(name, source, error, reason)) from error
 
 
-def _explain(name: str, source: object, error: Exception, reason: object) -> str:
+def _explain(name: str, source: object, error: object, reason: object) -> str:
     said = str(error).strip().splitlines()
     lines = [f"the model {name!r} could not be loaded."]
     if reason:

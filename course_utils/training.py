@@ -75,6 +75,21 @@ def _defaults(profile: Profile, output_dir: str | os.PathLike) -> dict[str, Any]
     }
 
 
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Refuse at once what the libraries would refuse late, or not at all."""
+    rate = settings.get("learning_rate", 1.0)
+    if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
+        raise ValueError(f"learning_rate must be a number, 0 or more, not {rate!r}")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    for name in (*sizes, "gradient_accumulation_steps"):
+        size = settings.get(name, 1)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{name} must be a whole number of at least 1, not {size!r}"
+            )
+    return settings
+
+
 def training_arguments(
     profile: Profile, output_dir: str | os.PathLike, **settings: Any
 ) -> TrainingArguments:
@@ -88,10 +103,14 @@ def training_arguments(
         profile: from `runtime.get_profile()`.
         output_dir: folder for checkpoints.
         settings: fields of `TrainingArguments`; they win over the defaults.
+
+    Raises:
+        ValueError: a learning rate or batch size that cannot train.
+        TypeError: a setting that there is not.
     """
     from transformers import TrainingArguments
 
-    return TrainingArguments(**_defaults(profile, output_dir) | settings)
+    return TrainingArguments(**_defaults(profile, output_dir) | _checked(settings))
 
 
 def sft_config(
@@ -106,11 +125,14 @@ def sft_config(
     Args:
         profile, output_dir: as for `training_arguments`.
         settings: fields of `SFTConfig`; they win over the defaults.
+
+    Raises:
+        ValueError, TypeError: as for `training_arguments`.
     """
     from trl import SFTConfig
 
     plain = {"gradient_checkpointing": False, "max_length": None}
-    settings = _defaults(profile, output_dir) | plain | settings
+    settings = _defaults(profile, output_dir) | plain | _checked(settings)
     newer = "activation_checkpointing"  # its name since transformers 5.23
     if newer in SFTConfig.__dataclass_fields__:
         settings.setdefault(newer, settings.pop("gradient_checkpointing"))
