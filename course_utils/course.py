@@ -126,7 +126,7 @@ def run_lesson(path: Path, out: Path) -> Outcome:
             km=kernel_manager(),
             timeout=timeout,
             resources={"metadata": {"path": str(path.parent)}},
-        ).execute(env=kernel_environment())
+        ).execute(env=kernel_environment(), cleanup_kc=True)  # a kernel left keeps GBs
     except Exception as error:  # whatever a lesson does, the next ones still run
         failure = describe_failure(notebook, error)
     seconds = time.perf_counter() - started
