@@ -11,12 +11,16 @@ from course_utils.experiment_setup import Experiment
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 32}
 # How a prefix begins: method, learning rates tried, where its first values are from.
 STARTS: dict[str, tuple[dict, tuple[float, ...], str | None]] = {
-    "prefix from text": (PREFIX, (3e-3, 1e-2, 3e-2, 1e-1), "schema"),
+    "prefix from text": (PREFIX, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "schema"),
     "prefix random": (PREFIX, (3e-2, 1e-1, 3e-1), None),
-    "prefix zero": (PREFIX | {"init_weights": "zero"}, (3e-3, 1e-2, 3e-2), None),
+    "prefix zero": (
+        PREFIX | {"init_weights": "zero"},
+        (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        None,
+    ),
     "prefix projected": (
         PREFIX | {"prefix_projection": True, "encoder_hidden_size": 64},
-        (1e-3, 3e-3),
+        (1e-3, 3e-3, 1e-2),
         None,
     ),
 }
