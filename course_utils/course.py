@@ -125,6 +125,7 @@ def run_lesson(path: Path, out: Path) -> Outcome:
             notebook,
             km=kernel_manager(),
             timeout=timeout,
+            shutdown_kernel="immediate",
             resources={"metadata": {"path": str(path.parent)}},
         ).execute(env=kernel_environment(), cleanup_kc=True)  # a kernel left keeps GBs
     except Exception as error:  # whatever a lesson does, the next ones still run
