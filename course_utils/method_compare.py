@@ -115,11 +115,12 @@ def plan(
         data: as `load_examples`.
         methods: names, of `known_methods` or `ZERO_SHOT`; case does not matter.
         rates: {name: learning rate}, before what is recorded.
-        settings: of every `Experiment`.
+        settings: of every `Experiment`, besides the data.
 
     Raises:
         ValueError: a name is unknown; says the known ones.
     """
+    settings["data"] = str(data)
     known = known_methods()
     names = {name.lower(): name for name in [*known, ZERO_SHOT]}
     recorded = {r.name: r.learning_rate for r in recorded_methods()}
@@ -135,7 +136,7 @@ def plan(
             continue
         method, rate, more = known[name]
         rate = asked.get(name) or recorded.get(name) or rate
-        if str(data) != OURS:
+        if settings["data"] != OURS:
             more = {key: more[key] for key in more if key != "prefix_from"}
             if isinstance(method, dict) and "prompt_tuning_init" in method:
                 method = method | {
@@ -191,7 +192,6 @@ def compare_on(
         eval_every=max(steps // 4, 1),
         base_dtype="float32",
         costs=True,
-        data=data,
         model=model,
     )
     if not experiments:

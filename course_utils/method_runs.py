@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from course_utils import records
 from course_utils.experiment_lists_08 import SEEDS, best_of
@@ -43,6 +43,7 @@ class MethodResult:
         general_before, general_after: share of general questions answered, without
             and with the training.
         complete: the best rate is inside its grid, and all seeds ended with a loss.
+        record: the name of the record it is from.
     """
 
     name: str
@@ -63,6 +64,7 @@ class MethodResult:
     general_before: float | None = None
     general_after: float | None = None
     complete: bool = False
+    record: str = ""
 
     def __post_init__(self) -> None:
         for name in ("rates", "by_slice", "by_field"):
@@ -186,14 +188,27 @@ def recorded_methods(names: Sequence[str] = FAMILIES) -> list[MethodResult]:
         One result a method, in the order of the records; untrained ones included.
     """
     there = set(records.list_records())
-    groups: dict[str, list[dict]] = {}
+    groups: dict[tuple[str, str], list[dict]] = {}
     for record in names:
         if record not in there:
             continue
         for run in records.load_record(record)["runs"]:
             name = run["label"].rpartition(" lr ")[0] or run["label"]
-            groups.setdefault(name, []).append(run)
-    return [result_of(name, runs) for name, runs in groups.items()]
+            groups.setdefault((record, name), []).append(run)
+    return [
+        replace(result_of(name, runs), record=record)
+        for (record, name), runs in groups.items()
+    ]
+
+
+def path_of(result: MethodResult, figure: str = "exact_match") -> str:
+    """Name a recorded figure at the method's best rate as `records.lookup` does.
+
+    >>> path_of(MethodResult("LoRA", "lora", 0.01, record="08_low_rank"))
+    '08_low_rank:exact_match.LoRA lr 0.01'
+    """
+    rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
+    return f"{result.record}:{figure}.{result.name}{rate}"
 
 
 def long_runs() -> dict[str, float]:

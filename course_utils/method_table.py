@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from course_utils.experiment_lists_08 import BUDGET, SEEDS
 from course_utils.figure_style import display_name
 from course_utils.method_runs import MethodResult
 
@@ -141,3 +142,28 @@ def methods_table(
             )
         )
     return MethodsTable(head, tuple(rows))
+
+
+def readme_section(results: Iterable[MethodResult], *, lesson: str) -> str:
+    """Make the README's section on the sweep; empty while a method is incomplete.
+
+    Args:
+        results: of `recorded_methods`.
+        lesson: the path of lesson 8's notebook.
+    """
+    results = list(results)
+    trained = [r for r in results if r.learning_rate]
+    if len(trained) < 2 or not all(r.complete for r in results):
+        return ""
+    steps, batch = BUDGET["steps"], BUDGET["batch_size"]
+    return f"""## Methods compared
+
+Each method at its own best learning rate, with {steps} steps of {batch} examples and \
+{len(SEEDS)} seeds: the mean, and in brackets the least and the greatest.
+
+{methods_table(results)._repr_markdown_()}
+
+*File* is what has to be kept for each task, *peak* the most that tensors took in one \
+step, *training* its seconds on two processor cores.
+[Lesson 8]({lesson}) shows how it was measured, and how much of the order is noise.
+"""

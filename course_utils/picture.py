@@ -1,6 +1,6 @@
-"""The README's pictures and its table of lessons, made from the recorded runs.
+"""The README's pictures and its two tables, made from the recorded runs.
 
-python -m course_utils.picture            draw data/pictures/, fill the table
+python -m course_utils.picture            draw data/pictures/, fill the tables
 python -m course_utils.picture --times    keep the last full run's seconds first
 """
 
@@ -15,6 +15,9 @@ from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
 from course_utils.links import ROOT
+from course_utils.method_results import recorded_methods
+from course_utils.method_runs import FAMILIES, path_of
+from course_utils.method_table import order, readme_section
 
 TIMES = "course_cpu"
 PROPER = {
@@ -24,7 +27,7 @@ PROPER = {
     "Text to": "From text to",
     "fine tuning": "fine-tuning",
 }
-BEGIN, END = "<!-- lessons:begin -->", "<!-- lessons:end -->"
+BEST = "best of the sweep"  # stands for the path of a figure
 # Lesson; what it builds; the figure of its recorded result; the run to predict on a T4.
 LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     (
@@ -80,6 +83,13 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
         {"method": "qlora", "batch_size": 16, "sequence_length": 128}
         | {"r": 8, "target_modules": "all-linear"},
     ),
+    (
+        "08_choosing_a_method",
+        "a fair experiment, your own choice among eleven methods, on your own data",
+        f"{{{BEST}}}",
+        {"method": "lora", "batch_size": 16, "sequence_length": 128}
+        | {"r": 8, "target_modules": "all-linear"},
+    ),
 )
 
 
@@ -90,6 +100,29 @@ def share(path: str) -> str:
         path: as in `records.lookup`.
     """
     return f"{100 * records.lookup(path):.0f} %<!-- run:{path} -->"
+
+
+def best_recorded() -> str:
+    """Name the best trained method of lesson 8's sweep, its score with the source."""
+    results = [r for r in recorded_methods() if r.learning_rate and r.complete]
+    if not results:
+        return "the sweep is being recorded"
+    best = order(results)[0]
+    name = plotting.display_name(best.name)
+    return f"{name} best, {share(path_of(best))} exact match"
+
+
+def shown(result: str) -> str:
+    """A lesson's recorded result, its figures put in.
+
+    Args:
+        result: text with `{paths}` of figures, or with `{BEST}`.
+    """
+
+    def figure(found: re.Match[str]) -> str:
+        return best_recorded() if found[1] == BEST else share(found[1])
+
+    return re.sub(r"\{([^}]+)\}", figure, result)
 
 
 def predicted_gib(plan: dict[str, Any] | None) -> str:
@@ -125,31 +158,39 @@ def table(stems: Sequence[str]) -> str:
         title = f"{int(number)} · {words.replace('_', ' ').capitalize()}"
         for plain, proper in PROPER.items():
             title = title.replace(plain, proper)
-        shown = re.sub(r"\{([^}]+)\}", lambda found: share(found[1]), result)
         took = f"{seconds[stem]:.0f} s" if stem in seconds else "not recorded"
         gib = predicted_gib(plan)
         lines.append(
-            f"| [{title}](notebooks/{stem}.ipynb) | {builds} | {shown} | {took} |"
-            f" {gib if plan is None else gib + ' GiB'} |"
+            f"| [{title}](notebooks/{stem}.ipynb) | {builds} | {shown(result)} |"
+            f" {took} | {gib if plan is None else gib + ' GiB'} |"
         )
     return "\n".join(lines)
 
 
 def fill(readme: str, stems: Sequence[str]) -> str:
-    """Return the README with its table made anew.
+    """Return the README with its tables made anew.
 
     Args:
         readme: the README's text.
         stems: the lessons that exist.
 
     Raises:
-        ValueError: the markers around the table are missing.
+        ValueError: the markers around a table are missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{table(stems)}\n{END}{after}"
+    lesson = f"notebooks/{LESSONS[-1][0]}.ipynb"
+    swept = recorded_methods() if {*FAMILIES} <= {*records.list_records()} else []
+    parts = {
+        "lessons": table(stems) + "\n",
+        "methods": readme_section(swept, lesson=lesson),
+    }
+    for name, text in parts.items():
+        first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, begin, rest = readme.partition(first)
+        _, end, after = rest.partition(last)
+        if not (begin and end):
+            raise ValueError(f"README.md has no {first} … {last}")
+        readme = f"{before}{first}\n{text}{last}{after}"
+    return readme
 
 
 def lesson_stems() -> list[str]:

@@ -138,7 +138,7 @@ ARROWS = {
     },
     "widgets": {"widget_figures", "parameters", "memory", "plotting"},
     "method_runs": {"experiment_lists_08", "figure_style", "records"},
-    "method_table": {"figure_style", "method_runs"},
+    "method_table": {"experiment_lists_08", "figure_style", "method_runs"},
     "method_compare": {
         *("experiment_lists", "experiment_lists_08", "experiment_run"),
         *("experiment_setup", "data", "evaluation", "models", "parameters"),

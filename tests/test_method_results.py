@@ -1,15 +1,30 @@
 """What the sweep found: read from records, tabled, compared; and on own data."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
+from small_models import byte_tokenizer, random_llama
 
-from course_utils import (
-    records,
-)
+from course_utils import experiment_run, experiment_setup, method_compare, records
+from course_utils.data import DataError
+from course_utils.experiment_lists import LORA, PROMPT
+from course_utils.experiment_lists_08 import BUDGET, SEEDS, comparison_runs
+from course_utils.method_compare import ZERO_SHOT, known_methods, plan, split_sizes
 from course_utils.method_results import (
+    MethodResult,
+    agreement,
+    compare_on,
+    long_runs,
+    methods_table,
     recorded_methods,
 )
+from course_utils.method_runs import path_of
+from course_utils.method_table import percent, readme_section, size
+from course_utils.prose_figures import check_text
+from course_utils.runtime import Profile
 
 RIGHT = ['{"a": 1}', '{"a": 2}', '{"a": 3}', '{"a": 4}']
 
@@ -99,7 +114,306 @@ def test_a_method_is_read_at_its_best_rate_with_all_its_seeds(folder):
     )
     assert (lora.general_before, lora.general_after) == (0.5, pytest.approx(0.3))
     assert lora.complete and untrained.complete
+    assert records.lookup(path_of(lora)) == lora.score
+    assert records.lookup(path_of(untrained)) == untrained.score
     assert (untrained.method, untrained.learning_rate) == ("baseline", None)
     assert untrained.exact_match == (0.25,) and untrained.rates == {}
     assert (untrained.adapter_bytes, untrained.trainable_parameters) == (0, 0)
     assert untrained.early_loss is None and untrained.eval_loss == ()
+
+
+def test_no_record_and_half_a_record_are_read_too(folder):
+    assert recorded_methods() == [] and long_runs() == {}
+    save("08_low_rank", LORA_RUNS[:2] + [made_up("full", 1e-3, 0, math.nan, 0)])
+    lora, full = recorded_methods()
+    assert lora.learning_rate == 1e-2 and not lora.complete  # at the edge
+    assert lora.exact_match == (0.5,) and lora.general_after is None
+    assert full.rates == {1e-3: (None, 0.0, 0.0)} and full.eval_loss == ()
+    assert full.loss is None and not full.complete
+    assert readme_section([lora, full], lesson="x") == ""
+    table = methods_table([full, lora])
+    assert [row[0] for row in table.rows] == [
+        "LoRA (incomplete)",
+        "full fine-tuning (incomplete)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("left", "complete"),
+    [
+        (LORA_RUNS, True),
+        (LORA_RUNS[:4], False),  # a seed is missing
+        (LORA_RUNS[1:], False),  # the best is at the edge
+        ([*LORA_RUNS[:4], LORA_RUNS[4] | {"eval_loss": [[40, math.nan]]}], False),
+    ],
+)
+def test_complete_is_inside_the_grid_with_every_seed(folder, left, complete):
+    save("08_others", left)
+    assert recorded_methods()[0].complete == complete
+
+
+def test_long_runs_are_named_with_their_size(folder):
+    run = made_up("", 3e-3, 0, 0.2, 3)
+    run["settings"] |= {"steps": 150, "batch_size": 8}
+    save("03_lora", [run | {"label": "LoRA"}])
+    save("06_prefix", [run | {"label": "prefix from text lr 0.01"}])
+    assert long_runs() == {"LoRA, long (150 x 8)": 0.75}
+
+
+ONE = MethodResult(
+    "LoRA",
+    "lora",
+    0.01,
+    exact_match=(0.4, 0.5, 0.6),
+    field_f1=(0.7, 0.8, 0.9),
+    eval_loss=(0.30, 0.34),
+    trainable_parameters=2_442_240,
+    adapter_bytes=9_796_544,
+    peak_bytes=1900 * 2**20,
+    seconds=61.6,
+    general_before=0.45,
+    general_after=0.31,
+    complete=True,
+)
+FULL = replace(
+    ONE,
+    name="full",
+    method="full",
+    learning_rate=3e-4,
+    eval_loss=(0.33, 0.37),
+    trainable_parameters=134_515_008,
+    adapter_bytes=538_060_032,
+)
+ASKED = MethodResult(
+    "prompting, few-shot", "baseline", exact_match=(0.09,), complete=True, seconds=0.0
+)
+
+
+def test_the_table_reads_well_and_is_ordered_by_score():
+    worse = replace(ONE, name="DoRA", exact_match=(0.1, 0.2, 0.3))
+    table = methods_table([ASKED, worse, FULL, ONE])
+    names = [row[0] for row in table.rows]
+    # LoRA and full have one score: the lower validation loss stands first
+    assert names == ["LoRA", "full fine-tuning", "DoRA", "prompting, few-shot"]
+    assert table.rows[0] == (
+        *("LoRA", "0.01", "50 % (40–60)", "0.80", "0.320", "2,442,240", "1.8 %"),
+        *("9.8 MB", "1,900 MiB", "62 s", "31 %"),
+    )
+    assert table.rows[1][5:8] == ("134,515,008", "100 %", "538 MB")
+    assert table.rows[3][1:3] == ("–", "9 %") and table.rows[3][8:] == ("–",) * 3
+    assert table.head[-1] == "general questions right (untrained 45 %)"
+    lines = table._repr_markdown_().splitlines()
+    assert len(lines) == 6 and {line.count("|") for line in lines} == {12}
+    text = str(table).splitlines()
+    assert len({line.index("50 %") for line in text[1:3]}) == 1 and len(text) == 5
+    other = methods_table([ONE], total_parameters=24_422_400)
+    assert other.rows[0][6] == "10 %"
+
+
+def test_shares_and_sizes_are_rounded_as_said():
+    assert percent((0.0,)) == "0 %" and percent((0.125, 0.5)) == "31 % (12–50)"
+    assert [size(n) for n in (99_400, 999_499, 999_500, 12_345_678, 99.6e6)] == [
+        *("99 kB", "999 kB", "1 MB", "12 MB", "100 MB"),
+    ]
+
+
+def test_the_readme_gets_a_section_only_when_all_is_complete():
+    section = readme_section([ONE, FULL, ASKED], lesson="notebooks/08.ipynb")
+    assert section.startswith("## Methods compared\n") and section.endswith("\n")
+    assert methods_table([ONE, FULL, ASKED])._repr_markdown_() in section
+    assert f"{BUDGET['steps']} steps of {BUDGET['batch_size']}" in section
+    assert check_text(section) == []
+    late = replace(FULL, complete=False)
+    for few in ([ONE, late, ASKED], [ONE, ASKED], []):
+        assert readme_section(few, lesson="notebooks/08.ipynb") == ""
+
+
+APART = replace(FULL, name="QLoRA", eval_loss=(0.50, 0.52, 0.51))
+SINGLE = replace(FULL, name="DoRA", eval_loss=(0.9,))
+
+
+@pytest.mark.parametrize(
+    ("mine", "said"),
+    [
+        (
+            {"full": 0.9, "LoRA": 0.8, "QLoRA": 1.0},
+            "Your order is the recorded one: LoRA, then full fine-tuning, then QLoRA.",
+        ),
+        (
+            {"LoRA": 0.8, "full": 0.7},
+            "Your order is not the recorded one: LoRA and full fine-tuning changed "
+            "places. The recorded seeds of LoRA and full fine-tuning overlap, so that "
+            "their order is noise.",
+        ),
+        (
+            {"LoRA": math.nan, "QLoRA": 0.7},
+            "Your order is not the recorded one: LoRA and QLoRA changed places. The "
+            "recorded seeds of LoRA and QLoRA do not overlap: a shorter run, or other "
+            "settings, made it.",
+        ),
+        (
+            {"LoRA": 0.8, "full": 0.7, "QLoRA": 0.75},
+            "Your order is not the recorded one: LoRA and full fine-tuning; LoRA and "
+            "QLoRA changed places. The recorded seeds of LoRA and full fine-tuning "
+            "overlap, so that their order is noise; those of LoRA and QLoRA do not "
+            "overlap: a shorter run, or other settings, made it.",
+        ),
+        (
+            {"LoRA": 0.8, "DoRA": 0.7},
+            "Your order is not the recorded one: LoRA and DoRA changed places. Of LoRA "
+            "and DoRA too few seeds are recorded to tell noise from a difference.",
+        ),
+        (
+            {"LoRA": 0.8, "mine": 0.7},
+            "Nothing to compare yet: fewer than two of your methods are recorded.",
+        ),
+    ],
+)
+def test_agreement_names_what_changed_places_and_whether_it_is_noise(mine, said):
+    assert agreement(mine, [ONE, FULL, APART, SINGLE]) == said
+
+
+def test_agreement_follows_the_direction_of_the_score():
+    better = replace(FULL, exact_match=(0.7, 0.8, 0.9))
+    right = {"LoRA": 0.2, "full": 0.3}
+    assert "is the recorded one: full" in agreement(
+        right, [ONE, better], score="exact_match"
+    )
+    assert "changed places" in agreement(
+        {"LoRA": 0.3, "full": 0.2}, [ONE, better], score="exact_match"
+    )
+    assert "changed places" in agreement({"LoRA": 90, "full": 80}, [
+        replace(ONE, seconds=10.0), replace(FULL, seconds=20.0)
+    ], score="seconds")  # fmt: skip
+
+
+def test_a_tie_is_no_disagreement():
+    same = replace(FULL, eval_loss=ONE.eval_loss)
+    for mine in ({"LoRA": 0.8, "full": 0.7}, {"LoRA": 0.7, "full": 0.8}):
+        assert "is the recorded one" in agreement(mine, [ONE, same])
+    assert "is the recorded one" in agreement({"LoRA": 1, "full": 1}, [ONE, FULL])
+
+
+# --- the sweep's definition ------------------------------------------------------
+
+
+def test_the_sweep_begins_with_three_rates_of_each_method(folder):
+    families = comparison_runs(LORA, PROMPT)
+    runs = [one for family in families.values() for one in family()]
+    methods = known_methods()
+    rates = {}
+    for one in runs:
+        name = one.label.rpartition(" lr ")[0] or one.label
+        rates.setdefault(name, []).append(one.learning_rate)
+    assert rates.keys() == methods.keys() | {ZERO_SHOT, "prompting, few-shot"}
+    assert len(methods) == 11 and len(SEEDS) >= 3
+    for name, (method, first, more) in methods.items():
+        assert len(rates[name]) == 3 and sorted(rates[name])[1] == first
+        same = [one for one in runs if one.label.startswith(f"{name} lr ")]
+        assert all(one.method == method for one in same)
+        for key, value in (BUDGET | more).items():
+            assert {getattr(one, key) for one in same} == {value}, key
+    assert {one.data for one in runs} == {"home_commands"}
+
+
+# --- the reader's own data -------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch, folder):
+    """A tiny random model in place of the course's."""
+
+    def load(name=None, *, dtype=None, quantization=None):
+        return random_llama(initializer_range=0.05).to(dtype or torch.float32)
+
+    for module in (experiment_run, experiment_setup, method_compare):
+        monkeypatch.setattr(module, "load_model", load)
+    for module in (experiment_run, experiment_setup):
+        monkeypatch.setattr(
+            module, "load_tokenizer", lambda name=None: byte_tokenizer()
+        )
+    profile = Profile("cpu", "cpu", torch.float32, 0)
+    monkeypatch.setattr(experiment_run, "get_profile", lambda: profile)
+
+
+def write(path, completion, count=60):
+    rows = [{"prompt": f"say {i}", "completion": completion(i)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SMALL = {"steps": 4, "batch_size": 2, "eval_examples": 3, "test_examples": 2}
+
+
+def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
+    save("08_low_rank", LORA_RUNS)
+    file = write(tmp_path / "my.jsonl", lambda i: json.dumps({"n": i}))
+    methods = ("lora", ZERO_SHOT, "full")
+    found = compare_on(file, methods=methods, rates={"full": 1e-3}, **SMALL)
+    lora, asked, full = found.results
+    assert [r.name for r in found.results] == ["LoRA", ZERO_SHOT, "full"]
+    assert (lora.learning_rate, full.learning_rate) == (1e-2, 1e-3)
+    assert sum(found.sizes.values()) == 60 and found.sizes == split_sizes(file, 2)
+    assert not found.as_text and len(lora.exact_match) == 1 == len(lora.field_f1)
+    assert asked.learning_rate is None and len(asked.exact_match) == 1
+    assert full.trainable_parameters == random_llama().num_parameters()
+    assert 0 < lora.trainable_parameters < full.trainable_parameters
+    assert lora.peak_bytes and lora.adapter_bytes < full.adapter_bytes
+    assert [r.loss for r in (lora, full)] == [
+        pytest.approx(found.runs[k]["eval_loss"][-1][1]) for k in (0, 2)
+    ]
+    shares = {row[0]: row[6] for row in found.table.rows}
+    assert shares["full fine-tuning"] == "100 %"
+    text = str(found)
+    assert f"Examples: {found.sizes['train']} train" in text
+    assert "the reference's JSON, on 2 test examples" in text
+    assert "incomplete" not in text and found.table._repr_markdown_() in (
+        found._repr_markdown_()
+    )
+    printed = capsys.readouterr().out
+    assert "LoRA lr 0.01: 4 steps of 2" in printed and "train" in printed
+
+
+def test_free_text_is_compared_as_text(tiny, tmp_path):
+    file = write(tmp_path / "chat.jsonl", lambda i: f"It is {i}.")
+    found = compare_on(file, methods=["LoRA"], **SMALL)
+    (lora,) = found.results
+    assert found.as_text and lora.field_f1 == () and len(lora.exact_match) == 1
+    assert lora.loss is not None and "the reference's text" in str(found)
+    assert found.runs[0]["metrics"].keys() >= {"exact_text", "final_eval_loss"}
+    assert found.table.rows[0][3] == "–"
+
+
+def test_what_cannot_be_compared_is_said(tiny, tmp_path):
+    file = write(tmp_path / "my.jsonl", lambda i: "{}")
+    with pytest.raises(ValueError, match="'lorra'; known: LoRA, LoRA, attention.*zero"):
+        compare_on(file, methods=["lorra"])
+    with pytest.raises(ValueError, match="'half'"):
+        compare_on(file, rates={"half": 1e-3})
+    with pytest.raises(ValueError, match="no method is named"):
+        compare_on(file, methods=[])
+    few = write(tmp_path / "few.jsonl", lambda i: "{}", count=3)
+    with pytest.raises(DataError, match="too few examples: .* 0 (validation|test)"):
+        compare_on(few)
+    with pytest.raises(DataError, match="48 or more to train on"):
+        split_sizes(write(tmp_path / "mid.jsonl", lambda i: "{}", count=50), 48)
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat.write_text((json.dumps({"messages": turns}) + "\n") * 60)
+    with pytest.raises(DataError, match="found no completion and no prompt"):
+        compare_on(chat)
+    with pytest.raises(DataError, match="no such file"):
+        compare_on(tmp_path / "none.jsonl")
+
+
+def test_on_other_data_nothing_begins_at_the_courses_task(folder):
+    names = ["prompt tuning", "prefix tuning", "QLoRA"]
+    ours = plan("home_commands", names, {}, steps=5)
+    prompt, prefix, qlora = plan("my.jsonl", names, {"qlora": 0.5})
+    assert (ours[0].data, prompt.data) == ("home_commands", "my.jsonl")
+    assert ours[0].steps == 5
+    assert ours[0].method["prompt_tuning_init"] == "TEXT"
+    assert prompt.method["prompt_tuning_init"] == "SAMPLE_VOCAB"
+    assert (ours[1].prefix_from, prefix.prefix_from) == ("schema", None)
+    assert (qlora.quantization, qlora.learning_rate) == ("nf4", 0.5)
+    assert prompt.learning_rate == known_methods()["prompt tuning"][1]

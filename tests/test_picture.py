@@ -6,6 +6,7 @@ import re
 import pytest
 
 from course_utils import picture, records
+from course_utils.method_results import MethodResult
 from course_utils.prose_figures import check_text
 
 README = picture.ROOT / "README.md"
@@ -35,6 +36,44 @@ def test_a_plan_is_predicted_and_none_is_a_dash():
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="lessons:begin"):
         picture.fill("# Title", [])
+
+
+def test_both_tables_are_put_between_their_markers(monkeypatch):
+    monkeypatch.setattr(picture, "table", lambda stems: "A TABLE")
+    monkeypatch.setattr(picture, "FAMILIES", ())
+    monkeypatch.setattr(picture, "recorded_methods", lambda: ["swept"])
+    monkeypatch.setattr(picture, "readme_section", lambda r, lesson: f"{r} {lesson}\n")
+    old = "a\n<!-- lessons:begin -->\nold\n<!-- lessons:end -->\nb\n"
+    old += "<!-- methods:begin -->\n<!-- methods:end -->\nc"
+    new = "a\n<!-- lessons:begin -->\nA TABLE\n<!-- lessons:end -->\nb\n"
+    swept = "['swept'] notebooks/08_choosing_a_method.ipynb\n"
+    new += f"<!-- methods:begin -->\n{swept}<!-- methods:end -->\nc"
+    assert picture.fill(old, []) == new
+    assert picture.fill(new, []) == new
+    monkeypatch.setattr(picture, "FAMILIES", ("08_none",))  # a family not recorded
+    assert "begin -->\n[] notebooks" in picture.fill(old, [])
+    with pytest.raises(ValueError, match="methods:begin"):
+        picture.fill(old.replace("methods:begin", "x"), [])
+
+
+def test_the_best_of_the_sweep_carries_its_source_or_is_said_to_be_absent(monkeypatch):
+    def result(name, share, complete=True):
+        return MethodResult(
+            *(name, name, 0.01),
+            exact_match=(share,),
+            complete=complete,
+            record="08_others",
+        )
+
+    looked = {"08_others:exact_match.PiSSA lr 0.01": 0.374}
+    monkeypatch.setattr(records, "lookup", looked.__getitem__)
+    found = [result("LoRA", 0.3), result("PiSSA", 0.4), result("full", 0.5, False)]
+    monkeypatch.setattr(picture, "recorded_methods", lambda: found)
+    path = "08_others:exact_match.PiSSA lr 0.01"
+    said = f"PiSSA best, 37 %<!-- run:{path} --> exact match"
+    assert picture.shown(f"{{{picture.BEST}}}") == said
+    monkeypatch.setattr(picture, "recorded_methods", lambda: found[2:])
+    assert picture.best_recorded() == "the sweep is being recorded"
 
 
 def test_pictures_named_in_the_readme_are_there_and_made_here():
