@@ -28,6 +28,7 @@ class ClassifierExperiment:
         warmup: share of the steps in which the rate rises, 0 to 1.
         seed: orders the data, initialises head and adapter.
         eval_every: validation loss every so many steps.
+        start_scale: the random virtual tokens of PEFT, times this.
         data: name of the data set.
     """
 
@@ -39,6 +40,7 @@ class ClassifierExperiment:
     warmup: float = 0.1
     seed: int = 0
     eval_every: int = 50
+    start_scale: float = 1.0
     data: str = "reviews"
 
     # What `experiment_lists.estimate_seconds` asks of any experiment.
@@ -57,8 +59,14 @@ class ClassifierExperiment:
         return [replace(self, seed=seed) for seed in seeds]
 
 
-def make_classifier(method: Any, num_labels: int) -> tuple[Any, Any]:
+def make_classifier(
+    method: Any, num_labels: int, start_scale: float = 1.0
+) -> tuple[Any, Any]:
     """The encoder with a fresh head, and what the method trains made trainable.
+
+    Args:
+        method, start_scale: as `ClassifierExperiment` has them.
+        num_labels: classes.
 
     Returns:
         The model and its tokenizer.
@@ -71,7 +79,10 @@ def make_classifier(method: Any, num_labels: int) -> tuple[Any, Any]:
         from peft import get_peft_config, get_peft_model
 
         config = get_peft_config({"task_type": "SEQ_CLS", **method})
-        return get_peft_model(model, config), tokenizer
+        model = get_peft_model(model, config)
+        if start_scale != 1:
+            model.prompt_encoder["default"].embedding.weight.data *= start_scale
+        return model, tokenizer
     if method == "head":
         model.base_model.requires_grad_(False)
     elif method != "full":
@@ -100,7 +111,9 @@ def run_classifier(
     }
     names = label_names(parts["train"])
     set_seed(experiment.seed)
-    model, tokenizer = make_classifier(experiment.method, len(names))
+    model, tokenizer = make_classifier(
+        experiment.method, len(names), experiment.start_scale
+    )
     rows = {s: tokenize_texts(parts[s], tokenizer, names) for s in parts}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -120,6 +120,8 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a text encoder with a fresh classification head, and its tokenizer.
 
+    The built-in encoder's head reads the mean over tokens (`course_utils.pooling`).
+
     Args:
         name: a hub name or a folder; ``None`` takes the built-in MiniLM-L6
             (22 million parameters, six layers, width 384).
@@ -138,6 +140,8 @@ def load_classifier(
 
     if num_labels < 2:
         raise ValueError(f"num_labels must be 2 or more, not {num_labels}.")
+    from course_utils.pooling import use_mean_pooling
+
     name = name or MINILM.name
     options = {
         "num_labels": num_labels,
@@ -153,6 +157,8 @@ def load_classifier(
     finally:
         logging.set_verbosity(level)
     tokenizer = _from_pretrained(AutoTokenizer, name, MINILM, {})
+    if name == MINILM.name or getattr(model.config, "pooling", None) == "mean":
+        use_mean_pooling(model)
     return model.to(get_profile().device).eval(), tokenizer
 
 

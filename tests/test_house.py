@@ -48,7 +48,8 @@ ARROWS = {
     "lessons": {"exercises"},
     "course": {"lessons", "models"},
     "bundled": set(),
-    "models": {"bundled"},
+    "pooling": set(),
+    "models": {"bundled", "pooling"},
     "data_errors": set(),
     "data_json": {"data_errors"},
     "data_files": {"data_errors", "data_json"},
@@ -155,7 +156,7 @@ TOPS = {"experiments", "picture"}
 # may the others import them.
 LAZY = {
     *("lora", "loftq", "memory_exact", "memory_fakes", "nf4", "pissa", "prefix"),
-    "soft_prompts",
+    *("pooling", "soft_prompts"),
     *("training_callbacks", "experiment_costs"),
 }
 FAMILIES = {
