@@ -53,7 +53,8 @@ def words(text: str) -> list[str]:
 
 
 def test_sizes_slices_and_balance():
-    assert len(RECORDS["train"]) >= 600
+    assert sum(map(len, RECORDS.values())) >= 600
+    assert len(RECORDS["train"]) >= 400
     assert len(RECORDS["validation"]) >= 100
     assert len(RECORDS["test"]) >= 240
     counts = Counter((r["slice"], r["label"]) for r in RECORDS["test"])
@@ -78,15 +79,13 @@ def test_every_record_is_a_clean_short_review(split):
         assert not re.search(r"[{}\x00-\x1f“”’]|  | [,.;:!?]|,,|\.\.", text), text
 
 
-def test_enough_is_written_whole_and_by_hand():
+def test_enough_of_the_hard_kinds_is_written():
     threes = build.written("written.txt") + build.written("written_test.txt")
     kinds = Counter(three[0].slice for three in threes)
     assert 3 * sum(kinds.values()) >= 700
     assert 3 * (kinds["irony"] + kinds["mixed_feelings"] + kinds["negation"]) >= 400
     whole = {review.text for three in threes for review in three}
-    assert {r["text"] for s in ("validation", "test") for r in RECORDS[s]} <= whole
-    joined = [r for r in RECORDS["train"] if r["text"] not in whole]
-    assert len(joined) == 3 * build.COMPOSED
+    assert {r["text"] for s in SPLITS for r in RECORDS[s]} == whole
 
 
 def test_the_threes_of_one_subject_stay_in_one_split():
@@ -123,27 +122,10 @@ def test_test_and_validation_share_no_phrase_with_training():
     assert [
         g for r in RECORDS["test"] for g in grams(r["text"], 5) if g in learned
     ] == []
-    # The same measure does see the clauses that return within the training split.
-    counts = Counter(g for r in RECORDS["train"] for g in grams(r["text"], 5))
-    assert sum(n > 1 for n in counts.values()) > 500
-
-
-def test_fragments_and_frames_are_for_training_alone():
-    held = " | ".join(
-        " ".join(words(r["text"])) for s in ("validation", "test") for r in RECORDS[s]
-    )
-    for topic, clauses in build.fragments().items():
-        for kind in "pn":
-            texts = [clause.text for clause in clauses[kind]]
-            assert len(texts) == len(set(texts)) >= 10, topic
-            found = [c for c in texts if len(words(c)) > 4]
-            assert [c for c in found if " ".join(words(c)) in held] == []
-    frames = [f for of in build.FRAMES.values() for some in of.values() for f in some]
-    assert len(frames) == len(set(frames))
-    for frame in frames:
-        fixed = max(re.split(r"\{.\}", frame), key=len)
-        phrase = " ".join(words(fixed))
-        assert len(phrase.split()) < 4 or phrase not in held, frame
+    # The same measure does see a phrase that comes back.
+    first = RECORDS["test"][0]
+    planted = "Well: " + " ".join(first["text"].split()[1:8])
+    assert grams(planted, 5) & grams(first["text"], 5)
 
 
 HELD_OUT = {
@@ -280,10 +262,7 @@ def test_data_card_has_the_hash_and_the_counts_of_each_file():
     for name in KINDS | {"unseen_topic"}:
         row = " | ".join(str(counts[split][name]) for split in SPLITS)
         assert f"| `{name}` | {row} |" in card
-    joined = 3 * build.COMPOSED
-    assert f"{joined} further reviews" in card
-    whole = sum(map(len, RECORDS.values())) - joined
-    assert f"{whole} reviews are written whole" in card
+    assert f"{sum(map(len, RECORDS.values()))} reviews are written whole" in card
 
 
 def test_load_examples_gives_texts_label_names_and_the_courses_columns():
