@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from course_utils.heap import give_back
 from course_utils.memory_request import GIB
 
 KINDS = ("auto", "cuda", "allocator", "resident")
@@ -145,6 +146,7 @@ def _resident(result: Measurement) -> Iterator[None]:
 
     process, done = psutil.Process(), threading.Event()
     gc.collect()
+    give_back()  # blocks kept from before would hide that they are taken again
     exact = _restart_high_water()
     result.start_bytes = result.peak_bytes = process.memory_info().rss
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_utils import heap
 from course_utils.bundled import (
     MINILM,
     SMOLLM2,
@@ -63,6 +64,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model onto this profile's device, in evaluation mode.
 
+    On a CPU, the process keeps freed memory from now on (`course_utils.heap`).
+
     Args:
         name: a hub name ("org/name") or a local folder; ``None`` takes
             ``COURSE_MODEL`` and without it the built-in SmolLM2-135M-Instruct.
@@ -90,6 +93,8 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
         options["device_map"] = {"": profile.device}
+    if profile.device == "cpu":
+        heap.keep_freed_memory()
     model = _from_pretrained(AutoModelForCausalLM, model_name(name), SMOLLM2, options)
     if quantization is None:
         model = model.to(profile.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from course_utils.heap import give_back
 from course_utils.memory import GIB, MemoryEstimate, estimate_memory
 
 # transformers' names of optimizers -> the planner's
@@ -112,6 +113,7 @@ def free_bytes(device: str) -> int | None:
         import psutil
     except ImportError:
         return None
+    give_back()  # what the process has freed and kept is free for it, too
     return psutil.virtual_memory().available
 
 

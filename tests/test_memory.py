@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils import memory, memory_measure, parameters
+from course_utils import heap, memory, memory_measure, parameters
 from course_utils.memory import GIB, estimate_memory, measure_memory, model_config
 from course_utils.memory_static import optimizer_state_bytes, quantization_constants
 
@@ -467,6 +467,15 @@ def test_resident_sees_pages_that_are_touched():
         block = torch.ones(50_000_000)
         del block
     assert used.added_bytes > 150_000_000
+
+
+def test_resident_sees_what_the_process_had_freed_and_kept():
+    heap.keep_freed_memory()
+    for _ in range(2):
+        with measure_memory("resident") as used:
+            block = torch.ones(50_000_000)
+            del block
+        assert used.added_bytes > 150_000_000
 
 
 def test_resident_looks_by_itself_where_linux_does_not_help(monkeypatch):

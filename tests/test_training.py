@@ -147,6 +147,13 @@ def test_an_interrupted_run_leaves_adapters_that_can_generate(tmp_path, monkeypa
         model(input_ids=batch(2)["input_ids"])
 
 
+def test_freed_memory_is_kept_while_a_cpu_trains(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("course_utils.heap.keep_freed_memory", lambda: asked.append(1))
+    prepare_trainer(build(SFTTrainer, tmp_path, random_llama()), fast=False)
+    assert asked == [1]
+
+
 def test_batches_that_cannot_be_packed_stay_padded():
     data = batch(9)
     assert without_padding(wrapped("prompt"), data) is data

@@ -211,3 +211,11 @@ def test_the_estimate_is_of_this_trainer(tmp_path):
 def test_free_memory_is_what_the_system_says():
     free = training_memory.free_bytes("cpu")
     assert free is None or GIB / 100 < free < 2**50
+
+
+def test_what_the_process_has_freed_and_kept_counts_as_free(monkeypatch):
+    pytest.importorskip("psutil")
+    asked = []
+    monkeypatch.setattr(training_memory, "give_back", lambda: asked.append(1))
+    training_memory.free_bytes("cpu")
+    assert asked
