@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,15 @@ def test_missing_model_says_where_it_looked_and_what_to_do():
     message = str(caught.value)
     assert "From the hub org/there-is-no-such-model" in message
     assert "unset COURSE_MODEL" in message
+
+
+@pytest.mark.parametrize(("device", "times"), [("cpu", 1), ("meta", 0)])
+def test_on_a_cpu_freed_memory_is_kept_from_now_on(folder, monkeypatch, device, times):
+    asked, profile = [], models.get_profile()
+    monkeypatch.setattr(models.heap, "keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.setattr(models, "get_profile", lambda: replace(profile, device=device))
+    models.load_model(str(folder))
+    assert len(asked) == times
 
 
 def test_pickled_weights_are_not_read(folder):
