@@ -146,10 +146,10 @@ def prepare_trainer(
     """Make a built `Trainer` or `SFTTrainer` ready for the course.
 
     Progress in plain lines; trainable parameters in float32; a clear error before step
-    1 where training could not work; a model that can generate afterwards; checkpoints
-    that say when they are complete; the batches of a resumed run as they would have
-    been; advice where memory runs out. On a CPU, freed memory is kept for the next
-    step (`course_utils.heap`); with `fast` also what
+    1 where training could not work; a model that can generate afterwards, also after
+    an interruption; checkpoints that say when they are complete; the batches of a
+    resumed run as they would have been; advice where memory runs out. On a CPU, freed
+    memory is kept for the next step (`course_utils.heap`); with `fast` also what
     `course_utils.training_speed` lists; losses stay the same, within 1e-4 a step in
     float32.
 
@@ -174,6 +174,7 @@ def prepare_trainer(
     use_seeded_batches(trainer)
     use_memory_advice(trainer)
     callbacks.keep_finished_runs(trainer)
+    callbacks.ready_after_interruption(trainer)
     on_cpu = trainer.args.device.type == "cpu"
     if on_cpu:
         heap.keep_freed_memory()

@@ -107,6 +107,8 @@ def check_prompt_methods(model: Any, gradient_checkpointing: bool) -> None:
 class QuickAttention(TrainerCallback):
     """Plain attention while training; afterwards the model's own."""
 
+    had: str | None = None
+
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
@@ -117,6 +119,7 @@ class QuickAttention(TrainerCallback):
     ) -> None:
         if self.had is not None:
             set_attention(model, self.had)
+            self.had = None
 
 
 class ReadyToGenerate(TrainerCallback):
@@ -135,7 +138,29 @@ class ReadyToGenerate(TrainerCallback):
         if args.gradient_checkpointing:
             base.gradient_checkpointing_disable()
         self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model._is_accelerate_prepared = False  # or another training has no autocast
         model.eval()
+
+
+def ready_after_interruption(trainer: Any) -> None:
+    """Let a run that ends by an error or a key leave a model like one that finished.
+
+    Transformers calls `on_train_end` only where a run comes to its end; without it the
+    model would keep plain attention, the training mode and autocast.
+    """
+    train = trainer.train
+
+    def train_and_finish(*args: Any, **options: Any) -> Any:
+        try:
+            return train(*args, **options)
+        except BaseException:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, QuickAttention | ReadyToGenerate):
+                    now = (trainer.args, trainer.state, trainer.control)
+                    callback.on_train_end(*now, model=trainer.model)
+            raise
+
+    trainer.train = train_and_finish
 
 
 class MarkCheckpoints(TrainerCallback):

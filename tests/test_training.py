@@ -129,22 +129,34 @@ def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind):
     assert abs(completion_loss(model, leaking).item() - expected) > 1e-3
 
 
-def test_an_interrupted_run_leaves_adapters_that_can_generate(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_a_model_that_can_generate(
+    error, tmp_path, monkeypatch
+):
     model = wrapped("lora").to(torch.bfloat16)
     trainer = build(SFTTrainer, tmp_path, model, BF16)
     prepare_trainer(trainer)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    config = model.get_base_model().config
 
     def stop(*_, **__):
         assert layer.cast_input_dtype_enabled is False
-        raise KeyboardInterrupt
+        assert config._attn_implementation == "eager" and model.training
+        assert hasattr(model, "_original_forward")  # autocast
+        raise error
 
-    monkeypatch.setattr("course_utils.training_speed.completion_loss", stop)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    with monkeypatch.context() as patch:
+        patch.setattr("course_utils.training_speed.completion_loss", stop)
+        with pytest.raises(error):
+            trainer.train()
     assert layer.cast_input_dtype_enabled is True
+    assert config._attn_implementation == "sdpa" and not model.training
+    assert not hasattr(model, "_original_forward")
     with torch.no_grad():
         model(input_ids=batch(2)["input_ids"])
+    trainer.train()  # and one that can be trained anew
+    assert trainer.state.global_step == 4
+    assert config._attn_implementation == "sdpa" and not model.training
 
 
 def test_freed_memory_is_kept_while_a_cpu_trains(tmp_path, monkeypatch):
@@ -296,6 +308,7 @@ def test_a_trained_model_can_generate(method, profile, tmp_path, capsys):
     assert base.config.use_cache and not model.training
     assert base.config._attn_implementation == "sdpa"
     assert not hasattr(model, "_original_forward")
+    assert not model._is_accelerate_prepared  # another training would miss autocast
     ids = torch.tensor([[5, 6, 7]])
     assert model.generate(input_ids=ids, max_new_tokens=3).shape[1] > 3
     lines = capsys.readouterr().out.splitlines()
