@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 # Put on the path of child processes; two of them bear the same name on purpose.
 collect_ignore = ["fake_colab", "network_guard"]
@@ -19,6 +21,17 @@ LOG = pytest.StashKey[Path]()
 TEST_LIMIT_S = 300
 SECONDS = pytest.StashKey[dict]()
 BUDGET_S = {"00": 60, "01": 60}  # the smoke profile on two cores; other lessons: 85
+
+
+# No verdict on time, which a busy machine gives; the same examples in each run, so that
+# what fails can be seen again. Slow tests draw new examples each time.
+hypothesis_settings.register_profile(
+    "course",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+hypothesis_settings.load_profile("course")
 
 
 def pytest_configure(config):

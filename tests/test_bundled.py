@@ -100,10 +100,12 @@ def test_a_killed_conversion_leaves_nothing_that_is_read(bundle, tmp_path):
     chance = random.Random(0)
     killed = 0
     for _ in range(5):
+        dead = set(partial(tmp_path))  # what the one before left
         child = start_child(tmp_path, slow_s=0.2)
         deadline = time.monotonic() + 60
-        while not partial(tmp_path) and time.monotonic() < deadline:
+        while not set(partial(tmp_path)) - dead and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert set(partial(tmp_path)) - dead, "no conversion began within a minute"
         time.sleep(chance.uniform(0, 0.5))
         child.send_signal(signal.SIGKILL)
         killed += child.wait() == -signal.SIGKILL

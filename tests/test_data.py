@@ -663,10 +663,10 @@ def test_a_bundled_set_loads_quickly_and_writes_no_file(tmp_path):
     code = """if True:
         import time, datasets
         from course_utils.data import load_examples
-        start = time.perf_counter()
+        start = time.process_time()
         for name in ("home_commands", "instructions", "instructions/chats"):
             load_examples(name)
-        print(time.perf_counter() - start)
+        print(time.process_time() - start)
     """
     homes = {"HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
     done = subprocess.run(
@@ -677,7 +677,7 @@ def test_a_bundled_set_loads_quickly_and_writes_no_file(tmp_path):
         text=True,
         check=True,
     )
-    assert float(done.stdout) < 1.5  # three sets at 0.5 s each
+    assert float(done.stdout) < 0.75  # of the processor, for three sets
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -97,7 +97,7 @@ def test_the_adapter_is_float32_beside_a_bfloat16_layer():
 shapes = st.integers(1, 8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes, shapes, st.integers(1, 4), st.floats(0.1, 64), st.integers(0, 99))
 def test_a_merged_layer_equals_the_unmerged_one(d_in, d_out, r, alpha, seed):
     torch.manual_seed(seed)
@@ -121,7 +121,7 @@ def eight_wide(seed=0):
     return randomise(inject_lora(model, ["first", "second"], r=2, alpha=4), seed)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 99))
 def test_merging_a_model_of_width_8(seed):
     x = torch.randn(5, 8)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from course_utils import nf4
@@ -168,7 +168,6 @@ def test_packing_loses_no_code(pairs):
     assert torch.equal(nf4.unpack(packed), codes)
 
 
-@settings(deadline=None)
 @given(st.lists(floats, min_size=32, max_size=32), st.sampled_from(list(nf4.LEVELS)))
 def test_no_number_is_off_by_more_than_half_a_gap(values, kind):
     weight = torch.tensor(values)
@@ -180,7 +179,6 @@ def test_no_number_is_off_by_more_than_half_a_gap(values, kind):
     assert math.isclose(rounded[largest].abs(), weight[largest].abs(), rel_tol=1e-6)
 
 
-@settings(deadline=None)
 @given(st.lists(floats, min_size=64, max_size=64), st.sampled_from(list(nf4.LEVELS)))
 def test_a_second_trip_changes_nothing(values, kind):
     once = nf4.quantize_4bit(torch.tensor(values), kind, block=32).dequantize()

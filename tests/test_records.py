@@ -197,21 +197,24 @@ def test_a_failed_save_leaves_the_old_file(folder, monkeypatch):
     assert [file.name for file in folder.iterdir()] == ["03_lora.json"]
 
 
-def _save_often(folder, seconds):
+def _save_often(folder, seconds, together):
     records.data_folder = lambda: folder
+    together.wait(120)
     for _ in range(20):
         save_record("03_lora", draft(seconds=seconds))
 
 
 def test_two_writers_never_leave_a_broken_file(folder):
     save_record("03_lora", draft())
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork copies locks that are held
+    together = context.Barrier(3)
     writers = [
-        context.Process(target=_save_often, args=(folder.parent, seconds))
+        context.Process(target=_save_often, args=(folder.parent, seconds, together))
         for seconds in (1.0, 2.0)
     ]
     for writer in writers:
         writer.start()
+    together.wait(120)
     while any(writer.is_alive() for writer in writers):
         assert load_record("03_lora")["seconds"] in (1.0, 2.0, 9.0)
     for writer in writers:

@@ -7,9 +7,11 @@ Python are sent.
 """
 
 import os
+import socket
 import sys
 
 PROXY_PORT = 9
+NODE = socket.gethostname()
 LOCAL = {"", "localhost", "0.0.0.0", "::", "::1", "ip6-localhost"}
 ADDRESSED = {"socket.connect", "socket.sendto", "socket.sendmsg"}
 NAMED = {"socket.getaddrinfo", "socket.gethostbyname"}
@@ -28,7 +30,7 @@ def _hook(event, arguments):
         host, port = address[0], address[1]
     elif event in NAMED:
         host, port = arguments[0], arguments[1] if len(arguments) > 1 else None
-        if host == os.uname().nodename:
+        if host == NODE:
             return
     else:
         return
