@@ -96,7 +96,8 @@ def methods_table(
     """Compare methods in one table, the best score first.
 
     Bytes are to be kept for each task; MiB are the most that tensors took in a step
-    of the training; seconds are of the training alone.
+    of the training; seconds are of the training alone; general questions are those
+    answered after the training.
 
     Args:
         results: of `recorded_methods`.
@@ -105,9 +106,9 @@ def methods_table(
     """
     results = order(results)
     before = {round(100 * r.general_before) for r in results if r.general_before}
-    general = "general questions right"
+    general = "general questions"
     if len(before) == 1:
-        general += f" (untrained {before.pop()} %)"
+        general += f" (before: {before.pop()} %)"
     head = (
         "method",
         "best rate",
@@ -164,6 +165,7 @@ Each method at its own best learning rate, with {steps} steps of {batch} example
 {methods_table(results)._repr_markdown_()}
 
 *File* is what has to be kept for each task, *peak* the most that tensors took in one \
-step, *training* its seconds on two processor cores.
+step, *training* its seconds on two processor cores; *general questions* is the share \
+still answered.
 [Lesson 8]({lesson}) shows how it was measured, and how much of the order is noise.
 """

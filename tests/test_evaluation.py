@@ -15,6 +15,7 @@ from course_utils.evaluation import (
     evaluate,
     exact_match,
     forgetting,
+    free_text,
     perplexity,
     stratified,
 )
@@ -89,6 +90,19 @@ def test_evaluate_names_what_is_wrong_before_it_generates():
     bad = [RECORDS[0] | {"completion": "on"}]
     with pytest.raises(ValueError, match="reference 0 is not a JSON object"):
         evaluate(None, byte_tokenizer(), bad)
+
+
+def test_evaluate_compares_free_answers_as_text(monkeypatch):
+    rows = [r | {"completion": f"I did {r['prompt']}."} for r in SLICED]
+    answers = {r["prompt"]: r["completion"] for r in rows} | {"b": '{"a": "灯"}'}
+    answer_with(monkeypatch, answers)
+    assert free_text(r["completion"] for r in rows)
+    assert not free_text(r["completion"] for r in [*rows, RECORDS[0]])
+    result = evaluate(None, byte_tokenizer(), rows, as_text=True)
+    assert result.exact_match == 0.75 and math.isnan(result.field_f1)
+    assert result.by_slice() == {"s0": 1.0, "s1": 0.5}
+    assert [row[0] for row in result.mistakes()] == ["b"]
+    assert str(result).startswith("exact match 75.0% of 4 · 0.")
 
 
 def test_a_limit_takes_each_slice_in_its_share_and_the_same_records_every_time():

@@ -201,7 +201,7 @@ def test_the_table_reads_well_and_is_ordered_by_score():
     )
     assert table.rows[1][5:8] == ("134,515,008", "100 %", "538 MB")
     assert table.rows[3][1:3] == ("–", "9 %") and table.rows[3][8:] == ("–",) * 3
-    assert table.head[-1] == "general questions right (untrained 45 %)"
+    assert table.head[-1] == "general questions (before: 45 %)"
     lines = table._repr_markdown_().splitlines()
     assert len(lines) == 6 and {line.count("|") for line in lines} == {12}
     text = str(table).splitlines()

@@ -110,3 +110,30 @@ def test_errors_say_what_is_wrong(call, words):
 def test_a_bare_string_is_refused():
     with pytest.raises(TypeError, match="lists of strings"):
         scoring.exact_match("{}", "{}")
+
+
+def test_fields_are_scored_by_name_wherever_they_stand():
+    references = [
+        '{"actions": [{"action": "on", "room": "hall"}, {"action": "off"}]}',
+        '{"action": "on", "room": "hall", "level": 40}',
+    ]
+    predictions = [
+        '{"actions": [{"action": "on", "room": "bath"}, {"action": "off"}]}',
+        '{"action": "on", "level": 40.0, "scene": "extra"}',
+    ]
+    shares = scoring.by_field(predictions, references)
+    assert shares == {"action": 1.0, "room": 0.0, "level": 1.0}
+    assert list(shares) == ["action", "room", "level"]  # the commonest first
+    swapped = ['{"actions": [{"action": "off"}, {"action": "on", "room": "hall"}]}']
+    assert scoring.by_field(swapped, references[:1]) == {"action": 0.0, "room": 0.0}
+    with pytest.raises(ValueError, match="not a JSON object"):
+        scoring.by_field(["{}"], ["free"])
+
+
+def test_free_answers_are_equal_as_texts():
+    score = scoring.exact_text([" It  is\n4. ", "it is 4.", ""], ["It is 4."] * 3)
+    assert score == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="there are no references"):
+        scoring.exact_text([], [])
+    with pytest.raises(ValueError):
+        scoring.exact_text(["a"], ["a", "b"])
