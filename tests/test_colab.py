@@ -218,7 +218,7 @@ def session(folder, disk, stop_at=None):
 
     mount, train, download = shown_code("colab")
     assert "/content/drive" in mount and "save_steps=50" in train
-    mount = mount.replace("/content/drive", str(folder / "drive"))
+    mount = mount.replace("/content/drive", (folder / "drive").as_posix())
     build, _, go = train.partition("trainer = ...")
     names = {"profile": Profile("cpu", "cpu", torch.float32, 0), "runtime": runtime}
     exec(mount, names)
@@ -257,7 +257,10 @@ def test_work_on_drive_outlives_a_disconnect(colab, monkeypatch):
 
 
 def test_results_go_to_drive_too(colab):
-    exec(shown_code("colab")[0].replace("/content/drive", str(colab / "drive")), {})
+    exec(
+        shown_code("colab")[0].replace("/content/drive", (colab / "drive").as_posix()),
+        {},
+    )
     lessons.save_result("99", "kept")
     kept = colab / "drive" / "MyDrive" / "fine-tuning-course" / "results" / "99.json"
     assert "kept" in kept.read_text(encoding="utf-8")
