@@ -37,7 +37,7 @@ if "google.colab" in sys.modules:
     os.environ["PYTHONPATH"] = folder  # for the processes a lesson starts
     pip = (sys.executable, "-m", "pip")
     floors = "transformers>=5.15 peft>=0.20 trl>=1.10 datasets>=4.7 accelerate>=1.10"
-    floors += " bitsandbytes>=0.48 gguf>=0.17 ipywidgets>=7.7 huggingface_hub<2"
+    floors += " bitsandbytes>=0.49 gguf>=0.17 ipywidgets>=7.7 huggingface_hub<2"
     run(*pip, "install", "-q", *floors.split())
     found = {{d.name: d.version.split(".") for d in distributions()}}
     if "torchao" in found and tuple(map(int, found["torchao"][:2])) < (0, 16):

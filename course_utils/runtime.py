@@ -29,7 +29,7 @@ PACKAGES = {
     "trl": "1.10",
     "datasets": "4.7",
     "accelerate": "1.10",
-    "bitsandbytes": "0.48",
+    "bitsandbytes": "0.49",
     "gguf": "0.17",
     "matplotlib": "3.10",
     "ipywidgets": "7.7",
