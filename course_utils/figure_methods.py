@@ -53,23 +53,20 @@ def plot_rate_panels(
         The axes of the panels, one a method.
 
     Raises:
-        ValueError: there is no method, or a method has no value.
+        ValueError: there is no method, or a method has no rate.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if not values:
-        raise ValueError("there is no method to draw")
+    if not values or not all(values.values()):
+        raise ValueError("there is no method, or one without a rate, to draw")
     scale, sign = (100.0 if percent else 1.0), (-1 if higher_is_better else 1)
     best = {}
     for name, rates in values.items():
         known = {rate: v for rate, v in rates.items() if v is not None}
-        if not known:
-            raise ValueError(f"there is no value to draw for {name!r}")
-        best[name] = min(
-            sorted(known), key=lambda rate, known=known: sign * known[rate]
-        )
-    ends = [scale * values[name][rate] for name, rate in best.items()]
+        if known:
+            best[name] = min(sorted(known), key=lambda r, of=known: sign * of[r])
+    ends = [scale * values[name][rate] for name, rate in best.items()] or [1.0]
     low, top = (-3.0, 103.0) if percent else (min(ends) / 1.3, 3 * max(ends))
     columns = min(_COLUMNS, len(values))
     rows = math.ceil(len(values) / columns)
@@ -95,8 +92,11 @@ def plot_rate_panels(
         ax.plot(rates, inside, linewidth=1.3, markersize=4, **style)
         ax.plot(over, [top] * len(over), "x", color=style["color"], markersize=5,
                 clip_on=False)  # fmt: skip
-        ax.plot(best[name], scale * values[name][best[name]], "o", markersize=9,
-                markerfacecolor="none", markeredgecolor=style["color"])  # fmt: skip
+        if name in best:
+            ax.plot(best[name], scale * values[name][best[name]], "o", markersize=9,
+                    markerfacecolor="none", markeredgecolor=style["color"])  # fmt: skip
+        told = f"best {best[name]:.2g}" if name in best else "no loss is a number"
+        ax.set_title(f"{display_name(name)}\n{told}", fontsize=7.5)
         ax.set_xscale("log")
         if name in (own or {}):
             rate, value = own[name]
@@ -108,7 +108,6 @@ def plot_rate_panels(
         ax.xaxis.set_major_locator(LogLocator(numticks=4))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(labelsize=7)
-        ax.set_title(f"{display_name(name)}\nbest {best[name]:.2g}", fontsize=7.5)
         if not percent:
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))

@@ -189,7 +189,6 @@ def compare_on(
         batch_size=batch_size,
         eval_examples=eval_examples,
         test_examples=test_examples,
-        eval_every=max(steps // 4, 1),
         base_dtype="float32",
         costs=True,
         model=model,

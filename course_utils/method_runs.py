@@ -113,10 +113,9 @@ def _final(run: dict) -> float | None:
 
 
 def _early(run: dict) -> float | None:
-    """Validation loss at the first measurement after a quarter of the steps."""
-    quarter = run["settings"]["steps"] / 4
-    pairs = run.get("eval_loss", [])
-    return next((loss for step, loss in pairs if step >= quarter), None)
+    """Validation loss first measured from a quarter to a half of the steps."""
+    steps, pairs = run["settings"]["steps"], run.get("eval_loss", [])
+    return next((v for step, v in pairs if steps / 4 <= step <= steps / 2), None)
 
 
 def result_of(name: str, runs: Sequence[dict]) -> MethodResult:

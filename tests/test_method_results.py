@@ -142,6 +142,7 @@ def test_no_record_and_half_a_record_are_read_too(folder):
     ("left", "complete"),
     [
         (LORA_RUNS, True),
+        ([UNTRAINED], True),
         (LORA_RUNS[:4], False),  # a seed is missing
         (LORA_RUNS[1:], False),  # the best is at the edge
         ([*LORA_RUNS[:4], LORA_RUNS[4] | {"eval_loss": [[40, math.nan]]}], False),
@@ -358,6 +359,7 @@ def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
     assert asked.learning_rate is None and len(asked.exact_match) == 1
     assert full.trainable_parameters == random_llama().num_parameters()
     assert 0 < lora.trainable_parameters < full.trainable_parameters
+    assert lora.early_loss is None  # measured at the end alone
     assert lora.peak_bytes and lora.adapter_bytes < full.adapter_bytes
     assert [r.loss for r in (lora, full)] == [
         pytest.approx(found.runs[k]["eval_loss"][-1][1]) for k in (0, 2)

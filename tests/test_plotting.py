@@ -214,8 +214,10 @@ def test_panels_of_rates_ring_the_best_and_cross_what_is_off_the_scale(tmp_path)
         {"full": {1e-3: 0.2, 1e-2: 0.4}}, percent=True, higher_is_better=True
     )
     assert high.lines[2].get_xdata() == [1e-2] and high.get_ylim() == (-3, 103)
-    for nothing in ({}, {"full": {1e-3: None}}):
-        with pytest.raises(ValueError, match="there is no"):
+    (lost,) = plotting.plot_rate_panels({"full": {1e-3: None}})
+    assert lost.get_title().endswith("no loss is a number")
+    for nothing in ({}, {"full": {}}):
+        with pytest.raises(ValueError, match="there is no method"):
             plotting.plot_rate_panels(nothing)
 
 
