@@ -85,7 +85,7 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     ),
     (
         "08_choosing_a_method",
-        "a fair experiment, your own choice among eleven methods, on your own data",
+        "a fair experiment with eleven methods; the same on your own data",
         f"{{{BEST}}}",
         {"method": "lora", "batch_size": 16, "sequence_length": 128}
         | {"r": 8, "target_modules": "all-linear"},
