@@ -19,6 +19,7 @@ __all__ = [
     "confusion_matrix",
     "label_names",
     "macro_f1",
+    "parameter_groups",
     "predict",
     "tokenize_texts",
 ]
@@ -35,6 +36,27 @@ def label_names(dataset: Any) -> list[str]:
         ['bad', 'good']
     """
     return [str(label) for label in sorted({row["label"] for row in dataset})]
+
+
+def parameter_groups(model: Any, rate: float, head_rate: float) -> list[dict]:
+    """What a classifier trains, as an optimiser wants it: its head at its own rate.
+
+    A fresh head and an adapter or encoder want rates that differ a hundredfold.
+
+    Args:
+        model: a classifier whose head is called `classifier`, as PEFT wraps it or not.
+        rate: learning rate of all trainable parameters outside the head.
+        head_rate: learning rate of the head.
+
+    Returns:
+        Two groups, the head second; without parameters outside it, the head alone.
+    """
+    body, head = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if "classifier" in name.split(".") else body).append(parameter)
+    groups = [{"params": body, "lr": rate}, {"params": head, "lr": head_rate}]
+    return [group for group in groups if group["params"]]
 
 
 def tokenize_texts(

@@ -7,7 +7,12 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from course_utils.classification import label_names, predict, tokenize_texts
+from course_utils.classification import (
+    label_names,
+    parameter_groups,
+    predict,
+    tokenize_texts,
+)
 from course_utils.data import load_examples
 from course_utils.models import load_classifier
 from course_utils.parameters import count_parameters
@@ -24,6 +29,7 @@ class ClassifierExperiment:
         method: `"full"`, `"head"` (encoder frozen, the new head alone), or the fields
             of a PEFT configuration.
         learning_rate: at its peak; it falls to 0 along a line.
+        head_rate: that of the head; None means the same.
         steps, batch_size: optimiser steps, and texts in each.
         warmup: share of the steps in which the rate rises, 0 to 1.
         seed: orders the data, initialises head and adapter.
@@ -35,11 +41,12 @@ class ClassifierExperiment:
     label: str
     method: Any = "full"
     learning_rate: float = 1e-4
-    steps: int = 100
-    batch_size: int = 8
+    head_rate: float | None = None
+    steps: int = 60
+    batch_size: int = 16
     warmup: float = 0.1
     seed: int = 0
-    eval_every: int = 50
+    eval_every: int = 30
     start_scale: float = 1.0
     data: str = "reviews"
 
@@ -99,6 +106,7 @@ def run_classifier(
         experiment: what to do.
         progress: print a line from time to time.
     """
+    import torch
     from transformers import DataCollatorWithPadding, Trainer
 
     from course_utils.experiment_costs import saved_bytes
@@ -115,6 +123,9 @@ def run_classifier(
         experiment.method, len(names), experiment.start_scale
     )
     rows = {s: tokenize_texts(parts[s], tokenizer, names) for s in parts}
+    rate, head_rate = experiment.learning_rate, experiment.head_rate
+    head_rate = rate if head_rate is None else head_rate
+    groups = parameter_groups(model, rate, head_rate)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -124,7 +135,7 @@ def run_classifier(
                 max_steps=experiment.steps,
                 per_device_train_batch_size=experiment.batch_size,
                 per_device_eval_batch_size=64,
-                learning_rate=experiment.learning_rate,
+                learning_rate=rate,
                 warmup_steps=round(experiment.warmup * experiment.steps),
                 eval_strategy="steps",
                 eval_steps=experiment.eval_every,
@@ -133,6 +144,7 @@ def run_classifier(
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],
             data_collator=DataCollatorWithPadding(tokenizer),
+            optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         )
         prepare_trainer(trainer)
         if not progress:

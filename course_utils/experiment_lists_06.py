@@ -29,23 +29,38 @@ VIRTUAL = {"num_virtual_tokens": 16}
 DEEP = {"peft_type": "PREFIX_TUNING"} | VIRTUAL
 # Methods of classification, each with the learning rates tried.
 CLASSIFIERS: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "frozen": ("head", (3e-3, 1e-2, 3e-2, 1e-1)),
-    "prompt": ({"peft_type": "PROMPT_TUNING"} | VIRTUAL, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "frozen": ("head", (1e-3, 3e-3, 1e-2)),
+    "prompt": ({"peft_type": "PROMPT_TUNING"} | VIRTUAL, (1e-2, 3e-2, 1e-1, 3e-1)),
     "P-tuning": (
         {"peft_type": "P_TUNING", "encoder_hidden_size": 128} | VIRTUAL,
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2),
     ),
-    "prefix": (DEEP, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "prefix": (DEEP, (3e-3, 1e-2, 3e-2, 1e-1)),
     "prefix, projected": (
         DEEP | {"prefix_projection": True, "encoder_hidden_size": 128},
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2),
     ),
     "LoRA": (
         {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2),
     ),
-    "full": ("full", (3e-5, 1e-4, 3e-4, 1e-3)),
+    "full": ("full", (1e-4, 3e-4, 1e-3)),
 }
+HEAD_RATE = 3e-3  # of every head behind a method; a frozen encoder's tries its own
+SMALL_START = 0.1  # of PEFT's spread of 1, for virtual tokens that no network makes
+
+
+def classifier(label: str, rate: float, **changes: Any) -> ClassifierExperiment:
+    """One method of `CLASSIFIERS` at one learning rate."""
+    method, _ = CLASSIFIERS[label]
+    return ClassifierExperiment(
+        changes.pop("name", label),
+        method,
+        rate,
+        head_rate=None if method == "head" else HEAD_RATE,
+        start_scale=SMALL_START if label in ("prompt", "prefix") else 1.0,
+        **changes,
+    )
 
 
 def virtual_runs(
@@ -60,17 +75,16 @@ def virtual_runs(
 
     def best() -> list[ClassifierExperiment]:
         runs = []
-        for label, (method, _) in CLASSIFIERS.items():
-            rate = best_rate("06_method_rates", label)
-            one = ClassifierExperiment(label, method, rate, steps=200, eval_every=100)
+        for label in CLASSIFIERS:
+            one = classifier(label, best_rate("06_method_rates", label))
             runs += one.seeds(0, 1, 2)
         return runs
 
     return {
         "06_prefix": prefixes(short),
         "06_method_rates": [
-            ClassifierExperiment(f"{label} lr {rate:g}", method, rate)
-            for label, (method, rates) in CLASSIFIERS.items()
+            classifier(label, rate, name=f"{label} lr {rate:g}")
+            for label, (_, rates) in CLASSIFIERS.items()
             for rate in rates
         ],
         "06_methods": best,

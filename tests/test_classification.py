@@ -17,6 +17,7 @@ from course_utils.classification import (
     confusion_matrix,
     label_names,
     macro_f1,
+    parameter_groups,
     predict,
     tokenize_texts,
 )
@@ -138,6 +139,39 @@ def test_each_method_trains_what_it_says_and_learns(method, small):
     assert run["measured"]["adapter_bytes"] >= 4 * 99
     if method == "full":
         assert run["loss"][-1] < 0.7 * run["loss"][0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_head_has_its_own_rate(method, small):
+    model, _ = runs.make_classifier(METHODS[method], 3)
+    *body, head = parameter_groups(model, 1.0, 2.0)
+    assert head["lr"] == 2.0 and sum(p.numel() for p in head["params"]) == 99
+    assert [group["lr"] for group in body] == [1.0] * (method != "head")
+    found = {id(p) for group in (*body, head) for p in group["params"]}
+    assert found == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_run_uses_the_rate_of_the_head(small):
+    options = {"learning_rate": 1e-9, "steps": 8, "batch_size": 8, "eval_every": 8}
+    still, moved = (
+        runs.run_classifier(
+            runs.ClassifierExperiment("full", "full", head_rate=rate, **options),
+            progress=False,
+        )["loss"]
+        for rate in (None, 1.0)
+    )
+    assert abs(still[-1] - still[0]) < 0.1 < abs(moved[-1] - moved[0])
+
+
+def test_virtual_tokens_may_start_smaller(small):
+    small_, plain = (
+        runs.make_classifier(METHODS["prefix"], 3, start_scale=scale)[0]
+        for scale in (0.01, 1.0)
+    )
+    spread = [
+        m.prompt_encoder["default"].embedding.weight.std() for m in (small_, plain)
+    ]
+    assert spread[0] < 0.02 and 0.5 < spread[1] < 2
 
 
 def test_a_recorded_run_recomputes_its_scores(small):
