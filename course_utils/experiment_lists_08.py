@@ -23,6 +23,14 @@ BUDGET = {
     "base_dtype": "float32",
     "costs": True,
 }
+# Seconds are compared apart: in one go, in rounds, with nothing else on the machine.
+SPEED = BUDGET | {
+    "steps": 6,
+    "eval_every": 0,
+    "eval_examples": 6,
+    "test_examples": 0,
+    "costs": None,
+}
 # Above and below a rate: 1, 3, 10, 30, ...
 _PER_DECADE = (1, 3)
 
@@ -160,6 +168,19 @@ def sweep(
     return experiments
 
 
+def speed_runs(methods: dict[str, tuple[Any, float, dict]]) -> list[Experiment]:
+    """A few steps of each method, twice, the methods in turn.
+
+    Args:
+        methods: as `low_rank` gives them.
+    """
+    return [
+        Experiment(label, method, rate, seed=seed, **SPEED | settings)
+        for seed in SEEDS[:2]
+        for label, (method, rate, settings) in methods.items()
+    ]
+
+
 def comparison_runs(lora: dict[str, Any], prompt: dict[str, Any]) -> dict[str, Any]:
     """The families of lesson 08.
 
@@ -175,8 +196,9 @@ def comparison_runs(lora: dict[str, Any], prompt: dict[str, Any]) -> dict[str, A
         )
         for kind in ("zero-shot", "few-shot")
     ]
-    families = {
-        "08_low_rank": (low_rank(lora), []),
-        "08_others": (other_methods(lora, prompt), untrained),
+    kin, others = low_rank(lora), other_methods(lora, prompt)
+    return {
+        "08_low_rank": sweep("08_low_rank", kin),
+        "08_others": sweep("08_others", others, untrained),
+        "08_speed": speed_runs(kin | others),
     }
-    return {name: sweep(name, *parts) for name, parts in families.items()}

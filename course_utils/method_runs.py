@@ -11,6 +11,8 @@ from course_utils.experiment_lists_08 import SEEDS, best_of
 from course_utils.figure_style import method_of
 
 FAMILIES = ("08_low_rank", "08_others")
+# A few steps of each method, timed with nothing else on the machine.
+SPEED = "08_speed"
 # Longer runs of other lessons, on the same data: record, label of the run.
 LONG = (
     ("02_full", "full"),
@@ -38,8 +40,9 @@ class MethodResult:
         trainable_parameters: a count.
         adapter_bytes: to be kept for each task.
         peak_bytes: the most that tensors took in one step.
-        seconds: of the training alone, mean.
-        tokens_per_s: mean.
+        seconds: of the training alone, mean. Where the record `08_speed` has the
+            method, of that record's steps, carried on to all steps.
+        tokens_per_s: mean, of the same record.
         general_before, general_after: share of general questions answered, without
             and with the training.
         complete: the best rate is inside its grid, and all seeds ended with a loss.
@@ -194,10 +197,24 @@ def recorded_methods(names: Sequence[str] = FAMILIES) -> list[MethodResult]:
         for run in records.load_record(record)["runs"]:
             name = run["label"].rpartition(" lr ")[0] or run["label"]
             groups.setdefault((record, name), []).append(run)
+    timed: dict[str, list[dict]] = {}
+    for run in records.load_record(SPEED)["runs"] if SPEED in there else []:
+        timed.setdefault(run["label"], []).append(run)
     return [
-        replace(result_of(name, runs), record=record)
+        replace(result_of(name, runs), record=record, **_speed(timed.get(name), runs))
         for (record, name), runs in groups.items()
     ]
+
+
+def _speed(timed: list[dict] | None, runs: list[dict]) -> dict[str, float | None]:
+    """Seconds and tokens/s of runs that were timed apart, for the steps of `runs`."""
+    if not timed:
+        return {}
+    step = mean(r["measured"]["train_seconds"] / r["settings"]["steps"] for r in timed)
+    return {
+        "seconds": step * runs[0]["settings"]["steps"],
+        "tokens_per_s": mean(run.get("tokens_per_s") for run in timed),
+    }
 
 
 def path_of(result: MethodResult, figure: str = "exact_match") -> str:

@@ -92,6 +92,35 @@ def save(name, runs):
     records.save_record(name, top | {"seconds": 1.0, "runs": runs})
 
 
+def timed(label, seed, seconds, speed):
+    return made_up(label, 1, seed, 1.0, 0, measured={"train_seconds": seconds}) | {
+        "label": label,
+        "settings": {"learning_rate": 1e-2, "steps": 5, "batch_size": 6},
+        "metrics": [],
+        "tokens_per_s": speed,
+    }
+
+
+def test_seconds_are_those_that_were_timed_apart(folder):
+    save("08_low_rank", [*LORA_RUNS, made_up("DoRA", 1e-2, 0, 0.4, 1)])
+    save("08_speed", [timed("LoRA", 0, 4.0, 90.0), timed("LoRA", 1, 6.0, 110.0)])
+    lora, dora = recorded_methods()
+    assert (lora.seconds, lora.tokens_per_s) == (pytest.approx(40.0), 100.0)
+    assert lora.score == 0.75, "only the speed is the other record's"
+    assert (dora.seconds, dora.tokens_per_s) == (10.0, 100.0)
+
+
+def test_every_method_is_timed_in_turn_and_nothing_else_is_done():
+    runs = comparison_runs(LORA, PROMPT)["08_speed"]
+    names = list(known_methods())
+    assert [run.label for run in runs] == names * 2
+    assert {run.seed for run in runs[: len(names)]} == {0}
+    for run in runs:
+        assert (run.steps, run.batch_size) == (6, BUDGET["batch_size"])
+        assert run.test_examples == 0 and not run.costs and not run.forgetting
+        assert run.method == known_methods()[run.label][0]
+
+
 def test_a_method_is_read_at_its_best_rate_with_all_its_seeds(folder):
     save("08_low_rank", LORA_RUNS)
     save("08_others", [UNTRAINED])
@@ -300,7 +329,7 @@ def test_a_tie_is_no_disagreement():
 
 def test_the_sweep_begins_with_three_rates_of_each_method(folder):
     families = comparison_runs(LORA, PROMPT)
-    runs = [one for family in families.values() for one in family()]
+    runs = [*families["08_low_rank"](), *families["08_others"]()]
     methods = known_methods()
     rates = {}
     for one in runs:
