@@ -1,11 +1,12 @@
 """The register of exercises: numbers, hints, and tests that never raise."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
 
-from course_utils import exercises
+from course_utils import exercises, exercises_08
 from course_utils.exercises import Exercise, exercise, find
 
 PACKAGE = Path(exercises.__file__).parent
@@ -63,3 +64,29 @@ def test_each_module_of_tests_holds_only_its_own_lesson():
         ]
         lesson = int(path.stem[-2:])
         assert numbers == [f"{lesson}.{m}" for m in range(1, len(numbers) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("number", "facts", "right", "wrong"),
+    [
+        ("8.1", {}, (2500, 2500.0), (100, 2400, 50)),
+        (
+            "8.2",
+            {"points": {"A": (1, 0.3), "B": (2, 0.2), "C": (2, 0.5), "D": (3, 0.5)}},
+            (["A", "C"], ("C", "A")),
+            (["C"], ["A", "B", "C"], ["A", "A", "C"], "AC D", []),
+        ),
+        (
+            "8.3",
+            {"losses": {1e-3: 0.6, 3e-4: 0.5, 3e-3: None}},
+            (1e-4, 0.0001),
+            (3e-4, 1e-2, 1e-3),
+        ),
+    ],
+)
+def test_lesson_8_takes_right_answers_and_no_others(number, facts, right, wrong):
+    fresh = importlib.reload(exercises_08)
+    assert fresh.__name__.endswith("_08")
+    found = find(number)
+    assert all(found.accepts(answer, **facts) for answer in right)
+    assert not any(found.accepts(answer, **facts) for answer in wrong)

@@ -31,6 +31,7 @@ LESSONS = (
     "05_prompt_tuning",
     "06_prefix_tuning",
     "07_qlora",
+    "08_choosing_a_method",
 )
 MAX_MODULE_LINES = 300
 IMPORT_LIMIT_S = 0.050
