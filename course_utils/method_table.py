@@ -145,18 +145,22 @@ def methods_table(
     return MethodsTable(head, tuple(rows))
 
 
-def readme_section(results: Iterable[MethodResult], *, lesson: str) -> str:
+def readme_section(
+    results: Iterable[MethodResult], *, lesson: str, threads: int = 1
+) -> str:
     """Make the README's section on the sweep; empty while a method is incomplete.
 
     Args:
         results: of `recorded_methods`.
         lesson: the path of lesson 8's notebook.
+        threads: of the processor that the recorded runs had.
     """
     results = list(results)
     trained = [r for r in results if r.learning_rate]
     if len(trained) < 2 or not all(r.complete for r in results):
         return ""
     steps, batch = BUDGET["steps"], BUDGET["batch_size"]
+    on = "one processor thread" if threads == 1 else f"{threads} processor threads"
     return f"""## Methods compared
 
 Each method at its own best learning rate, with {steps} steps of {batch} examples and \
@@ -165,7 +169,7 @@ Each method at its own best learning rate, with {steps} steps of {batch} example
 {methods_table(results)._repr_markdown_()}
 
 *File* is what has to be kept for each task, *peak* the most that tensors took in one \
-step, *training* its seconds on two processor cores; *general questions* is the share \
-still answered.
+step, *training* its seconds on {on}; *general questions* is the \
+share still answered.
 [Lesson 8]({lesson}) shows how it was measured, and how much of the order is noise.
 """

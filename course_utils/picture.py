@@ -27,7 +27,7 @@ PROPER = {
     "Text to": "From text to",
     "fine tuning": "fine-tuning",
 }
-BEST = "best of the sweep"  # stands for the path of a figure
+BEST = "best of the sweep"  # in the place of a figure's path
 # Lesson; what it builds; the figure of its recorded result; the run to predict on a T4.
 LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     (
@@ -178,10 +178,12 @@ def fill(readme: str, stems: Sequence[str]) -> str:
         ValueError: the markers around a table are missing.
     """
     lesson = f"notebooks/{LESSONS[-1][0]}.ipynb"
-    swept = recorded_methods() if {*FAMILIES} <= {*records.list_records()} else []
+    there = {*FAMILIES} <= {*records.list_records()}
+    swept = recorded_methods() if there else []
+    made = records.load_record(FAMILIES[0])["hardware"] if swept and FAMILIES else {}
     parts = {
         "lessons": table(stems) + "\n",
-        "methods": readme_section(swept, lesson=lesson),
+        "methods": readme_section(swept, lesson=lesson, threads=made.get("threads", 1)),
     }
     for name, text in parts.items():
         first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -252,7 +252,9 @@ def test_the_readme_gets_a_section_only_when_all_is_complete():
     assert section.startswith("## Methods compared\n") and section.endswith("\n")
     assert methods_table([ONE, FULL, ASKED])._repr_markdown_() in section
     assert f"{BUDGET['steps']} steps of {BUDGET['batch_size']}" in section
-    assert check_text(section) == []
+    assert check_text(section) == [] and "on one processor thread;" in section
+    on_two = readme_section([ONE, FULL], lesson="x", threads=2)
+    assert "on 2 processor threads;" in on_two
     late = replace(FULL, complete=False)
     for few in ([ONE, late, ASKED], [ONE, ASKED], []):
         assert readme_section(few, lesson="notebooks/08.ipynb") == ""

@@ -42,7 +42,9 @@ def test_both_tables_are_put_between_their_markers(monkeypatch):
     monkeypatch.setattr(picture, "table", lambda stems: "A TABLE")
     monkeypatch.setattr(picture, "FAMILIES", ())
     monkeypatch.setattr(picture, "recorded_methods", lambda: ["swept"])
-    monkeypatch.setattr(picture, "readme_section", lambda r, lesson: f"{r} {lesson}\n")
+    monkeypatch.setattr(
+        picture, "readme_section", lambda r, lesson, threads: f"{r} {lesson}\n"
+    )
     old = "a\n<!-- lessons:begin -->\nold\n<!-- lessons:end -->\nb\n"
     old += "<!-- methods:begin -->\n<!-- methods:end -->\nc"
     new = "a\n<!-- lessons:begin -->\nA TABLE\n<!-- lessons:end -->\nb\n"
