@@ -90,8 +90,9 @@ def plot_rate_panels(
         inside = [h if h <= top else math.nan for h in heights]
         new_axes(ax)
         ax.plot(rates, inside, linewidth=1.3, markersize=4, **style)
-        ax.plot(over, [top] * len(over), "x", color=style["color"], markersize=5,
-                clip_on=False)  # fmt: skip
+        if over:  # an empty line that is not clipped would upset the layout
+            ax.plot(over, [top] * len(over), "x", color=style["color"], markersize=5,
+                    clip_on=False)  # fmt: skip
         if name in best:
             ax.plot(best[name], scale * values[name][best[name]], "o", markersize=9,
                     markerfacecolor="none", markeredgecolor=style["color"])  # fmt: skip

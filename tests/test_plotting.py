@@ -188,6 +188,16 @@ def test_the_best_learning_rate_is_ringed():
 RATES = {m: {1e-4 * 3**i: 0.5 + abs(i - 2) for i in range(5)} for m in METHODS}
 
 
+def test_panels_of_rates_stand_apart_where_nothing_is_off_the_scale(tmp_path):
+    rates = {0.1 * 3**k: 0.5 for k in range(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        panels = plotting.plot_rate_panels({f"run {k}": rates for k in range(11)})
+        panels[0].figure.savefig(tmp_path / "figure.png")
+    boxes = [panel.get_tightbbox() for panel in panels]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_panels_of_rates_ring_the_best_and_cross_what_is_off_the_scale(tmp_path):
     losses = RATES | {"lora": {1e-3: 0.7, 1e-2: 0.5, 1e-1: None, 1.0: 40.0}}
     with warnings.catch_warnings():
@@ -213,7 +223,7 @@ def test_panels_of_rates_ring_the_best_and_cross_what_is_off_the_scale(tmp_path)
     (high,) = plotting.plot_rate_panels(
         {"full": {1e-3: 0.2, 1e-2: 0.4}}, percent=True, higher_is_better=True
     )
-    assert high.lines[2].get_xdata() == [1e-2] and high.get_ylim() == (-3, 103)
+    assert high.lines[-1].get_xdata() == [1e-2] and high.get_ylim() == (-3, 103)
     (lost,) = plotting.plot_rate_panels({"full": {1e-3: None}})
     assert lost.get_title().endswith("no loss is a number")
     for nothing in ({}, {"full": {}}):
