@@ -207,6 +207,25 @@ def cast_lora_inputs(model: Any, on: bool) -> None:
             module.cast_input_dtype_enabled = on
 
 
+@contextmanager
+def _mixed_precision(trainer: Any) -> Iterator[None]:
+    """Products in bfloat16 where the trainer asks for it, also after its training.
+
+    Accelerate's own autocast is off the model then, so that it can generate.
+    """
+    import torch
+
+    if not trainer.args.bf16:
+        yield
+        return
+    cast_lora_inputs(trainer.model, False)
+    try:
+        with torch.autocast(trainer.args.device.type, torch.bfloat16):
+            yield
+    finally:  # a run that is interrupted leaves a model that can generate
+        cast_lora_inputs(trainer.model, True)
+
+
 def use_completion_loss(trainer: Any) -> None:
     """Make a built `Trainer` or `SFTTrainer` compute `completion_loss`, unpadded.
 
@@ -226,11 +245,8 @@ def use_completion_loss(trainer: Any) -> None:
         if labels is None or labels.dim() != 2 or needs_logits:
             return original(model, inputs, return_outputs, num_items_in_batch)
         inputs = without_padding(trainer.model, inputs)
-        cast_lora_inputs(trainer.model, not trainer.args.bf16)
-        try:
+        with _mixed_precision(trainer):
             loss = completion_loss(model, inputs, num_items_in_batch)
-        finally:  # a run that is interrupted leaves a model that can generate
-            cast_lora_inputs(trainer.model, True)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     trainer.compute_loss = compute_loss

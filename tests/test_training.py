@@ -159,6 +159,21 @@ def test_an_interrupted_run_leaves_a_model_that_can_generate(
     assert config._attn_implementation == "sdpa" and not model.training
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_evaluation_after_training_computes_as_one_within(method, tmp_path):
+    model = wrapped(method)
+    if method == "lora":
+        model.base_model.to(torch.bfloat16)  # prepare_trainer puts adapters back
+    more = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 4}
+    trainer = build(SFTTrainer, tmp_path, model, BF16, **more)
+    trainer.eval_dataset = trainer.train_dataset
+    prepare_trainer(trainer)
+    trainer.train()
+    within = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    # attention is the model's own again, which rounds a little otherwise
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(within[-1], rel=1e-4)
+
+
 def test_freed_memory_is_kept_while_a_cpu_trains(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("course_utils.heap.keep_freed_memory", lambda: asked.append(1))
