@@ -96,7 +96,7 @@ def prefixes(short: dict[str, Any]) -> Sequence[Experiment]:
     long = Experiment(
         "prefix",
         PREFIX,
-        1e-2,
+        3e-2,
         steps=150,
         batch_size=8,
         schedule="cosine",
