@@ -108,6 +108,8 @@ def _prompt_starts() -> list[Experiment]:
         ("50 rows", PROMPT | {"num_virtual_tokens": 50}, rate),
         ("P-tuning lr 0.001", P_TUNING, 1e-3),
         ("P-tuning lr 0.003", P_TUNING, 3e-3),
+        ("P-tuning lr 0.01", P_TUNING, 1e-2),
+        ("P-tuning lr 0.03", P_TUNING, 3e-2),
     )
     return [
         Experiment(label, method, rate, **SHORT, test_examples=0)
