@@ -33,18 +33,18 @@ CLASSIFIERS: dict[str, tuple[Any, tuple[float, ...]]] = {
     "prompt": ({"peft_type": "PROMPT_TUNING"} | VIRTUAL, (1e-2, 3e-2, 1e-1, 3e-1)),
     "P-tuning": (
         {"peft_type": "P_TUNING", "encoder_hidden_size": 128} | VIRTUAL,
-        (1e-3, 3e-3, 1e-2),
+        (3e-4, 1e-3, 3e-3, 1e-2),
     ),
-    "prefix": (DEEP, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "prefix": (DEEP, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
     "prefix, projected": (
         DEEP | {"prefix_projection": True, "encoder_hidden_size": 128},
         (1e-3, 3e-3, 1e-2),
     ),
     "LoRA": (
         {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-        (1e-3, 3e-3, 1e-2),
+        (3e-4, 1e-3, 3e-3, 1e-2),
     ),
-    "full": ("full", (1e-4, 3e-4, 1e-3)),
+    "full": ("full", (3e-5, 1e-4, 3e-4, 1e-3)),
 }
 HEAD_RATE = 3e-3  # of every head behind a method; a frozen encoder's tries its own
 SMALL_START = 0.1  # of PEFT's spread of 1, for virtual tokens that no network makes
