@@ -12,18 +12,14 @@ def _(answer):
     return math.isclose(answer, 0.25 / 0.01**2, abs_tol=0.5)
 
 
-@exercise(
-    "8.2", hint="Walk from the cheapest up, and keep each new best score."
-)
+@exercise("8.2", hint="Walk from the cheapest up, and keep each new best score.")
 def _(answer, *, points):
     from course_utils.plotting import pareto_front
 
     return len(answer) == len(set(answer)) and set(answer) == set(pareto_front(points))
 
 
-@exercise(
-    "8.3", hint="If the lowest loss is at an edge, go one rate further."
-)
+@exercise("8.3", hint="If the lowest loss is at an edge, go one rate further.")
 def _(answer, *, losses):
     from course_utils.experiment_lists_08 import best_of, neighbour
 
