@@ -72,14 +72,15 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     (
         "06_prefix_tuning",
         "prefix tuning, equal to PEFT's; seven methods on a small classifier",
-        "logits equal to PEFT's",
+        "{06_prefix:exact_match.prefix} exact match",
         {"method": "prefix_tuning", "batch_size": 16, "sequence_length": 128}
         | {"num_virtual_tokens": 20},
     ),
     (
         "07_qlora",
         "NF4, equal to bitsandbytes'; QLoRA; a 7B model planned for a T4",
-        "bytes equal to bitsandbytes'",
+        "after 24 steps {07_qlora:exact_match.QLoRA, NF4}, LoRA "
+        "{07_qlora:exact_match.LoRA}",
         {"method": "qlora", "batch_size": 16, "sequence_length": 128}
         | {"r": 8, "target_modules": "all-linear"},
     ),
