@@ -20,7 +20,7 @@ STARTS: dict[str, tuple[dict, tuple[float, ...], str | None]] = {
     ),
     "prefix projected": (
         PREFIX | {"prefix_projection": True, "encoder_hidden_size": 64},
-        (1e-3, 3e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2, 3e-2),
         None,
     ),
 }
