@@ -41,6 +41,30 @@ class PeakOfStep(TrainerCallback):
             self.seconds += time.perf_counter() - clock
 
 
+class EveryStep(TrainerCallback):
+    """Measures each step of a training.
+
+    Attributes:
+        steps: for each its `start_bytes`, `peak_bytes`, `reserved_bytes` (on a card,
+            the most that PyTorch had taken of it) and `seconds`.
+    """
+
+    def __init__(self, kind: str = "auto") -> None:
+        """Measure with this kind of `memory.measure_memory`."""
+        self.kind, self.steps = kind, []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._meter = measure_memory(self.kind)
+        self._used = self._meter.__enter__()
+        self._clock = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._meter.__exit__(None, None, None)
+        names = ("start_bytes", "peak_bytes", "reserved_bytes")
+        found = {name: getattr(self._used, name) for name in names}
+        self.steps.append(found | {"seconds": time.perf_counter() - self._clock})
+
+
 def saved_bytes(model: Any) -> int:
     """How large the file is that a method leaves: an adapter's, else trained weights'.
 

@@ -25,6 +25,7 @@ from course_utils.evaluation import (
     perplexity,
     stratified,
 )
+from course_utils.experiment_card import CardExperiment, run_card
 from course_utils.experiment_classifier import ClassifierExperiment, run_classifier
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
@@ -57,6 +58,8 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
 
     if isinstance(experiment, ClassifierExperiment):
         return run_classifier(experiment, progress=progress)
+    if isinstance(experiment, CardExperiment):
+        return run_card(experiment)
     if str(experiment.method).startswith("prompt:"):
         return _run_prompting(experiment)
     if str(experiment.method).startswith("round:"):

@@ -82,8 +82,46 @@ METRICS: dict[str, Callable[[dict], Any]] = {
     "loss_change": lambda run: _by_text(
         run, lambda _, n, old, new: (math.fsum(new) - math.fsum(old)) / sum(n)
     ),
+    # A step on a card: predicted bytes through measured ones, at its peak and between
+    # steps; GiB = 2**30 bytes.
+    "memory_ratio": lambda run: (
+        run["measured"]["predicted_bytes"] / run["measured"]["peak_bytes"]
+    ),
+    "kept_ratio": lambda run: (
+        run["measured"]["predicted_kept_bytes"] / run["measured"]["kept_bytes"]
+    ),
+    "predicted_gib": lambda run: run["measured"]["predicted_bytes"] / 2**30,
+    "measured_gib": lambda run: run["measured"]["peak_bytes"] / 2**30,
+    "step_s": lambda run: run["measured"]["step_seconds"],
 }
-_summaries: dict[str, Callable[[list[dict]], dict]] = {}
+
+
+def _card_summary(runs: list[dict]) -> dict[str, Any]:
+    """How near predictions came, over all cases and by label; failures in words."""
+    measured = [run for run in runs if run["metrics"]]
+    off = [abs(run["metrics"]["memory_ratio"] - 1) for run in measured]
+    keys = list(measured[0]["metrics"]) if measured else []
+    return {
+        "cases": len(runs),
+        "measured": len(measured),
+        "within_10_percent": sum(one <= 0.1 for one in off),
+        "mean_error": _mean(off) if off else None,
+        "greatest_error": max(off, default=None),
+        "failed": {
+            run["label"]: run["measured"].get("failed", "")
+            for run in runs
+            if not run["metrics"]
+        },
+        "did_not_fit": [
+            run["label"] for run in runs if "did_not_fit" in run["measured"]
+        ],
+        **{
+            key: {run["label"]: run["metrics"][key] for run in measured} for key in keys
+        },
+    }
+
+
+_summaries: dict[str, Callable[[list[dict]], dict]] = {"07_card": _card_summary}
 
 
 def metric(name: str) -> Callable[[Callable[[dict], Any]], Callable[[dict], Any]]:

@@ -8,6 +8,7 @@ from small_models import byte_tokenizer, random_llama, random_peft
 from test_inference import METHODS, OTHERS, after_a_trainer, small, state
 
 from course_utils import evaluation, scoring
+from course_utils.data import load_examples
 from course_utils.evaluation import (
     AnswerShare,
     Perplexity,
@@ -247,3 +248,30 @@ def test_lora_changes_the_perplexity():
     assert perplexity(tuned, tokenizer, RECORDS).loss != base.loss
     with tuned.disable_adapter():
         assert perplexity(tuned, tokenizer, RECORDS).loss == pytest.approx(base.loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_measures_the_cpus_perplexity(method):
+    model, tokenizer = small(method), byte_tokenizer()
+    expected = perplexity(model, tokenizer, RECORDS)
+    found = perplexity(model.to("cuda"), tokenizer, RECORDS)
+    assert found.tokens == expected.tokens
+    assert found.loss == pytest.approx(expected.loss, abs=1e-4)
+    other = perplexity(model, tokenizer, RECORDS[:3])
+    assert abs(other.loss - expected.loss) > 1e-3  # the tolerance could tell
+
+
+@pytest.mark.gpu
+@pytest.mark.model
+def test_the_built_in_model_answers_on_a_card_as_on_the_cpu():
+    from course_utils.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(dtype=torch.float32), load_tokenizer()
+    assert model.device.type == "cuda"
+    rows = load_examples("home_commands", "test")
+    some = {"limit": 6, "max_new_tokens": 12}
+    on_card = evaluation.evaluate(model, tokenizer, rows, **some)
+    on_cpu = evaluation.evaluate(model.to("cpu"), tokenizer, rows, **some)
+    assert on_card.predictions == on_cpu.predictions
+    assert len(set(on_cpu.predictions)) > 1

@@ -127,8 +127,13 @@ ARROWS = {
         *("training", "training_callbacks", "experiment_costs"),
     },
     "experiment_costs": {"memory"},
+    "experiment_card_setup": {"data", "formatting", "memory", "models", "targets"},
+    "experiment_card": {
+        *("experiment_card_setup", "experiment_costs", "formatting", "memory"),
+        *("models", "training", "training_callbacks"),
+    },
     "experiment_lists_08": {"experiment_setup", "records"},
-    "experiment_lists_07": {"experiment_setup"},
+    "experiment_lists_07": {"experiment_card_setup", "experiment_setup"},
     "experiment_lists_06": {"experiment_classifier", "experiment_setup"},
     "experiment_lists": {
         *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
@@ -136,7 +141,7 @@ ARROWS = {
     },
     "experiment_run": {
         *("experiment_setup", "experiment_rounding", "experiment_classifier"),
-        *("data", "evaluation", "formatting", "models"),
+        *("experiment_card", "data", "evaluation", "formatting", "models"),
         *("parameters", "training", "training_callbacks", "experiment_costs"),
     },
     "widgets": {"widget_figures", "parameters", "memory", "plotting"},
@@ -175,6 +180,7 @@ FAMILIES = {
     "experiments": {
         *("experiment_classifier", "experiment_lists"),
         *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
+        *("experiment_card", "experiment_card_setup"),
         *("experiment_costs", "experiment_rounding"),
         *("experiment_run", "experiment_setup"),
     },

@@ -453,3 +453,16 @@ def test_the_built_in_model_answers_alike_alone_and_in_a_batch(capsys):
     with capsys.disabled():
         print(f" [{dtype}: {different} of {len(prompts)} answers differ] ", end="")
     assert different <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_answers_as_the_cpu_does(method):
+    """In float32, which a card computes in full precision unless it is told not to."""
+    model, tokenizer = small(method), byte_tokenizer()
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    assert len(set(expected)) > 2
+    model = model.to("cuda")
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
+    together = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3)
+    assert together == expected

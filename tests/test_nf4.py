@@ -224,3 +224,40 @@ GOOD = torch.ones(2, 64)
 def test_bad_requests_say_what_is_wrong(weight, more, kind, message):
     with pytest.raises(kind, match=message):
         nf4.quantize_4bit(weight, **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_4_bits_are_those_of_bitsandbytes_on_a_card(kind, dtype):
+    """A card's kernel finds a level by comparisons of its own."""
+    weight = weight_of((576, 192), dtype)
+    packed, state = bnb.quantize_4bit(weight.cuda(), quant_type=kind)
+    theirs = bnb.dequantize_4bit(packed, state).cpu().float()
+    four_bit = nf4.quantize_4bit(weight, kind)
+    assert torch.equal(four_bit.absmax, state.absmax.cpu())
+    ours = four_bit.dequantize().to(dtype).float()
+    scale = weight.float().abs().max()
+    tolerance = max(1e-6, torch.finfo(dtype).eps) * scale
+    assert ((ours - theirs).abs() <= tolerance).float().mean() >= 0.999
+    assert not torch.allclose(1.01 * ours, theirs, atol=tolerance, rtol=0)
+    if kind == "nf4":
+        same = four_bit.packed == packed.cpu().flatten()
+        assert same.float().mean() >= 0.999
+
+
+@pytest.mark.gpu
+def test_double_quantization_on_a_card_is_read_alike():
+    weight = weight_of((576, 192))
+    packed, state = bnb.quantize_4bit(
+        weight.cuda(), quant_type="nf4", compress_statistics=True
+    )
+    absmax = nf4.dequantize_absmax(
+        state.absmax.cpu(), state.state2.absmax.cpu(), state.offset.cpu()
+    )
+    codes = nf4.unpack(packed.cpu().flatten()).reshape(-1, 64)
+    levels = bnb.get_4bit_type("nf4", device="cpu")
+    ours = nf4.dequantize_blocks(codes, absmax, levels).reshape(weight.shape)
+    theirs = bnb.dequantize_4bit(packed, state).cpu()
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert not torch.allclose(1.01 * ours, theirs, rtol=0, atol=1e-6)

@@ -4,6 +4,7 @@ The machine is faked where PyTorch is asked about it. What is asserted are built
 arguments and the dtypes of parameters of built trainers, never a description.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,7 +18,12 @@ from trl import SFTTrainer
 from course_utils import models, runtime
 from course_utils import training_callbacks as callbacks
 from course_utils.formatting import CompletionCollator
-from course_utils.training import prepare_trainer, sft_config, training_arguments
+from course_utils.training import (
+    LossHistory,
+    prepare_trainer,
+    sft_config,
+    training_arguments,
+)
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -210,3 +216,40 @@ def test_a_card_keeps_the_librarys_kernels_and_never_builds_all_logits(t4, tmp_p
     own = model.eval()(**batch).loss
     assert seen == [own.new_empty(*batch["input_ids"].shape, 259).shape]
     assert loss.item() == pytest.approx(own.item(), abs=1e-4)
+
+
+# --- a real card, taken for a T4 ----------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_card_taken_for_a_t4_trains_in_float16(method, folder, tmp_path):
+    options = {"full": {"dtype": FP32}, "lora": {}, "qlora": {"quantization": "nf4"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        profile = runtime.get_profile("t4")
+        model = models.load_model(folder, **options[method])
+    assert (profile.device, profile.dtype) == ("cuda", FP16)
+    if method != "full":
+        model = get_peft_model(model, LORA)
+    size = {"max_steps": 30, "per_device_train_batch_size": 4}
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(profile, tmp_path, learning_rate=1e-2, **size),
+        train_dataset=records(),
+        data_collator=CompletionCollator(byte_tokenizer()),
+        processing_class=byte_tokenizer(),
+    )
+    prepare_trainer(trainer)
+    assert dtypes(trainer.model, trainable=True) == {FP32}
+    assert BF16 not in every_dtype(trainer.model)
+    if method != "full":
+        assert FP16 in dtypes(trainer.model, trainable=False)
+    trainer.train()
+    scaler = trainer.accelerator.scaler
+    assert scaler is not None and scaler.is_enabled()
+    assert 1 <= scaler.get_scale() <= 2**24
+    loss = LossHistory.from_trainer(trainer).loss
+    assert len(loss) == 30 and all(map(math.isfinite, loss))
+    assert sum(loss[-5:]) < 0.9 * sum(loss[:5])
+    assert dtypes(trainer.model, trainable=True) == {FP32}
