@@ -12,6 +12,7 @@ from course_utils.figure_curves import plot_loss, plot_memory, plot_spectrum
 from course_utils.figure_map import plot_method_map
 from course_utils.figure_methods import plot_rate_panels, plot_trade_off
 from course_utils.figure_own import plot_own_points
+from course_utils.figure_predicted import plot_predicted
 from course_utils.figure_prefix import plot_prefix
 from course_utils.figure_scores import (
     pareto_front,
@@ -52,6 +53,7 @@ __all__ = [
     "plot_memory",
     "plot_method_map",
     "plot_own_points",
+    "plot_predicted",
     "plot_prefix",
     "plot_rate_panels",
     "plot_scatter",

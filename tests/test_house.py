@@ -85,6 +85,7 @@ ARROWS = {
     "figure_confusion": {"figure_style"},
     "figure_curves": {"figure_style"},
     "figure_map": {"figure_style"},
+    "figure_predicted": {"figure_style"},
     "figure_prefix": {"figure_style"},
     "figure_own": {"figure_style"},
     "figure_scores": {"figure_own", "figure_style"},
@@ -93,6 +94,7 @@ ARROWS = {
     "figure_tokens": {"figure_style", "figure_text"},
     "plotting": {
         *("figure_style", "figure_tokens", "figure_confusion", "figure_prefix"),
+        "figure_predicted",
         *("figure_curves", "figure_map", "figure_scores"),
         *("figure_methods", "figure_own"),
     },

@@ -75,6 +75,11 @@ DRAWINGS = {
     "confusion": lambda **k: plotting.plot_confusion(
         [[9, 1, 0], [3, 4, 3], [0, 0, 0]], ["bad", "mixed", "good"], **k
     ),
+    "predicted": lambda **k: plotting.plot_predicted(
+        {f"{m} {i}": (2**i, 1.1 * 2**i) for i, m in enumerate(METHODS)},
+        hollow=["lora 3"],
+        **k,
+    ),
     "trade_off": lambda **k: plotting.plot_trade_off(
         {m: (10 * i, 0.09 * i, 10**i) for i, m in enumerate(METHODS)}, **k
     ),
@@ -391,3 +396,21 @@ def test_importing_needs_neither_matplotlib_nor_a_display():
     root = str(Path(plotting.__file__).parents[1])
     environment = {"MPLBACKEND": "", "DISPLAY": "", "PATH": "", "PYTHONPATH": root}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_predicted_and_measured_are_drawn_where_they_are():
+    points = {"LoRA, a": (2.0, 2.1), "LoRA, b": (4.0, 5.0), "QLoRA, c": (1.0, 0.9)}
+    ax = plotting.plot_predicted(points, hollow=["LoRA, b"])
+    drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines[1:]}
+    assert drawn == set(points.values())
+    diagonal = ax.lines[0]
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
+    colours = [to_hex(line.get_color()) for line in ax.lines[1:]]
+    lora, qlora = METHOD_COLOURS["lora"], METHOD_COLOURS["qlora"]
+    assert colours == [lora, lora, qlora]
+    assert ax.lines[2].get_markerfacecolor() == "white"
+    texts = [text.get_text() for text in ax.get_legend().texts]
+    assert texts == ["within 10%", "LoRA", "QLoRA"]
+    for bad in ({}, {"full": (1.0, 0.0)}):
+        with pytest.raises(ValueError, match="above 0"):
+            plotting.plot_predicted(bad)
