@@ -332,10 +332,10 @@ class Skeleton:
         return self.actions[0][0]
 
 
-def read_skeletons() -> list[Skeleton]:
+def read_skeletons(path: Path | None = None, every: int = 7) -> list[Skeleton]:
     """Every line of skeletons.txt; each seventh training line is for validation."""
+    path = path or FOLDER / "skeletons.txt"
     found, kind, actions, split, seen = [], "", (), "", 0
-    path = FOLDER / "skeletons.txt"
     for raw in path.read_text(encoding="utf-8").splitlines():
         line = raw.strip()
         if not line or line.startswith("#"):
@@ -353,7 +353,7 @@ def read_skeletons() -> list[Skeleton]:
             own = split
             if split == "train" and kind in ("single", "negation", "multi"):
                 seen += 1
-                own = "validation" if seen % 7 == 0 else "train"
+                own = "validation" if every and seen % every == 0 else "train"
             found.append(Skeleton(line[2:], line[0] == "+", own, kind, actions))
     return found
 
@@ -638,6 +638,9 @@ class Builder:
         draft.actions = draft.actions or [{"action": "none"}]
         return draft
 
+    def acceptable(self, prompt: str, completion: str) -> bool:
+        return len(prompt.split()) <= 25
+
     def add(self, out: list, make, split: str, name: str, typos: bool = False) -> None:
         """Make one new record; a sentence that exists already is made again."""
         for _ in range(300):
@@ -647,14 +650,14 @@ class Builder:
             plain = name in ("unseen_phrasing", "unseen_values", "out_of_scope")
             prompt = finish(draft, self.rng, plain and not draft.open_ended)
             key = re.sub(r"[^a-z0-9%: ]", "", prompt.lower())
-            if key in self.prompts or len(prompt.split()) > 25:
-                continue
-            self.prompts.add(key)
-            self.meta[prompt] = draft.skeletons
             answer = draft.actions[0]
             if len(draft.actions) > 1:
                 answer = {"actions": draft.actions}
             completion = json.dumps(answer, ensure_ascii=False)
+            if key in self.prompts or not self.acceptable(prompt, completion):
+                continue
+            self.prompts.add(key)
+            self.meta[prompt] = draft.skeletons
             out.append({"prompt": prompt, "completion": completion, "slice": name})
             return
         raise RuntimeError(f"no new sentence for {split} {name}")
@@ -749,11 +752,11 @@ def build() -> tuple[dict[str, str], Builder]:
     return files, builder
 
 
-def main(arguments: list[str]) -> int:
-    files, _ = build()
+def main(arguments: list[str], folder: Path = FOLDER, make=build) -> int:
+    files, _ = make()
     different = []
     for name, text in files.items():
-        path = FOLDER / name
+        path = folder / name
         if "--check" in arguments:
             if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
                 different.append(name)
