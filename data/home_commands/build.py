@@ -516,6 +516,8 @@ def add_typos(draft: Draft, rng, known: set[str]) -> None:
 
 
 class Builder:
+    three = 0.25  # the share of three commands among the joined sentences
+
     def __init__(self) -> None:
         self.rng = random.Random(SEED)
         self.skeletons = read_skeletons()
@@ -613,7 +615,7 @@ class Builder:
             if skeleton.clause and self.rng.random() < 0.4:
                 draft = self.wrap(draft, split)
             return draft
-        n = 3 if self.rng.random() < 0.25 else 2
+        n = 3 if self.rng.random() < self.three else 2
         names = self.actions_for(split, n, open_last=True)
         parts = [self.clause(split, a, i == n - 1) for i, a in enumerate(names)]
         draft = self.join(f"join{n}", split, parts)

@@ -1,7 +1,7 @@
 """Build the large training set of the home commands.
 
     python data/home_commands_large/build.py           writes train.jsonl
-    python data/home_commands_large/build.py --check   compares it with what it would write
+    python data/home_commands_large/build.py --check   compares it with its rebuild
 
 The task, the schema and the way in which a sentence is filled, wrapped and joined are
 those of data/home_commands/build.py, which this script loads. Here stand what is wider:
@@ -32,7 +32,8 @@ SIZES = {
     "typos": 1900,
     "out_of_scope": 1600,
 }
-MAX_WORDS, MAX_CHARACTERS = 22, 260  # of a sentence, of a completion
+MAX_WORDS, MAX_WORDS_OF_THREE = 22, 24  # of a sentence; with three commands
+MAX_CHARACTERS = 260  # of a completion
 
 
 def load_small_builder() -> ModuleType:
@@ -69,7 +70,7 @@ def holds_a_held_out_value(text: str) -> bool:
 
 
 def read_values() -> dict[str, dict[str, list[str]]]:
-    """The pools of each slot: `seen` by hand, `compounds`, and the everyday `common`."""
+    """Each slot's pools: `seen` by hand, `compounds`, and the everyday `common`."""
     values = {}
     wide = json.loads((FOLDER / "values.json").read_text(encoding="utf-8"))
     for slot, pools in small.VALUES.items():
@@ -153,7 +154,7 @@ def time_phrase(rng, h: int, m: int, part: bool = True) -> str:
     elif m in (35, 40, 50, 55):
         forms += [f"{small.words(60 - m)} minutes to {following} {daytime}"]
         forms += [f"{small.words(60 - m)} to {following} {daytime}"] * 2
-    if m:
+    if m and not 10 <= h <= 12:  # 10:30 alone may mean the evening
         forms.append(f"{h:02d}:{m:02d}")
     if h >= 13 and m >= 10:
         forms.append(f"{small.words(h)} {small.words(m)}")
@@ -386,6 +387,8 @@ use_wide_parts()
 
 
 class LargeBuilder(small.Builder):
+    three = 0.45  # many of these come out too long and are made again
+
     def __init__(self) -> None:
         super().__init__()
         everything = self.skeletons
@@ -414,9 +417,7 @@ class LargeBuilder(small.Builder):
         return dataclasses.replace(line, text=self.rng.choice(self.wordings[line]))
 
     def single(self, split: str, action: str, pool: str = "seen"):
-        more = (
-            self.rng.random()
-        )  # free text ends a sentence, so joins have few of these
+        more = self.rng.random()  # joins hold few texts, which must come last
         if action != "none" and more < 0.07:
             action = "set_reminder" if more < 0.045 else "send_message"
         return super().single(split, action, self.pool)
@@ -437,7 +438,7 @@ class LargeBuilder(small.Builder):
         return draft
 
     def add(self, out, make, split: str, name: str, typos: bool = False) -> None:
-        """Typing errors mostly stand among everyday values, some in longer sentences."""
+        """Typing errors stand mostly among everyday values, some in long sentences."""
         self.pool = "common" if typos else "seen"
         if typos and self.rng.random() < 0.15:
             longer = self.rng.choice([self.multi, self.negation])
@@ -445,8 +446,9 @@ class LargeBuilder(small.Builder):
         super().add(out, make, split, name, typos)
 
     def acceptable(self, prompt: str, completion: str) -> bool:
+        three = completion.count('"action":') == 3
         return (
-            len(prompt.split()) <= MAX_WORDS
+            len(prompt.split()) <= (MAX_WORDS_OF_THREE if three else MAX_WORDS)
             and len(completion) <= MAX_CHARACTERS
             and not holds_a_held_out_value(prompt)
             and stripped(prompt, completion) not in self.reserved.stripped
