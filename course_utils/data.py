@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_utils.data_errors import DataError, Record, describe
-from course_utils.data_files import SUFFIXES, read_records
+from course_utils.data_files import SUFFIXES, files_of_set, read_records
 from course_utils.data_schemas import normalise
 from course_utils.runtime import data_folder
 
@@ -168,7 +168,7 @@ def _no_such_file(path: Path) -> DataError:
 
 def _split_files(folder: Path, name: str) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in files_of_set(folder):
         if path.stem in SPLITS and path.suffix.lower() in SUFFIXES:
             if path.stem in files:
                 raise DataError(

@@ -12,6 +12,10 @@ from pathlib import Path
 
 from course_utils.data_errors import DataError, Record
 from course_utils.data_json import parse_json, parse_json_lines
+from course_utils.runtime import data_folder
+
+# A bundled training set for the task of another one, whose other splits it shares.
+_SHARED = {"home_commands_large": ("home_commands", ("validation", "test"))}
 
 _SIGNATURES = {
     b"PAR1": ("a Parquet file", "Rename it to end in .parquet."),
@@ -20,6 +24,15 @@ _SIGNATURES = {
     b"\xff\xfe": ("UTF-16 text", "Save it again with the encoding UTF-8."),
     b"\xfe\xff": ("UTF-16 text", "Save it again with the encoding UTF-8."),
 }
+
+
+def files_of_set(folder: Path) -> list[Path]:
+    """The files in a data set's folder, and those it shares with another set."""
+    files = sorted(folder.iterdir())
+    if folder.name in _SHARED and folder.parent == data_folder():
+        owner, splits = _SHARED[folder.name]
+        files += [data_folder() / owner / f"{split}.jsonl" for split in splits]
+    return files
 
 
 def read_records(path: Path) -> list[Record]:

@@ -647,6 +647,24 @@ def test_every_bundled_set_loads_and_hashes():
         assert re.fullmatch("[0-9a-f]{64}", data_hash(name))
 
 
+def test_the_large_set_shares_validation_and_test():
+    for split in ("validation", "test"):
+        ours = load_examples("home_commands", split)
+        assert load_examples("home_commands_large", split).to_list() == ours.to_list()
+    large = load_examples("home_commands_large")
+    assert len(large) > 9 * len(load_examples("home_commands"))
+    assert data_hash("home_commands_large") != data_hash("home_commands")
+
+
+def test_an_own_folder_of_that_name_shares_nothing(tmp_path):
+    folder = tmp_path / "home_commands_large"
+    folder.mkdir()
+    _numbered(folder, 3, "train.jsonl")
+    assert len(load_examples(folder, "all")) == 3
+    with pytest.raises(DataError, match="no split 'test'"):
+        load_examples(folder, "test")
+
+
 def test_data_hash_changes_with_one_byte_and_ignores_other_files(tmp_path):
     path = _numbered(tmp_path, 3, "train.jsonl")
     before, file_before = data_hash(tmp_path), data_hash(path)
