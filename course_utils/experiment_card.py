@@ -27,7 +27,12 @@ from course_utils.formatting import CompletionCollator
 from course_utils.memory import GIB, MemoryEstimate, gpu_gib, measure_memory
 from course_utils.models import load_tokenizer, release
 from course_utils.runtime import Profile, set_seed
-from course_utils.training import plan_settings, prepare_trainer, sft_config
+from course_utils.training import (
+    plan_settings,
+    prepare_trainer,
+    sft_config,
+    training_arguments,
+)
 
 __all__ = ["CardExperiment", "measure_case", "run_card"]
 
@@ -67,6 +72,15 @@ def _start_of_case() -> None:
         torch.cuda.empty_cache()
 
 
+def _workspace_bytes() -> int:
+    """What cuBLAS holds of the card; it is given back."""
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+    return before - torch.cuda.memory_allocated()
+
+
 def measure_case(
     experiment: CardExperiment,
     plan: MemoryEstimate,
@@ -86,11 +100,14 @@ def measure_case(
 
     Returns:
         `loss` of each step; `peak_bytes` and `kept_bytes` (what is alive between
-        steps) of the last; `reserved_bytes`, the most that PyTorch took of the card;
+        steps) of the last; `requested_bytes`, the peak without the allocator's
+        rounding; `workspace_bytes` of the library that multiplies matrices;
+        `reserved_bytes`, the most that PyTorch took of the card;
         `step_seconds`; `steps`, the figures of each; `scale` of the gradient scaler.
     """
     import datasets
     import torch
+    from transformers import Trainer
     from trl import SFTTrainer
 
     from course_utils.experiment_costs import EveryStep
@@ -112,9 +129,14 @@ def measure_case(
             tokenizer = load_tokenizer(None)
             vocab = model.config.vocab_size
             records = card_records(experiment, tokenizer, vocab)
-            trainer = SFTTrainer(
+            kinds = {
+                "chunked": (SFTTrainer, sft_config),
+                "logits": (Trainer, training_arguments),
+            }
+            make, arguments = kinds[experiment.loss]
+            trainer = make(
                 model=model,
-                args=sft_config(
+                args=arguments(
                     profile,
                     folder,
                     max_steps=experiment.steps,
@@ -143,6 +165,8 @@ def measure_case(
             "step_seconds": last["seconds"],
             "build_seconds": built,
             "steps": each.steps,
+            "requested_bytes": last.get("requested_bytes"),
+            "workspace_bytes": _workspace_bytes() if device == "cuda" else 0,
             "scale": scaler.get_scale() if scaler is not None else None,
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }

@@ -37,6 +37,7 @@ class CardExperiment:
         way: `"T4"`, what that card would be asked for; or `"own"`, bfloat16 and every
             kernel of the card that is there.
         gradient_checkpointing, optimizer, double_quant: as in `estimate_memory`.
+        loss: `"chunked"`, by TRL's trainer, or `"logits"`, by transformers'.
         options: PEFT's fields for the method.
         steps: the last one is what counts: the gradient scaler may skip the first.
         data: tokens are taken from this data set.
@@ -51,6 +52,7 @@ class CardExperiment:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     double_quant: bool = True
+    loss: str = "chunked"
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 4
     learning_rate: float = 1e-4
@@ -63,13 +65,16 @@ class CardExperiment:
     forgetting = False
 
     def settings(self) -> dict[str, Any]:
-        """All fields but label and seed, as a record holds them."""
-        fields = asdict(self)
-        return {k: v for k, v in fields.items() if k not in {"label", "seed"}}
+        """All fields but label and seed, as a record holds them.
+
+        The first records know of no other loss than the chunked one.
+        """
+        left_out = {"label", "seed"} | ({"loss"} if self.loss == "chunked" else set())
+        return {k: v for k, v in asdict(self).items() if k not in left_out}
 
 
 def plan_of(experiment: CardExperiment) -> MemoryEstimate:
-    """What a reader predicts before the run: the closed form, TRL's chunked loss.
+    """What a reader predicts before the run: the closed form.
 
     Raises:
         ValueError: as `estimate_memory`; or the way is neither `"T4"` nor `"own"`.
@@ -80,7 +85,7 @@ def plan_of(experiment: CardExperiment) -> MemoryEstimate:
         "gradient_checkpointing": experiment.gradient_checkpointing,
         "optimizer": experiment.optimizer,
         "double_quant": experiment.double_quant,
-        "loss": "chunked",
+        "loss": experiment.loss,
         **experiment.options,
     }
     if experiment.way == "T4":

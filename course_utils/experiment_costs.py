@@ -46,7 +46,8 @@ class EveryStep(TrainerCallback):
 
     Attributes:
         steps: for each its `start_bytes`, `peak_bytes`, `reserved_bytes` (on a card,
-            the most that PyTorch had taken of it) and `seconds`.
+            the most that PyTorch had taken of it), `requested_bytes` (on a card, the
+            peak without what the allocator's rounding adds) and `seconds`.
     """
 
     def __init__(self, kind: str = "auto") -> None:
@@ -62,6 +63,11 @@ class EveryStep(TrainerCallback):
         self._meter.__exit__(None, None, None)
         names = ("start_bytes", "peak_bytes", "reserved_bytes")
         found = {name: getattr(self._used, name) for name in names}
+        if self._used.kind == "cuda":
+            import torch
+
+            peak = torch.cuda.memory_stats().get("requested_bytes.all.peak")
+            found["requested_bytes"] = peak
         self.steps.append(found | {"seconds": time.perf_counter() - self._clock})
 
 

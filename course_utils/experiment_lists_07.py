@@ -47,6 +47,7 @@ def _case(name: str, model: str, size: tuple[int, int], **more: Any) -> CardExpe
     words += ["checkpointing"] if more.get("gradient_checkpointing") else []
     words += [more["optimizer"]] if "optimizer" in more else []
     words += ["bfloat16"] if more.get("way") == "own" else []
+    words += ["all logits"] if more.get("loss") == "logits" else []
     words.append(more.pop("note", ""))
     label = ", ".join(filter(None, words))
     more.setdefault("options", options)
@@ -85,6 +86,14 @@ def card_cases() -> list[CardExperiment]:
     cases += [
         _case("LoRA", "llama-3.2-1b", (2, 512), **own),
         _case("QLoRA", "qwen2.5-7b", (1, 1024), **saving, **own),
+    ]
+    every = {"loss": "logits"}
+    cases += [
+        _case("full", small, (4, 256), **every),
+        _case("LoRA", small, (8, 512), **every),
+        _case("LoRA", "llama-3.2-1b", (2, 512), **every),
+        _case("QLoRA", "llama-2-7b", (4, 1024), **recipe, **every),
+        _case("QLoRA", "qwen2.5-7b", (2, 1024), **recipe, **every),
         _case("full", small, (8, 512), optimizer="paged_adamw_8bit"),
         _case("QLoRA", "llama-2-7b", (1, 1024), optimizer="paged_adamw_8bit", **saving),
     ]

@@ -144,11 +144,15 @@ def closed_form(request: Request, known: Shapes | None = None) -> dict[str, Any]
         logits = rows * words * c
         head = N * d * (4 + w) + (words * d * c if w != c else 0)
         head += (4 + (w if w < 4 else 0)) * V * d if full else 0
+    cache = 0  # prefix tuning works through the cache, alive until there is a loss
+    if request.method == "prefix_tuning":
+        keys = request.batch_size * one.K * one.KV * one.D * c
+        cache = 2 * keys * len(kinds)
     gradients = static["gradients"]
     head_gradient = w * V * d if full else 0
     # moment: (activations, logits, gradients)
     moments = {
-        "loss": (kept + head, logits, 0),
+        "loss": (kept + head + cache, logits, 0),
         "backward": (first + stream + head_gradient, 0, 0),
         "end": (last, 0, gradients),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,9 +182,26 @@ def release(*models: Any) -> None:
         for module in model.modules():
             module._parameters.clear()
             module._buffers.clear()
+    _forget_optimizer_overrides()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _forget_optimizer_overrides() -> None:
+    """Let bitsandbytes forget the embeddings of released models.
+
+    A trainer with one of its 8-bit or paged optimizers tells it of every embedding,
+    for good; at a step of the next training it would look for their weights and fail.
+    """
+    optim = sys.modules.get("bitsandbytes.optim")
+    if optim is not None:
+        manager = optim.GlobalOptimManager.get_instance()
+        manager.module_weight_config_triple[:] = [
+            entry
+            for entry in manager.module_weight_config_triple
+            if getattr(entry[0], entry[1], None) is not None
+        ]
 
 
 def keep_4bit_weights_in_place(model: PreTrainedModel) -> None:

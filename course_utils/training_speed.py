@@ -218,7 +218,10 @@ def _mixed_precision(trainer: Any) -> Iterator[None]:
     if not trainer.args.bf16:
         yield
         return
-    cast_lora_inputs(trainer.model, False)
+    modules = trainer.model.modules()
+    if not any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        # The second forward of checkpointing comes later, and must be as the first.
+        cast_lora_inputs(trainer.model, False)
     try:
         with torch.autocast(trainer.args.device.type, torch.bfloat16):
             yield

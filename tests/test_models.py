@@ -217,3 +217,27 @@ def test_4bit_weights_merge_after_an_evaluation_as_before(folder, monkeypatch):
         pytest.skip("because this processor lacks AVX512-BF16: no repacking to guard")
     broken = merged_weights(folder, monkeypatch, fixed=False, look_first=True)
     assert (broken - wanted).norm() > 0.2 * wanted.norm()
+
+
+def test_after_release_a_training_with_an_8_bit_optimizer_begins_anew():
+    """bitsandbytes keeps what transformers tells it of embeddings for good."""
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+
+    def train():
+        model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 1))
+        manager.register_module_override(model[0], "weight", {"optim_bits": 32})
+        optimizer = AdamW8bit(model.parameters())
+        model(torch.arange(8)).sum().backward()
+        optimizer.step()
+        return model
+
+    first, kept = train(), train()
+    models.release(first)
+    assert not any(
+        entry[0] is first[0] for entry in manager.module_weight_config_triple
+    )
+    assert any(entry[0] is kept[0] for entry in manager.module_weight_config_triple)
+    train()
+    models.release(kept)
