@@ -137,7 +137,10 @@ class ReadyToGenerate(TrainerCallback):
             base.generation_config.use_cache = True
         if args.gradient_checkpointing:
             base.gradient_checkpointing_disable()
+        own = model.__dict__.get("_original_forward")
         self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if own is not None:  # Accelerate unwraps too far: to below TRL's own forward
+            model.forward = own
         model._is_accelerate_prepared = False  # or another training has no autocast
         model.eval()
 

@@ -159,15 +159,16 @@ def test_an_interrupted_run_leaves_a_model_that_can_generate(
     assert config._attn_implementation == "sdpa" and not model.training
 
 
+@pytest.mark.parametrize("fast", [True, False])  # False: TRL's loss, as on a card
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_an_evaluation_after_training_computes_as_one_within(method, tmp_path):
+def test_an_evaluation_after_training_computes_as_one_within(method, fast, tmp_path):
     model = wrapped(method)
     if method == "lora":
         model.base_model.to(torch.bfloat16)  # prepare_trainer puts adapters back
     more = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 4}
     trainer = build(SFTTrainer, tmp_path, model, BF16, **more)
     trainer.eval_dataset = trainer.train_dataset
-    prepare_trainer(trainer)
+    prepare_trainer(trainer, fast=fast)
     trainer.train()
     within = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
     # attention is the model's own again, which rounds a little otherwise
