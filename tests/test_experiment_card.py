@@ -137,6 +137,15 @@ def test_a_case_that_a_t4_has_no_room_for_is_measured_without_its_limit(monkeypa
     assert found["measured"]["peak_bytes"] == 9 and found["metrics"]
 
 
+@pytest.mark.model
+def test_dropout_and_checkpointing_compute_alike_the_second_time():
+    """In bfloat16 on a CPU PEFT's cast was off in the first forward pass alone."""
+    options = ALL | {"lora_dropout": 0.1}
+    one = replace(case("lora"), options=options, gradient_checkpointing=True)
+    found = run(one)
+    assert "failed" not in found["measured"] and len(found["loss"]) == 2
+
+
 def test_without_a_card_a_run_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="measured on a CUDA card"):
