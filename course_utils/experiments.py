@@ -51,6 +51,9 @@ def record_family(
 ) -> int:
     """Run what is not recorded yet, and save the record after each run.
 
+    A record that was begun on another machine, or with other versions, keeps those;
+    each new run then says where it was made.
+
     Args:
         name: the record's name.
         experiments: its runs, all on the same data set.
@@ -69,7 +72,8 @@ def record_family(
         raise ValueError(f"{name}: one data set a record, found {sorted(data)}")
     source = {"name": data.pop()}
     source["sha256"] = data_hash(source["name"])
-    old = []
+    old, here = [], {"hardware": hardware(), "versions": versions()}
+    begun_on = here
     if name in records.list_records():
         record = records.load_record(name)
         if record["data"] != source:
@@ -77,7 +81,7 @@ def record_family(
                 f"{name} was recorded against other data ({record['data']}): a changed "
                 "set gets a new name, or delete the record to make it anew"
             )
-        old = record["runs"]
+        old, begun_on = record["runs"], {key: record[key] for key in here}
     found = [_find(name, old, experiment) for experiment in experiments]
     left = [e for e, old_run in zip(experiments, found, strict=True) if not old_run]
     say(f"{name}: {len(experiments) - len(left)} of {len(experiments)} runs are there")
@@ -92,12 +96,13 @@ def record_family(
             f"{experiment.seed} · about {rest / 60:.0f} min left"
         )
         found[place] = run(experiment)
+        if here != begun_on:
+            found[place]["machine"] = here
         done += estimate_seconds(experiment)
         finished = [one for one in found if one]
         record = {
             "command": command,
-            "hardware": hardware(),
-            "versions": versions(),
+            **begun_on,
             "data": source,
             "seconds": sum(one["seconds"] for one in finished),
             "runs": finished,

@@ -8,6 +8,9 @@ A record is one JSON file, `data/runs/<NN>_<what>.json`, for one family of exper
                "references", "slices", "metrics", "measured", "seconds", ...}],
      "summary": {...}}
 
+A run that was made elsewhere than the record's `hardware` and `versions` say has a
+`machine` of its own, with those two fields.
+
 `metrics` and `summary` hold only what can be computed again from the rest of the file,
 and a test does so. What was measured (bytes, seconds of a part) stands in `measured`.
 Shares are 0 to 1, unless the name ends in `_percent`.
@@ -78,6 +81,7 @@ _RUN = {
     "measured": (dict, False),
     "trainable_parameters": (int, False),
     "tokens_per_s": ((int, float), False),
+    "machine": (dict, False),
 }
 
 
@@ -132,6 +136,8 @@ def _validate_run(run: Any, where: str) -> None:
             _expect(run[key], kinds, f"{where}.{key}")
         elif needed:
             raise RecordError(f"{where}: field {key!r} is missing")
+    for key in ("hardware", "versions") if "machine" in run else ():
+        _expect(run["machine"].get(key), dict, f"{where}.machine.{key}")
     for value in run["loss"]:
         if value is not None:
             _expect(value, (int, float), f"{where}.loss: an item")

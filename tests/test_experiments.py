@@ -183,6 +183,18 @@ def test_a_family_resumes_where_it_was_stopped(small):
     assert "min left" in lines[1] and "2 of 4 runs are there" in " ".join(lines)
 
 
+def test_a_run_made_on_another_machine_says_so(small, monkeypatch):
+    options = {"command": "x", "run": fake([]), "say": lambda line: None}
+    record_family("02_try", [quick("a")], **options)
+    monkeypatch.setattr(experiments, "hardware", lambda: {"processor": "other"})
+    record_family("02_try", [quick("a"), quick("b")], **options)
+    record = records.load_record("02_try")
+    first, second = record["runs"]
+    assert "machine" not in first and record["hardware"]["processor"] != "other"
+    assert second["machine"]["hardware"] == {"processor": "other"}
+    assert second["machine"]["versions"] == record["versions"]
+
+
 def test_a_record_against_other_data_is_not_continued(small, monkeypatch):
     options = {"command": "x", "run": fake([]), "say": lambda line: None}
     record_family("02_try", [quick()], **options)

@@ -162,6 +162,7 @@ def test_losses_that_are_not_finite_become_null(folder):
         (lambda r: r.update(runs=[]), "there are no runs"),
         (lambda r: r["data"].pop("sha256"), "data.sha256 is NoneType"),
         (lambda r: r["runs"][0].pop("seed"), r"runs\[0\]: field 'seed' is missing"),
+        (lambda r: r["runs"][0].update(machine={}), "machine.hardware is NoneType"),
         (lambda r: r["runs"][1]["slices"].pop(), r"runs\[1\]: lengths differ"),
         (lambda r: r["runs"][0].update(loss=["2"]), "loss: an item is str"),
         (lambda r: r["runs"][0].update(eval_loss=[3]), r"3 is not \[step, loss\]"),
