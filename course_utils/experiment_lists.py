@@ -39,6 +39,16 @@ SPECTRA = tuple(
 
 # Enough to tell settings apart, and short enough to repeat.
 SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
+# For a card: the larger training set three times over.
+MORE = {
+    "steps": 1425,
+    "batch_size": 32,
+    "schedule": "cosine",
+    "test_examples": None,
+    "eval_every": 95,
+    "forgetting": True,
+}
+RANK_64 = LORA | {"r": 64, "lora_alpha": 64}
 GRID = {"steps": 20, "batch_size": 8, "eval_examples": 48, "test_examples": 48}
 
 
@@ -168,6 +178,11 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
                 forgetting=True,
             ),
         ],
+        "02_more_data": [
+            Experiment("full", "full", 3e-4, data="home_commands_large", **MORE),
+            Experiment("LoRA", RANK_64, 1e-3, data="home_commands_large", **MORE),
+        ],
+        "02_same_steps": [Experiment("full", "full", 3e-4, **MORE)],
         "02_schedules": [
             Experiment(label, "full", 3e-4, **SHORT, test_examples=0, **settings)
             for label, settings in {
