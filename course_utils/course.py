@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,11 @@ def describe_failure(notebook: Any, error: Exception) -> str:
             return f"{where}: {bad[0].ename}: {_one_line(bad[0].evalue)}"
         if cell.execution_count is None:
             break
-    return f"{where}: {type(error).__name__}: {_one_line(str(error))}"
+    why = f"{type(error).__name__}: {_one_line(str(error))}"
+    if frames := traceback.extract_tb(error.__traceback__):  # not the lesson's fault
+        last = frames[-1]
+        why += f" ({Path(last.filename).name}, line {last.lineno}, {last.name})"
+    return f"{where}: {why}"
 
 
 def _one_line(text: str, width: int = 200) -> str:
