@@ -3,8 +3,10 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     IA3Config,
     LoraConfig,
@@ -170,6 +172,10 @@ def test_formulas_equal_peft(name, method, options, tmp_path):
     assert predicted == counted  # and the bytes
     assert config.to_json_string() == before
 
+    if options.get("bias") == "lora_only" and Version(peft.__version__) < Version(
+        "0.21"
+    ):
+        return  # it left these biases out of the file (mended in 0.21)
     model.save_pretrained(tmp_path)
     file = (tmp_path / "adapter_model.safetensors").read_bytes()
     header = 8 + int.from_bytes(file[:8], "little")

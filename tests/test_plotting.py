@@ -102,10 +102,16 @@ def overlapping(labels):
     ]
 
 
+def _no_warnings():
+    warnings.simplefilter("error")
+    # matplotlib 3.10.0, which Colab has, asks an old name of a newer pyparsing
+    warnings.filterwarnings("ignore", r"'\w+' deprecated - use '\w+'")
+
+
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_each_figure_draws_without_a_warning(name, tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        _no_warnings()
         ax = DRAWINGS[name](title="A title")
         figure = ax.figure
         figure.savefig(tmp_path / "figure.png")
@@ -196,7 +202,7 @@ RATES = {m: {1e-4 * 3**i: 0.5 + abs(i - 2) for i in range(5)} for m in METHODS}
 def test_panels_of_rates_stand_apart_where_nothing_is_off_the_scale(tmp_path):
     rates = {0.1 * 3**k: 0.5 for k in range(3)}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        _no_warnings()
         panels = plotting.plot_rate_panels({f"run {k}": rates for k in range(11)})
         panels[0].figure.savefig(tmp_path / "figure.png")
     boxes = [panel.get_tightbbox() for panel in panels]
@@ -206,7 +212,7 @@ def test_panels_of_rates_stand_apart_where_nothing_is_off_the_scale(tmp_path):
 def test_panels_of_rates_ring_the_best_and_cross_what_is_off_the_scale(tmp_path):
     losses = RATES | {"lora": {1e-3: 0.7, 1e-2: 0.5, 1e-1: None, 1.0: 40.0}}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        _no_warnings()
         panels = plotting.plot_rate_panels(
             losses, own={"lora": (1e-3, 0.9)}, title="Rates"
         )
