@@ -148,12 +148,18 @@ def _give_storage(model: nn.Module, count: LiveBytes) -> None:
                 store[name] = done[id(old)]
 
 
-def _optimizer_state(request: Request, trained: list, count: LiveBytes):
+def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
     """The state that the optimizer keeps, as tensors, and the bytes that are paged."""
     state, paged = [], 0
-    for p in trained:
+    words = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
         size, there = optimizer_state_bytes(
-            request.optimizer, p.numel(), p.dtype.itemsize
+            request.optimizer,
+            p.numel(),
+            p.dtype.itemsize,
+            embedding=any(p is one for one in words),
         )
         paged += there
         if size:
@@ -221,7 +227,7 @@ def dry_run(request: Request) -> dict[str, Any]:
         if request.method == "full":
             for p in trained:
                 count.add(p, "weights")
-        state, paged = _optimizer_state(request, trained, count)
+        state, paged = _optimizer_state(request, model, count)
         static = {k: count.now.get(k, 0) for k in ("weights", "quantization")}
         static["adapters"] = count.now.get("adapters", 0)
         static["gradients"] = sum(p.numel() * p.dtype.itemsize for p in trained)

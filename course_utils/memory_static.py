@@ -28,13 +28,14 @@ SOURCES = {
 
 
 def optimizer_state_bytes(
-    optimizer: str, elements: int, itemsize: int
+    optimizer: str, elements: int, itemsize: int, *, embedding: bool = False
 ) -> tuple[int, int]:
     """Bytes of optimizer state for one trained tensor: (kept on the card, paged).
 
     PyTorch keeps AdamW's two moments in the dtype of the parameter. bitsandbytes keeps
     one byte for each, and one fp32 scale for 256 elements, but fp32 moments for
-    tensors below 4,096 elements; its paged optimizers put the moments of tensors of at
+    tensors below 4,096 elements and, as transformers' trainer asks of it, for the
+    weights of an `embedding`; its paged optimizers put the moments of tensors of at
     least 100,000 elements where the driver can move them to the host.
 
     >>> optimizer_state_bytes("adamw", 1_000_000, 4)
@@ -49,7 +50,7 @@ def optimizer_state_bytes(
     if optimizer == "adamw":
         return 2 * elements * itemsize, 0
     moments, scales = 8 * elements, 0
-    if optimizer.endswith("8bit") and elements >= 4096:
+    if optimizer.endswith("8bit") and elements >= 4096 and not embedding:
         moments, scales = 2 * elements, 8 * -(-elements // 256)
     if optimizer.startswith("paged") and elements >= 100_000:
         return scales, moments
@@ -86,6 +87,7 @@ class Shapes:
         trained: elements -> number of trained tensors.
         ranks: layer index -> {linear layer's name: (rank, input width)}.
         linear: elements of all linear weights of the layers.
+        embedding: elements of the embedding that is trained, 0 if none is.
     """
 
     parameters: int
@@ -93,6 +95,7 @@ class Shapes:
     trained: Counter
     ranks: dict[int, dict[str, tuple[int, int]]]
     linear: int
+    embedding: int
 
 
 def shapes(request: Request) -> Shapes:
@@ -107,7 +110,7 @@ def shapes(request: Request) -> Shapes:
             f"no closed form for {config.model_type!r} (there is one for "
             f"{', '.join(FAMILIES)}): use engine='exact'"
         )
-    model = skeleton(config)
+    model, embedding = skeleton(config), 0
     packed: Counter = Counter()
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in SOURCES:
@@ -116,6 +119,7 @@ def shapes(request: Request) -> Shapes:
     ranks: dict[int, dict] = {}
     if request.method == "full":
         trained.update(p.numel() for p in model.parameters())
+        embedding = model.get_input_embeddings().weight.numel()
     elif request.method == "lora":
         odd = [f for f in ("use_dora", "modules_to_save") if getattr(peft, f, None)]
         odd += ["bias"] if peft.bias != "none" else []
@@ -136,12 +140,13 @@ def shapes(request: Request) -> Shapes:
     elif request.method in ("prompt_tuning", "prefix_tuning"):
         if getattr(peft, "prefix_projection", False):
             raise ValueError("no closed form for prefix_projection: engine='exact'")
-        trained[adapter_parameters(config, peft)] += 1
+        embedding = adapter_parameters(config, peft)
+        trained[embedding] += 1
     else:
         raise ValueError(f"no closed form for {request.method!r}: use engine='exact'")
     parameters = sum(p.numel() for p in model.parameters())
     linear = sum(size * count for size, count in packed.items())
-    return Shapes(parameters, packed, trained, ranks, linear)
+    return Shapes(parameters, packed, trained, ranks, linear, embedding)
 
 
 def static_parts(request: Request, known: Shapes) -> tuple[dict[str, int], int]:
@@ -158,8 +163,12 @@ def static_parts(request: Request, known: Shapes) -> tuple[dict[str, int], int]:
     trainable = sum(size * count for size, count in known.trained.items())
     kept = paged = 0
     for size, count in known.trained.items():
-        here, there = optimizer_state_bytes(request.optimizer, size, a)
-        kept, paged = kept + count * here, paged + count * there
+        one = size == known.embedding  # of these is the embedding
+        for times, special in ((count - one, False), (int(one), True)):
+            here, there = optimizer_state_bytes(
+                request.optimizer, size, a, embedding=special
+            )
+            kept, paged = kept + times * here, paged + times * there
     adapters = 0 if request.method == "full" else a * trainable
     parts = {
         "weights": weights,

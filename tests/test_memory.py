@@ -268,6 +268,58 @@ def test_optimizer_state_is_what_the_optimizer_keeps(name, elements):
     assert optimizer_state_bytes(name, elements, 4) == (real, 0)
 
 
+@pytest.mark.parametrize("method", ["full", "prompt_tuning"])
+def test_the_trainer_keeps_an_embeddings_moments_in_float32(method, tmp_path):
+    """Also where the optimizer has 8 bits; it is the largest tensor of small models."""
+    from peft import get_peft_model
+    from small_models import byte_tokenizer, random_llama
+    from training_child import records
+    from trl import SFTTrainer
+
+    from course_utils.formatting import CompletionCollator
+    from course_utils.runtime import Profile
+    from course_utils.targets import peft_config
+    from course_utils.training import sft_config
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
+    model = random_llama(**sizes, tie_word_embeddings=method == "full")
+    options = {} if method == "full" else {"num_virtual_tokens": 80}
+    plans = [
+        estimate_memory(
+            model.config,
+            method,
+            batch_size=2,
+            sequence_length=8,
+            dtype="float32",
+            optimizer="adamw_8bit",
+            engine=engine,
+            **options,
+        )
+        for engine in ("formula", "exact")
+    ]
+    assert plans[0].static_parts == plans[1].static_parts
+    if options:
+        config = peft_config(method, task_type="CAUSAL_LM", **options)
+        model = get_peft_model(model, config)
+    profile = Profile("cpu", "cpu", torch.float32)
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(profile, tmp_path, max_steps=1, optim="adamw_bnb_8bit"),
+        train_dataset=records(),
+        data_collator=CompletionCollator(byte_tokenizer()),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    shared = ("qmap1", "qmap2", "step")
+    real = sum(
+        value.nbytes
+        for state in trainer.optimizer.state.values()
+        for key, value in state.items()
+        if torch.is_tensor(value) and key not in shared
+    )
+    assert plans[0].static_parts["optimizer"] == real
+
+
 def test_paged_state_of_large_tensors_is_left_to_the_driver():
     plain = estimate_memory("llama-3.2-1b", "full", **PLAN, optimizer="adamw_8bit")
     paged = estimate_memory(
