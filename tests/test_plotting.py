@@ -105,7 +105,7 @@ def overlapping(labels):
 def _no_warnings():
     warnings.simplefilter("error")
     # matplotlib 3.10.0, which Colab has, asks an old name of a newer pyparsing
-    warnings.filterwarnings("ignore", r"'\w+' deprecated - use '\w+'")
+    warnings.filterwarnings("ignore", r"'\w+' .*deprecated.* use '\w+'")
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
