@@ -62,8 +62,9 @@ def estimate_memory(
     """Predict the peak memory of one training step.
 
     Counted: every tensor that PyTorch allocates. Not counted: the CUDA context, the
-    allocator's fragmentation and rounding (`GPUS` leaves room for them), and what
-    loading takes for a moment.
+    work space of cuBLAS, the allocator's fragmentation and rounding (`GPUS` leaves room
+    for them), and what loading takes for a moment. The record `07_card` compares
+    predictions with steps on a real card.
 
     Args:
         config: a `transformers` configuration, or a name in `KNOWN_MODELS`.

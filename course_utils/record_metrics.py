@@ -98,26 +98,36 @@ METRICS: dict[str, Callable[[dict], Any]] = {
 
 def _card_summary(runs: list[dict]) -> dict[str, Any]:
     """How near predictions came, over all cases and by label; failures in words."""
-    measured = [run for run in runs if run["metrics"]]
-    off = [abs(run["metrics"]["memory_ratio"] - 1) for run in measured]
-    keys = list(measured[0]["metrics"]) if measured else []
-    return {
+    cases = {run["label"]: run for run in runs if run["metrics"]}
+    off = [abs(run["metrics"]["memory_ratio"] - 1) for run in cases.values()]
+    found = {label: run["measured"] for label, run in cases.items()}
+    summary: dict[str, Any] = {
         "cases": len(runs),
-        "measured": len(measured),
+        "measured": len(cases),
+        "as_on_a_t4": sum(run["settings"]["way"] == "T4" for run in cases.values()),
         "within_10_percent": sum(one <= 0.1 for one in off),
         "mean_error": _mean(off) if off else None,
         "greatest_error": max(off, default=None),
         "failed": {
-            run["label"]: run["measured"].get("failed", "")
+            run["label"]: run["measured"]["failed"]
             for run in runs
-            if not run["metrics"]
+            if "failed" in run["measured"]
         },
         "did_not_fit": [
             run["label"] for run in runs if "did_not_fit" in run["measured"]
         ],
-        **{
-            key: {run["label"]: run["metrics"][key] for run in measured} for key in keys
-        },
+    }
+    for key in ("predicted_bytes", "peak_bytes", "kept_bytes", "workspace_bytes"):
+        summary[key] = {label: m[key] for label, m in found.items() if key in m}
+    summary["rounding_bytes"] = {  # what the allocator hands out above what is asked
+        label: m["peak_bytes"] + m["before_bytes"] - m["requested_bytes"]
+        for label, m in found.items()
+        if m.get("requested_bytes")
+    }
+    keys = dict.fromkeys(key for run in cases.values() for key in run["metrics"])
+    return summary | {
+        key: {label: run["metrics"][key] for label, run in cases.items()}
+        for key in keys
     }
 
 
