@@ -39,7 +39,7 @@ SPECTRA = tuple(
 
 # Enough to tell settings apart, and short enough to repeat.
 SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
-# For a card: the larger training set three times over.
+# For a card: the training set 28 times over.
 MORE = {
     "steps": 1425,
     "batch_size": 32,
@@ -48,7 +48,6 @@ MORE = {
     "eval_every": 95,
     "forgetting": True,
 }
-RANK_64 = LORA | {"r": 64, "lora_alpha": 64}
 GRID = {"steps": 20, "batch_size": 8, "eval_examples": 48, "test_examples": 48}
 
 
@@ -179,10 +178,18 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             ),
         ],
         "02_more_data": [
-            Experiment("full", "full", 3e-4, data="home_commands_large", **MORE),
-            Experiment("LoRA", RANK_64, 1e-3, data="home_commands_large", **MORE),
+            Experiment(
+                "full, long",
+                learning_rate=3e-4,
+                steps=240,
+                batch_size=16,
+                schedule="cosine",
+                test_examples=None,
+                eval_every=40,
+                data="home_commands_large",
+            ),
         ],
-        "02_same_steps": [Experiment("full", "full", 3e-4, **MORE)],
+        "02_many_passes": [Experiment("full", "full", 3e-4, **MORE)],
         "02_schedules": [
             Experiment(label, "full", 3e-4, **SHORT, test_examples=0, **settings)
             for label, settings in {
