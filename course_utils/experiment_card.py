@@ -34,7 +34,12 @@ from course_utils.training import (
     training_arguments,
 )
 
-__all__ = ["CardExperiment", "measure_case", "run_card"]
+__all__ = ["CardExperiment", "NoCard", "measure_case", "run_card"]
+
+
+class NoCard(RuntimeError):
+    """A case is measured on a CUDA card, and there is none here."""
+
 
 MEASURED = ("memory_ratio", "kept_ratio", "predicted_gib", "measured_gib", "step_s")
 
@@ -193,14 +198,12 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
         A run in the schema of `course_utils.records`.
 
     Raises:
-        RuntimeError: there is no card.
+        NoCard: there is none.
     """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            "the runs of 07_card are measured on a CUDA card, and there is none here"
-        )
+        raise NoCard("this is measured on a CUDA card, and there is none here")
     # As large as on any card but Hopper's, whose own work space is 32 MiB
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     begun, plan = time.perf_counter(), plan_of(experiment)

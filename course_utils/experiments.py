@@ -16,6 +16,7 @@ from typing import Any
 
 from course_utils import records
 from course_utils.data import data_hash
+from course_utils.experiment_card import NoCard
 from course_utils.experiment_lists import LESSON_RUNS, best_rate, estimate_seconds
 from course_utils.experiment_run import run_experiment
 from course_utils.experiment_setup import Experiment, make_model
@@ -134,7 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: {len(experiments)} runs, about {minutes:.0f} min in all")
             command = f"make runs LESSON={lesson}"
             while not asked.estimate:
-                made = record_family(name, experiments, command=command)
+                try:
+                    made = record_family(name, experiments, command=command)
+                except NoCard as reason:
+                    print(f"{name}: {reason}")
+                    break
                 if not made or not callable(family):
                     break
                 experiments = family()  # some follow from their own record, and grow

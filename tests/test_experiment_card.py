@@ -5,8 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from course_utils import experiment_card, experiment_card_setup, memory, records
-from course_utils.experiment_card import CardExperiment, run_card
+from course_utils import (
+    experiment_card,
+    experiment_card_setup,
+    experiments,
+    memory,
+    records,
+)
+from course_utils.experiment_card import CardExperiment, NoCard, run_card
 from course_utils.experiment_card_setup import plan_of, random_model
 from course_utils.experiment_lists_07 import ALL, PREFIX, card_cases
 from course_utils.experiments import LESSON_RUNS, record_family
@@ -146,10 +152,15 @@ def test_dropout_and_checkpointing_compute_alike_the_second_time():
     assert "failed" not in found["measured"] and len(found["loss"]) == 2
 
 
-def test_without_a_card_a_run_says_so(monkeypatch):
+def test_without_a_card_a_run_says_so(folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="measured on a CUDA card"):
+    with pytest.raises(NoCard, match="measured on a CUDA card"):
         run_card(card_cases()[0])
+    monkeypatch.setattr(experiments, "data_hash", lambda name: "0")
+    experiments.main(["07", "--only", "07_card"])
+    said = capsys.readouterr().out
+    assert "07_card: this is measured on a CUDA card, and there is none here" in said
+    assert records.list_records() == []
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-7b", "mistral-7b"])
