@@ -42,6 +42,12 @@ def gguf_tokenizer(source: Path) -> Any:
     Not left to transformers: 5.15 and 5.23 make different ones of the same file, and
     in 5.15's the start of a turn stands for its end.
 
+    Args:
+        source: the file.
+
+    Returns:
+        The tokenizer, with the file's chat template and special tokens.
+
     Raises:
         ValueError: the file holds another kind of tokenizer.
     """

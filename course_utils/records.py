@@ -8,9 +8,7 @@ A record is one JSON file, `data/runs/<NN>_<what>.json`, for one family of exper
                "references", "slices", "metrics", "measured", "seconds", ...}],
      "summary": {...}}
 
-A run that was made elsewhere than the record's `hardware` and `versions` say has a
-`machine` of its own, with those two fields.
-
+A run made elsewhere has a `machine` of its own, with `hardware` and `versions`.
 `metrics` and `summary` hold only what can be computed again from the rest of the file,
 and a test does so. What was measured (bytes, seconds of a part) stands in `measured`.
 Shares are 0 to 1, unless the name ends in `_percent`.
