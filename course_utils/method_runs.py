@@ -149,8 +149,11 @@ def result_of(name: str, runs: Sequence[dict]) -> MethodResult:
     measured = [run.get("measured", {}) for run in chosen]
     general = [m["general_questions"] for m in measured if "general_questions" in m]
 
+    # Bytes and seconds are of one machine, the record's own, where it made a run.
+    here = [run for run in chosen if "machine" not in run] or chosen
+
     def over(key: str) -> float | None:
-        return mean(found.get(key) for found in measured)
+        return mean(run.get("measured", {}).get(key) for run in here)
 
     def whole(key: str, untrained: int | None) -> int | None:
         value = over(key)
@@ -172,7 +175,7 @@ def result_of(name: str, runs: Sequence[dict]) -> MethodResult:
         adapter_bytes=whole("adapter_bytes", 0),
         peak_bytes=whole("peak_bytes", None),
         seconds=over("train_seconds") if best else 0.0,
-        tokens_per_s=mean(run.get("tokens_per_s") for run in chosen),
+        tokens_per_s=mean(run.get("tokens_per_s") for run in here),
         general_before=mean(g["before"]["answer_share"] for g in general),
         general_after=mean(g["after"]["answer_share"] for g in general),
         complete=not best

@@ -151,6 +151,20 @@ def test_a_method_is_read_at_its_best_rate_with_all_its_seeds(folder):
     assert untrained.early_loss is None and untrained.eval_loss == ()
 
 
+def test_bytes_and_seconds_are_of_the_records_own_machine(folder):
+    machine = {"hardware": {"processor": "another"}, "versions": {}}
+    more = {"measured": {"train_seconds": 1e6, "peak_bytes": 2**40}, "tokens_per_s": 1}
+    away = [run | more | {"machine": machine} for run in LORA_RUNS[3:]]
+    save("08_low_rank", [*LORA_RUNS[:3], *away])
+    (lora,) = recorded_methods()
+    first = next(r for r in LORA_RUNS if r["seed"] == 0 and "0.01" in r["label"])
+    assert lora.seconds == first["measured"]["train_seconds"]
+    assert lora.peak_bytes == first["measured"]["peak_bytes"]
+    assert len(lora.exact_match) == 3, "scores are of all"
+    save("08_low_rank", [run | more | {"machine": machine} for run in LORA_RUNS])
+    assert recorded_methods()[0].peak_bytes == 2**40, "where there is no other"
+
+
 def test_no_record_and_half_a_record_are_read_too(folder):
     assert recorded_methods() == [] and long_runs() == {}
     save("08_low_rank", LORA_RUNS[:2] + [made_up("full", 1e-3, 0, math.nan, 0)])
