@@ -16,7 +16,7 @@ from typing import Any
 from course_utils import memory, plotting, records, runtime, widgets
 from course_utils.links import ROOT
 from course_utils.method_results import recorded_methods
-from course_utils.method_runs import FAMILIES, path_of
+from course_utils.method_runs import FAMILIES, SPEED, path_of
 from course_utils.method_table import order, readme_section
 
 TIMES = "course_cpu"
@@ -179,9 +179,9 @@ def fill(readme: str, stems: Sequence[str]) -> str:
         ValueError: the markers around a table are missing.
     """
     lesson = f"notebooks/{LESSONS[-1][0]}.ipynb"
-    there = {*FAMILIES} <= {*records.list_records()}
+    there = {*FAMILIES, SPEED} <= {*records.list_records()}
     swept = recorded_methods() if there else []
-    made = records.load_record(FAMILIES[0])["hardware"] if swept and FAMILIES else {}
+    made = records.load_record(SPEED)["hardware"] if swept else {}
     parts = {
         "lessons": table(stems) + "\n",
         "methods": readme_section(swept, lesson=lesson, threads=made.get("threads", 1)),
