@@ -416,7 +416,7 @@ def test_unknown_set_lists_the_names():
         load_examples("home_comands")
     message = str(caught.value)
     assert all(name in message for name in list_bundled())
-    assert "Did you mean home_commands?" in message
+    assert "Did you mean home_commands or home_commands_large?" in message
     with pytest.raises(DataError, match="a hub id its owner"):
         load_examples("zzzzzz")
 
