@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from course_utils import records
@@ -39,6 +40,15 @@ SPECTRA = tuple(
 
 # Enough to tell settings apart, and short enough to repeat.
 SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
+LONG = Experiment(
+    "full, long",
+    learning_rate=3e-4,
+    steps=240,
+    batch_size=16,
+    schedule="cosine",
+    test_examples=None,
+    eval_every=40,
+)
 # For a card: the training set 28 times over.
 MORE = {
     "steps": 1425,
@@ -165,30 +175,8 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
                 spectra=SPECTRA,
             ),
         ],
-        "02_long": [
-            Experiment(
-                "full, long",
-                learning_rate=3e-4,
-                steps=240,
-                batch_size=16,
-                schedule="cosine",
-                test_examples=None,
-                eval_every=40,
-                forgetting=True,
-            ),
-        ],
-        "02_more_data": [
-            Experiment(
-                "full, long",
-                learning_rate=3e-4,
-                steps=240,
-                batch_size=16,
-                schedule="cosine",
-                test_examples=None,
-                eval_every=40,
-                data="home_commands_large",
-            ),
-        ],
+        "02_long": [replace(LONG, forgetting=True)],
+        "02_more_data": [replace(LONG, data="home_commands_large")],
         "02_many_passes": [Experiment("full", "full", 3e-4, **MORE)],
         "02_schedules": [
             Experiment(label, "full", 3e-4, **SHORT, test_examples=0, **settings)
