@@ -176,7 +176,10 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             ),
         ],
         "02_long": [replace(LONG, forgetting=True)],
-        "02_more_data": [replace(LONG, data="home_commands_large")],
+        "02_more_data": [
+            # 15,200 sentences, each read once.
+            replace(LONG, data="home_commands_large", steps=950, eval_every=95)
+        ],
         "02_many_passes": [Experiment("full", "full", 3e-4, **MORE)],
         "02_schedules": [
             Experiment(label, "full", 3e-4, **SHORT, test_examples=0, **settings)
