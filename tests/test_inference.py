@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from small_models import byte_tokenizer, random_llama, random_peft
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -276,6 +277,20 @@ def test_an_answer_ends_at_the_end_of_turn(template):
     got = generate(model, tokenizer, prompts, template=template, max_new_tokens=50)
     assert got == ["ok"]
     assert len(calls) == 3  # o, k, end of turn; then it stops
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_the_weights_of_the_output_layer_are_not_copied(method, batch_size):
+    model, tokenizer = small(method).requires_grad_(False), byte_tokenizer()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        generate(
+            model, tokenizer, PROMPTS[:5], max_new_tokens=3, batch_size=batch_size
+        )
+    width, size = model.get_output_embeddings().weight.T.shape
+    shapes = [e.input_shapes[-1] for e in seen.events() if e.name == "aten::bmm"]
+    copied = [shape for shape in shapes if shape[1:] == [width, size]]
+    assert not copied, "a batched product: one copy of the weights for each prompt"
 
 
 def test_rows_that_ended_leave_the_batch(monkeypatch):
