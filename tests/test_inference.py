@@ -284,9 +284,7 @@ def test_an_answer_ends_at_the_end_of_turn(template):
 def test_the_weights_of_the_output_layer_are_not_copied(method, batch_size):
     model, tokenizer = small(method).requires_grad_(False), byte_tokenizer()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        generate(
-            model, tokenizer, PROMPTS[:5], max_new_tokens=3, batch_size=batch_size
-        )
+        generate(model, tokenizer, PROMPTS[:5], max_new_tokens=3, batch_size=batch_size)
     width, size = model.get_output_embeddings().weight.T.shape
     shapes = [e.input_shapes[-1] for e in seen.events() if e.name == "aten::bmm"]
     copied = [shape for shape in shapes if shape[1:] == [width, size]]
