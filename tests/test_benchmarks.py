@@ -48,6 +48,7 @@ def runs():
     made += [training("the course's path", 0, 1.0, part="ablation")]
     made += [training("padding", 0, 2.0, part="ablation")]
     made += [answers("batched", 0, 2.0, [0, 1, 2, 3], ["a", "b", "c", "d"])]
+    made += [answers("batched, by a view", 0, 5.0, [0, 1, 2, 3], ["a", "b", "c", "d"])]
     made += [answers("one by one", 0, 6.0, [0, 2], ["a", "x"])]
     return made
 
@@ -70,9 +71,11 @@ def test_ratios_are_taken_within_a_round(runs):
     assert found["tokens_per_s"]["lora"]["course"] == spread([100.0, 50.0, 100.0])
     assert found["taken_away"] == {"padding": spread([0.5])}
     assert found["answers"]["batched_against_one_by_one"]["median"] == 6.0
+    assert found["answers"]["batched_against_by_a_view"]["median"] == 2.5
     assert (found["answers"]["different"], found["answers"]["compared"]) == (1, 2)
     lines = "\n".join(table(found))
     assert "5.00 (4.00 to 6.00)" in lines and "1 of 2 answers differ" in lines
+    assert "by a view: 2.50" in lines
 
 
 def test_compiling_pays_after_its_cost_is_saved_or_never():

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from course_utils import records
+from course_utils import decoding, records
 from course_utils.data import load_examples
 from course_utils.evaluation import evaluate
 from course_utils.formatting import CompletionCollator, tokenize_dataset
@@ -21,7 +21,7 @@ from course_utils.models import load_tokenizer
 from course_utils.runtime import build_folder, get_profile, set_seed
 from course_utils.training_speed import SeededBatches, completion_loss, without_padding
 from tests.benchmarks import paths
-from tests.benchmarks.training import ROOT
+from tests.benchmarks.training import ROOT, _without
 from tests.benchmarks.turns import Task
 
 PROMPTS = 200
@@ -121,6 +121,12 @@ def answers(number: int, batch_size: int | None, share: int = 1) -> dict:
     }
 
 
+def answers_by_view(number: int) -> dict:
+    """The same in batches, the output layer given a view into all positions again."""
+    with _without((decoding, "_one_block", lambda module, args: args)):
+        return answers(number, None)
+
+
 def first_token(number: int) -> dict:
     """Seconds until the first piece of a streamed answer; the median of ten prompts."""
     model, tokenizer = practised_model(), load_tokenizer()
@@ -144,6 +150,7 @@ def everyday_tasks(rounds: int) -> list[Task]:
         Task("answers", "first token", first_token),
         Task("answers", "one by one", lambda n: answers(n, 1, rounds), one),
         Task("answers", "batched", lambda n: answers(n, None)),
+        Task("answers", "batched, by a view", answers_by_view),
     ]
 
 

@@ -147,7 +147,10 @@ def _answers(runs: Sequence[dict]) -> dict[str, Any]:
             run["measured"]["chosen"], run["predictions"], strict=True
         )
     ]
-    return {
+    views = [r for r in runs if _is(r, "answers", "batched, by a view")]
+    viewed = {r["seed"]: r["seconds"] / r["measured"]["answers"] for r in views}
+    found = {"batched_against_by_a_view": ratios(viewed, together)} if viewed else {}
+    return found | {
         "one_by_one_s_each": spread(alone.values()),
         "batched_s_each": spread(together.values()),
         "batched_against_one_by_one": ratios(alone, together),
@@ -258,6 +261,8 @@ def table(summary: dict[str, Any]) -> list[str]:
             f"  batched is faster by {ratio}; {found['different']} of "
             f"{found['compared']} answers differ"
         )
+        if view := found.get("batched_against_by_a_view"):
+            lines.append(f"  batched, and by a view: {_ratio(view)}")
     for method, found in summary.get("profile", {}).items():
         parts = [f"{kind} {share:.0%}" for kind, share in found.items()]
         lines.append(f"profile of a {method} step: {', '.join(parts)}")
