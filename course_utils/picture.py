@@ -45,7 +45,7 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     (
         "02_full_fine_tuning",
         "a training loop, equal to `Trainer` and `SFTTrainer`",
-        "{02_long:runs.0.metrics.exact_match} exact match",
+        "{02_more_data:runs.0.metrics.exact_match} exact match",
         {"method": "full", "batch_size": 16, "sequence_length": 128},
     ),
     (
@@ -243,7 +243,7 @@ def keep_times(path: Path) -> None:
 
 
 def _learning_curve() -> Any:
-    run = records.load_record("02_long")["runs"][0]
+    run = records.load_record("02_more_data")["runs"][0]
     ax = plotting.plot_loss(run)
     ax.set_title("Full fine-tuning, recorded: loss by step")
     return ax
@@ -253,7 +253,7 @@ def _scores_by_slice() -> Any:
     prompting = records.load_record("00_prompting")["runs"]
     scores = {
         "best prompt": prompting[-1]["metrics"]["by_slice"],
-        "full": records.load_record("02_long")["runs"][0]["metrics"]["by_slice"],
+        "full": records.load_record("02_more_data")["runs"][0]["metrics"]["by_slice"],
     }
     ax = plotting.plot_by_slice(scores)
     ax.set_title("Exact match on held-out sentences, recorded")
