@@ -43,8 +43,8 @@ def inference_state(model: Any) -> Iterator[None]:
 
     The output layer gets the states of the last positions as one block of memory.
     They come as a view into all B·T of them, and PyTorch multiplies such a view with
-    frozen weights by making B copies of these, V·d numbers each: two thirds of an
-    evaluation's time.
+    frozen weights by making B copies of these, V·d numbers each, which took longer
+    than all the rest of an evaluation.
     """
     modes = [(module, module.training) for module in model.modules()]
     base = base_model(model)
@@ -54,12 +54,12 @@ def inference_state(model: Any) -> Iterator[None]:
         if hasattr(config, "use_cache"):
             found.append((config, "use_cache", config.use_cache))
     head = base.get_output_embeddings()
-    hook = head and head.register_forward_pre_hook(_one_block)
+    hook = None if head is None else head.register_forward_pre_hook(_one_block)
     try:
         model.eval()
         yield
     finally:
-        if hook:
+        if hook is not None:
             hook.remove()
         for module, training in modes:
             module.training = training

@@ -171,8 +171,8 @@ def sweep(
 def speed_runs(methods: dict[str, tuple[Any, float, dict]]) -> list[Experiment]:
     """A few steps of each method, twice, the methods in turn.
 
-    Who meets a batch's shape first pays for the kernels that PyTorch makes for it, so
-    the second round begins with another method.
+    Who meets a batch's shape first pays for what PyTorch prepares for it, so the second
+    round begins with another method.
 
     Args:
         methods: as `low_rank` gives them.
