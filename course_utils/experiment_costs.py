@@ -1,7 +1,9 @@
-"""What a recorded run costs: tensors at the peak of a step, bytes that are kept."""
+"""What a recorded run costs: seconds, tensors at the peak of a step, bytes kept."""
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -69,6 +71,48 @@ class EveryStep(TrainerCallback):
             peak = torch.cuda.memory_stats().get("requested_bytes.all.peak")
             found["requested_bytes"] = peak
         self.steps.append(found | {"seconds": time.perf_counter() - self._clock})
+
+
+class ElapsedSeconds(TrainerCallback):
+    """Seconds of a training, all sittings, in the log that its checkpoints keep."""
+
+    def __init__(self, before_s: float = 0.0) -> None:
+        """Begin after the seconds of the sittings before (`elapsed_seconds`)."""
+        self.before_s = before_s
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock = time.perf_counter() - self.before_s
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history[-1]["elapsed_s"] = time.perf_counter() - self._clock
+
+
+def elapsed_seconds(checkpoint: str | os.PathLike) -> float:
+    """Seconds of training that led to a checkpoint, as `ElapsedSeconds` logged them."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return max(entry.get("elapsed_s", 0.0) for entry in state["log_history"])
+
+
+def keep_adapter(model: Any, folder: Path, base: str) -> int:
+    """Save an adapter without the paths of this machine; returns its bytes.
+
+    How a prompt was initialised is in the record; the file holds what was learned.
+
+    Args:
+        model: a PEFT model.
+        folder: where to.
+        base: the name of the base model.
+    """
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    if "prompt_tuning_init" in config:
+        config["prompt_tuning_init"] = "RANDOM"
+        config["prompt_tuning_init_text"] = config["tokenizer_name_or_path"] = None
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def saved_bytes(model: Any) -> int:

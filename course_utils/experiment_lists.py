@@ -58,6 +58,16 @@ MORE = {
     "eval_every": 95,
     "forgetting": True,
 }
+# Both training sets, 16,800 sentences: 3,150 steps of 16 read each three times.
+BOTH = {
+    "label": "full, three passes",
+    "data": "home_commands_large",
+    "also": "home_commands",
+    "steps": 3150,
+    "eval_every": 210,
+    "eval_examples": 150,
+    "forgetting": True,
+}
 GRID = {"steps": 20, "batch_size": 8, "eval_examples": 48, "test_examples": 48}
 
 
@@ -180,6 +190,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             # 15,200 sentences, each read once.
             replace(LONG, data="home_commands_large", steps=950, eval_every=95)
         ],
+        "02_three_passes": [replace(LONG, **BOTH)],
         "02_many_passes": [Experiment("full", "full", 3e-4, **MORE)],
         "02_schedules": [
             Experiment(label, "full", 3e-4, **SHORT, test_examples=0, **settings)

@@ -2,21 +2,23 @@
 
 `run_experiment` trains on the path that the lessons use (`SFTTrainer` and
 `prepare_trainer`), scores the test set and returns a run as `course_utils.records`
-keeps it.
+keeps it. A long run that is stopped goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from course_utils.data import load_examples
+from course_utils.data import data_hash, load_examples
 from course_utils.evaluation import (
     Evaluation,
     answer_share,
@@ -31,17 +33,25 @@ from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
 from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.parameters import count_parameters
-from course_utils.runtime import data_folder, get_profile, set_seed
-from course_utils.training import LossHistory, prepare_trainer, sft_config
+from course_utils.runtime import build_folder, data_folder, get_profile, set_seed
+from course_utils.training import (
+    LossHistory,
+    find_checkpoint,
+    prepare_trainer,
+    sft_config,
+)
 
 METRICS = ("exact_match", "field_f1", "by_slice")
 LOSSES = ("final_loss",)
+LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
 
 
 def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     """Train, measure, and return a run in the schema of `course_utils.records`.
 
     Answers are generated with 16-bit weights where the profile computes in 16 bits.
+    A run of `LONG_RUN_STEPS` or more keeps a checkpoint under `build/runs/` at each
+    validation, until it is finished: called again after a kill, it goes on from there.
 
     Args:
         experiment: what to do.
@@ -50,12 +60,6 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     Raises:
         ValueError: as `make_model`.
     """
-    import datasets
-    from trl import SFTTrainer
-
-    from course_utils.experiment_costs import PeakOfStep, saved_bytes
-    from course_utils.training_callbacks import PlainProgress
-
     if isinstance(experiment, ClassifierExperiment):
         return run_classifier(experiment, progress=progress)
     if isinstance(experiment, CardExperiment):
@@ -66,6 +70,28 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         from course_utils.experiment_rounding import run_rounding
 
         return run_rounding(experiment)
+    if experiment.steps < LONG_RUN_STEPS or not experiment.eval_every:
+        with tempfile.TemporaryDirectory() as folder:
+            return _train_and_score(experiment, Path(folder), "no", progress)
+    hashes = [data_hash(name) for name in (experiment.data, experiment.also) if name]
+    what = (experiment, model_name(experiment.model), hashes)
+    key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    folder = build_folder() / "runs" / key
+    run = _train_and_score(experiment, folder, "steps", progress)
+    shutil.rmtree(folder)
+    return run
+
+
+def _train_and_score(
+    experiment: Experiment, folder: Path, save: str, progress: bool
+) -> dict[str, Any]:
+    """The run itself; `save="steps"` keeps checkpoints, and goes on from the last."""
+    import datasets
+    from trl import SFTTrainer
+
+    from course_utils import experiment_costs as costs
+    from course_utils.training_callbacks import PlainProgress
+
     start, profile = time.perf_counter(), replace(get_profile(), seed=experiment.seed)
     tokenizer = load_tokenizer(experiment.model)
     set_seed(experiment.seed)
@@ -75,40 +101,44 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     validation = tokenize_dataset(
         stratified(validation, experiment.eval_examples), tokenizer
     )
-    with tempfile.TemporaryDirectory() as folder:
-        every = experiment.eval_every
-        trainer = SFTTrainer(
-            model=model,
-            args=sft_config(
-                profile,
-                folder,
-                max_steps=experiment.steps,
-                per_device_train_batch_size=experiment.batch_size,
-                learning_rate=experiment.learning_rate,
-                lr_scheduler_type=experiment.schedule,
-                warmup_steps=round(experiment.warmup * experiment.steps),
-                max_grad_norm=experiment.max_grad_norm,
-                eval_strategy="steps" if every else "no",
-                eval_steps=every or None,
-            ),
-            train_dataset=datasets.Dataset.from_list(make_records(experiment)),
-            eval_dataset=validation,
-            data_collator=CompletionCollator(tokenizer),
-            processing_class=tokenizer,
-            optimizers=(_loraplus(model, experiment), None),
-        )
-        prepare_trainer(trainer)
-        if not progress:
-            trainer.pop_callback(PlainProgress)
-        peak = PeakOfStep()
-        if experiment.costs:
-            trainer.add_callback(peak)
-        trained = count_parameters(trainer.model).trainable
-        clock = time.perf_counter()
-        trainer.train()
-        train_seconds = time.perf_counter() - clock
-        if not every or experiment.steps % every:
-            trainer.evaluate()
+    every = experiment.eval_every
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(
+            profile,
+            folder,
+            max_steps=experiment.steps,
+            per_device_train_batch_size=experiment.batch_size,
+            learning_rate=experiment.learning_rate,
+            lr_scheduler_type=experiment.schedule,
+            warmup_steps=round(experiment.warmup * experiment.steps),
+            max_grad_norm=experiment.max_grad_norm,
+            eval_strategy="steps" if every else "no",
+            eval_steps=every or None,
+            save_strategy=save,
+            save_steps=every or 1,
+        ),
+        train_dataset=datasets.Dataset.from_list(make_records(experiment)),
+        eval_dataset=validation,
+        data_collator=CompletionCollator(tokenizer),
+        processing_class=tokenizer,
+        optimizers=(_loraplus(model, experiment), None),
+    )
+    prepare_trainer(trainer)
+    if not progress:
+        trainer.pop_callback(PlainProgress)
+    peak = costs.PeakOfStep()
+    if experiment.costs:
+        trainer.add_callback(peak)
+    trained = count_parameters(trainer.model).trainable
+    checkpoint = find_checkpoint(folder)
+    before_s = costs.elapsed_seconds(checkpoint) if checkpoint else 0.0
+    trainer.add_callback(costs.ElapsedSeconds(before_s))
+    clock = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    train_seconds = before_s + time.perf_counter() - clock
+    if not every or experiment.steps % every:
+        trainer.evaluate()
     log = trainer.state.log_history
     history = LossHistory.from_log(log)
     # Validation inside the training is not training time; the last one may be outside.
@@ -128,10 +158,11 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     }
     if experiment.costs:
         run["measured"]["peak_bytes"] = peak.peak_bytes
-        run["measured"]["adapter_bytes"] = saved_bytes(model)
+        run["measured"]["adapter_bytes"] = costs.saved_bytes(model)
     if experiment.keep_adapter:
-        folder = data_folder() / "adapters" / experiment.keep_adapter
-        run["measured"]["adapter_bytes"] = _keep_adapter(model, folder, experiment)
+        kept = data_folder() / "adapters" / experiment.keep_adapter
+        size = costs.keep_adapter(model, kept, model_name(experiment.model))
+        run["measured"]["adapter_bytes"] = size
     change = {name: _weight(model, name) - old for name, old in before.items()}
     if change:
         run["measured"]["singular_values"] = {
@@ -167,25 +198,8 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         run["measured"]["general_questions"] = {"before": old, "after": new}
     del model
     gc.collect()
-    run["seconds"] = time.perf_counter() - start
+    run["seconds"] = before_s + time.perf_counter() - start
     return run
-
-
-def _keep_adapter(model: Any, folder: Path, experiment: Experiment) -> int:
-    """Save an adapter without the paths of this machine; returns its bytes.
-
-    How a prompt was initialised is in the record; the file holds what was learned.
-    """
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = model_name(experiment.model)
-    if "prompt_tuning_init" in config:
-        config["prompt_tuning_init"] = "RANDOM"
-        config["prompt_tuning_init_text"] = config["tokenizer_name_or_path"] = None
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _run_prompting(experiment: Experiment) -> dict[str, Any]:

@@ -20,6 +20,7 @@ ABSENT_WHEN_UNSET = (
     "prefix_from",
     "validation_answers",
     "costs",
+    "also",
 )
 
 
@@ -61,6 +62,7 @@ class Experiment:
         costs: measure the most that tensors take in the second step, and the bytes of
             what a user of the method has to keep; None leaves both out.
         keep_adapter: keep the trained adapter in `data/adapters/` under this name.
+        also: a second data set whose training sentences are mixed in; None for none.
         data, model: names of the data set and, None for the built-in one, the model.
     """
 
@@ -89,6 +91,7 @@ class Experiment:
     start: str | None = None
     validation_answers: int | None = None
     costs: bool | None = None
+    also: str | None = None
     data: str = "home_commands"
     model: str | None = None
 
@@ -184,6 +187,8 @@ def make_records(experiment: Experiment) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(experiment.model)
     limit, seed = experiment.train_examples, experiment.seed
     rows = list(load_examples(experiment.data, limit=limit, seed=seed))
+    if experiment.also:
+        rows += list(load_examples(experiment.also, limit=limit, seed=seed))
     if experiment.shuffle_labels:
         completions = [row["completion"] for row in rows]
         random.Random(seed).shuffle(completions)

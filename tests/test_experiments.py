@@ -7,7 +7,13 @@ import pytest
 import torch
 from small_models import byte_tokenizer, random_llama
 
-from course_utils import experiment_run, experiment_setup, experiments, records
+from course_utils import (
+    experiment_costs,
+    experiment_run,
+    experiment_setup,
+    experiments,
+    records,
+)
 from course_utils.experiment_lists_08 import sweep
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.experiments import LESSON_RUNS, best_rate, record_family
@@ -115,6 +121,44 @@ def test_adapters_are_trained_by_the_same_path(small, more):
     assert [step for step, _ in run["eval_loss"]] == [3]
     assert run["trainable_parameters"] < 5000
     assert all(math.isfinite(value) for value in run["loss"])
+
+
+def test_a_second_set_is_mixed_in(small):
+    plain, both = make_records(quick()), make_records(quick(also="instructions"))
+    assert both[: len(plain)] == plain and len(both) > len(plain)
+    assert "also" not in quick().settings()
+    assert quick(also="instructions").settings()["also"] == "instructions"
+
+
+def test_a_long_run_that_is_stopped_goes_on(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(experiment_run, "LONG_RUN_STEPS", 6)
+    monkeypatch.setattr(experiment_run, "build_folder", lambda: tmp_path)
+    long = quick("long", steps=6, eval_every=2, test_examples=0)
+    whole = experiment_run.run_experiment(long, progress=False)
+    assert not list((tmp_path / "runs").iterdir())
+
+    log = experiment_costs.ElapsedSeconds.on_log
+
+    def stop_in_step_5(self, args, state, control, **more):
+        log(self, args, state, control, **more)
+        state.log_history[-1]["elapsed_s"] += 1000
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(experiment_costs.ElapsedSeconds, "on_log", stop_in_step_5)
+        with pytest.raises(KeyboardInterrupt):
+            experiment_run.run_experiment(long, progress=False)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "checkpoint-4").is_dir()
+    capsys.readouterr()
+    rest = experiment_run.run_experiment(long)
+    assert "step 5 of 6" in capsys.readouterr().out
+    assert rest["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert rest["eval_loss"] == whole["eval_loss"]
+    assert rest["measured"]["train_seconds"] > 1000 < rest["seconds"] < 2000
+    assert rest["tokens_per_s"] < whole["tokens_per_s"] / 10
+    assert not folder.exists()
 
 
 def test_a_kept_prompt_holds_what_was_learned_and_no_path(small, monkeypatch, tmp_path):
