@@ -28,6 +28,15 @@ def training(name, number, seconds, method="lora", part="training", loss=(2.0, 1
     }
 
 
+def beside(name, course_s, bare_loop_s, part="ablation"):
+    """Steps of 100 tokens, each beside one of the bare loop's of 50."""
+    steps = {"course": course_s, "bare_loop": bare_loop_s}
+    measured = {f"{who}_s": seconds for who, seconds in steps.items()}
+    measured["course_tokens"] = [100] * (len(course_s) + 1)  # one batch ahead
+    measured["bare_loop_tokens"] = [50] * len(bare_loop_s)
+    return training(name, 0, 1.0, part=part) | {"measured": measured}
+
+
 def answers(name, number, seconds, chosen, texts):
     return {
         "label": f"answers · {name}",
@@ -45,8 +54,9 @@ def answers(name, number, seconds, chosen, texts):
 def runs():
     made = [training("course", i, s) for i, s in enumerate((1.0, 2.0, 1.0))]
     made += [training("classic", i, s) for i, s in enumerate((4.0, 12.0, 5.0))]
-    made += [training("the course's path", 0, 1.0, part="ablation")]
-    made += [training("padding", 0, 2.0, part="ablation")]
+    made += [beside("the course's path", [99.0, 1.0, 4.0], [9.0, 1.0, 4.0])]
+    made += [beside("padding", [9.0, 4.0, 2.0], [9.0, 2.0, 1.0])]
+    made += [beside("course and bare loop", [9.0, 1.0], [9.0, 3.0], part="pairs")]
     made += [answers("batched", 0, 2.0, [0, 1, 2, 3], ["a", "b", "c", "d"])]
     made += [answers("batched, by a view", 0, 5.0, [0, 1, 2, 3], ["a", "b", "c", "d"])]
     made += [answers("one by one", 0, 6.0, [0, 2], ["a", "x"])]
@@ -69,7 +79,8 @@ def test_ratios_are_taken_within_a_round(runs):
         "rounds": 3,
     }
     assert found["tokens_per_s"]["lora"]["course"] == spread([100.0, 50.0, 100.0])
-    assert found["taken_away"] == {"padding": spread([0.5])}
+    assert found["taken_away"] == {"padding": spread([0.5, 0.5])}
+    assert found["course_against_bare_loop"] == {"lora": spread([6.0])}
     assert found["answers"]["batched_against_one_by_one"]["median"] == 6.0
     assert found["answers"]["batched_against_by_a_view"]["median"] == 2.5
     assert (found["answers"]["different"], found["answers"]["compared"]) == (1, 2)
@@ -143,6 +154,13 @@ def test_each_round_begins_with_another_task():
         *(("b", 1), ("a", 1)),
         *(("a", 2), ("b", 2)),
     ]
+
+
+def test_what_the_benchmark_takes_away_is_there():
+    training = importlib.import_module("tests.benchmarks.training")
+    taken = [patch for patches, _ in training.ABLATION.values() for patch in patches]
+    for owner, name, replacement in taken:
+        assert callable(getattr(owner, name)) and callable(replacement), name
 
 
 def test_the_environment_of_litgpt_is_pinned():

@@ -26,7 +26,10 @@ from course_utils.runtime import build_folder, hardware, versions
 from tests.benchmarks import everyday, paths, summary, training, where
 from tests.benchmarks.turns import Task, in_turn
 
-PARTS = ("start", "training", "ablation", "threads", "answers", "profile", "compile")
+PARTS = (
+    *("start", "training", "pairs", "ablation", "threads"),
+    *("answers", "profile", "compile"),
+)
 
 
 def tasks_of(
@@ -36,7 +39,8 @@ def tasks_of(
     every = [
         *everyday.everyday_tasks(rounds),
         *training.training_tasks(steps, methods),
-        *training.ablation_tasks(steps),
+        *training.pair_tasks(4 * steps, methods),
+        *training.ablation_tasks(3 * steps),
         *training.thread_tasks(steps),
         *where.profile_tasks(),
         *training.compile_tasks(steps + 2),

@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,11 +218,14 @@ def side_by_side(
     }
 
 
-def bare_loop(method, records, tokenizer, steps, folder) -> Timing:
+def bare_steps(method, records, tokenizer, steps) -> Iterator[tuple]:
     """What a strong engineer writes without a trainer: every trick, in plain PyTorch.
 
     Packed rows, bfloat16 where the processor has it, no logits that no label needs,
     plain attention (the fused kernel's backward is slow here), one fused AdamW.
+
+    Yields:
+        Of each step: loss, seconds, real tokens.
     """
     dtype = get_profile().dtype
     model = make_model(method, dtype).train()
@@ -233,7 +236,6 @@ def bare_loop(method, records, tokenizer, steps, folder) -> Timing:
     optimizer = torch.optim.AdamW(weights, RATES[method], weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / steps)
     data = tokenize_dataset(records, tokenizer)
-    timing = Timing([], [], [])
     for step in range(steps):
         start = time.perf_counter()
         examples = [data[step * EXAMPLES + i] for i in range(EXAMPLES)]
@@ -249,14 +251,44 @@ def bare_loop(method, records, tokenizer, steps, folder) -> Timing:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        timing.loss.append(loss.item())
-        timing.seconds.append(time.perf_counter() - start)
-        timing.tokens.append(sum(len(example["input_ids"]) for example in examples))
+        found, tokens = loss.item(), sum(len(each["input_ids"]) for each in examples)
+        yield found, time.perf_counter() - start, tokens
     release(model)
-    return timing
 
 
-def course(method, records, tokenizer, steps, folder, profile=None, **more) -> Timing:
+def bare_loop(method, records, tokenizer, steps, folder) -> Timing:
+    """`bare_steps`, all of them."""
+    losses, seconds, tokens = zip(
+        *bare_steps(method, records, tokenizer, steps), strict=True
+    )
+    return Timing(list(seconds), list(tokens), list(losses))
+
+
+class InTurn(TrainerCallback):
+    """After each step of a training, takes one of `bare_steps`.
+
+    Attributes:
+        own, others: seconds of the training's steps and of the others.
+        other_tokens: real tokens of the others.
+    """
+
+    def __init__(self, steps: Iterator[tuple]) -> None:
+        self.steps, self.own, self.others, self.other_tokens = steps, [], [], []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.own.append(time.perf_counter() - self.start)
+        _, seconds, tokens = next(self.steps)
+        self.others.append(seconds)
+        self.other_tokens.append(tokens)
+        self.start = time.perf_counter()
+
+
+def course(
+    method, records, tokenizer, steps, folder, *, profile=None, callbacks=(), **more
+) -> Timing:
     """SFTTrainer made ready by `prepare_trainer`; `more` are arguments of a trial."""
     profile = profile or get_profile()
     clock = Clock(CompletionCollator(tokenizer))
@@ -269,7 +301,7 @@ def course(method, records, tokenizer, steps, folder, profile=None, **more) -> T
         train_dataset=tokenize_dataset(records, tokenizer),
         data_collator=clock,
         processing_class=tokenizer,
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
     )
     prepare_trainer(trainer, every=10**9)
     trainer.train()

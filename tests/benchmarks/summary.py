@@ -130,6 +130,31 @@ def _training(runs: Sequence[dict]) -> dict[str, Any]:
     return {"tokens_per_s": speeds, "course_against": against, "losses": losses}
 
 
+def _beside(run: dict) -> dict[int, float]:
+    """By step, how fast the course's was against the bare loop's; without the first."""
+    found = run["measured"]
+    course, bare = (
+        [t / s for t, s in zip(found[f"{w}_tokens"], found[f"{w}_s"], strict=False)]
+        for w in ("course", "bare_loop")
+    )
+    pairs = list(zip(course, bare, strict=False))
+    return {step: c / b for step, (c, b) in enumerate(pairs) if step}
+
+
+def _taken_away(runs: Sequence[dict]) -> dict[str, dict]:
+    """Shares of the course's speed, both taken against the bare loop beside them."""
+    found = _by_name(runs, "ablation", _beside)
+    whole = {name: by_seed[0] for name, by_seed in found.items()}
+    plain = whole.pop("the course's path", None)
+    if plain is None:
+        return {}
+    usual = statistics.median(plain.values())
+    return {
+        name: spread(ratio / usual for ratio in steps.values())
+        for name, steps in whole.items()
+    }
+
+
 def _answers(runs: Sequence[dict]) -> dict[str, Any]:
     singles = [r for r in runs if _is(r, "answers", "one by one")]
     batched = [r for r in runs if _is(r, "answers", "batched")]
@@ -181,18 +206,18 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
     """Every figure that `make bench` prints, and that prose may quote.
 
     Returns:
-        `tokens_per_s`, `course_against`, `losses` by method and path; `taken_away`,
-        the share of the course's speed that is left without an ingredient; `threads`;
+        `tokens_per_s`, `course_against`, `losses` by method and path;
+        `course_against_bare_loop` step beside step; `taken_away`, the share of the
+        course's speed that is left without an ingredient; `threads`;
         `compile`; `seconds` of single things; `answers`; `profile` by method.
     """
     summary = _training(runs)
-    ablation = _by_name(runs, "ablation", speed)
-    whole = ablation.pop("the course's path", {})
-    summary["taken_away"] = {
-        name: ratios(found, whole)
-        for name, found in ablation.items()
-        if found.keys() & whole.keys()
+    summary["course_against_bare_loop"] = {
+        r["settings"]["method"]: spread(_beside(r).values())
+        for r in runs
+        if part_of(r) == "pairs"
     }
+    summary["taken_away"] = _taken_away(runs)
     threads = _by_name(runs, "threads", speed)
     summary["threads"] = {name: spread(f.values()) for name, f in threads.items()}
     compiled = [run for run in runs if part_of(run) == "compile"]
@@ -235,6 +260,8 @@ def table(summary: dict[str, Any]) -> list[str]:
                 f"  {method:<6}{name:<14}{_spread(figures, 0)}"
                 f"  {_ratio(ratio):<22}{loss['first']:.3f} to {loss['last']:.3f}"
             )
+    for method, found in summary.get("course_against_bare_loop", {}).items():
+        lines.append(f"  {method:<6}course ÷ bare loop, step by step  {_ratio(found)}")
     lines.append("LoRA without …, share of the course's speed that is left")
     for name, found in summary.get("taken_away", {}).items():
         lines.append(f"  {name:<32}{_ratio(found)}")

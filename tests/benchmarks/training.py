@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,40 @@ def training_tasks(steps: int, methods=paths.METHODS) -> list[Task]:
     return tasks
 
 
+def run_pairs(method: str, steps: int, records=None, **settings) -> dict:
+    """A step of the course's path, then one of the bare loop, and so on.
+
+    On a machine with neighbours two runs one after the other meet different ones; a
+    difference of a tenth shows only where step stands beside step.
+    """
+    start, (plain, tokenizer) = time.perf_counter(), _data(steps)
+    bare = paths.bare_steps(method, plain, tokenizer, steps)
+    turns = paths.InTurn(bare)
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = (records or plain, tokenizer, steps, folder)
+        timing = paths.course(method, *data, callbacks=[turns], **settings)
+    bare.close()
+    measured = {"course_s": turns.own, "course_tokens": timing.tokens}
+    measured |= {"bare_loop_s": turns.others, "bare_loop_tokens": turns.other_tokens}
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "loss": timing.loss, "measured": measured}
+
+
+def pair_tasks(steps: int, methods=paths.METHODS) -> list[Task]:
+    """`run_pairs` by every method."""
+    return [
+        Task(
+            "pairs",
+            "course and bare loop",
+            lambda _, m=method: run_pairs(m, steps),
+            {"method": method, "steps": steps},
+            once=True,
+        )
+        for method in methods
+    ]
+
+
 def all_logits_loss(model, batch, learned_tokens=None):
     """`completion_loss` with a logit for every position, as models compute it."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -98,7 +133,7 @@ ABLATION: dict[str, tuple[list, dict]] = {
     ),
     "logits everywhere": ([(training_speed, "completion_loss", all_logits_loss)], {}),
     "fused attention": ([(training_callbacks, "set_attention", _nothing)], {}),
-    "casts of LoRA inputs": ([(training_callbacks, "cast_lora_inputs", _nothing)], {}),
+    "casts of LoRA inputs": ([(training_speed, "cast_lora_inputs", _nothing)], {}),
     "float32": ([], {"profile": Profile("cpu", "cpu", torch.float32, 0)}),
     "gradient checkpointing": ([], {"gradient_checkpointing": True}),
     "unfused AdamW": ([], {"optim": "adamw_torch"}),
@@ -106,16 +141,12 @@ ABLATION: dict[str, tuple[list, dict]] = {
 
 
 def run_ablation(name: str, steps: int) -> dict:
-    """The course's LoRA path with one ingredient taken away."""
+    """The course's LoRA path with one ingredient taken away, beside the bare loop."""
     patches, settings = ABLATION[name]
-    if "group_by_length" in settings.values():  # a draw from more records than a step's
-        records, tokenizer = _data(50)
-    else:
-        records, tokenizer = _data(steps)
-    set_seed(0)
-    path = functools.partial(paths.course, **settings)
-    with _without(*patches), patch.dict(paths.PATHS, trial=path):
-        return paths.train("trial", "lora", records, tokenizer, steps)
+    # Sorting by length is a draw from more records than the steps need.
+    more = _data(50)[0] if "group_by_length" in settings.values() else None
+    with _without(*patches):
+        return run_pairs("lora", steps, more, **settings)
 
 
 def ablation_tasks(steps: int) -> list[Task]:
@@ -126,6 +157,7 @@ def ablation_tasks(steps: int) -> list[Task]:
             name,
             lambda _, n=name: run_ablation(n, steps),
             {"method": "lora", "steps": steps},
+            once=True,
         )
         for name in ABLATION
     ]
