@@ -1,6 +1,7 @@
 """The README's table is what the records say, and its pictures are there."""
 
 import json
+import math
 import re
 
 import pytest
@@ -112,3 +113,21 @@ def test_times_of_half_a_run_are_refused(course):
     course.write_text(json.dumps(kept))
     with pytest.raises(ValueError, match="run `make course`"):
         picture.keep_times(course)
+
+
+def half_minutes(seconds):
+    """A time as the head of a lesson says it: half minutes, rounded up.
+
+    >>> half_minutes(31), half_minutes(62), half_minutes(196)
+    ('about 1 minute', 'about 1½ minutes', 'about 3½ minutes')
+    """
+    halves = max(2, math.ceil(seconds / 30))
+    text = f"{halves // 2}{'½' if halves % 2 else ''}"
+    return f"about {text} minute{'s' if halves > 2 else ''}"
+
+
+@pytest.mark.parametrize("stem", picture.lesson_stems())
+def test_the_head_of_a_lesson_says_the_recorded_time(stem):
+    seconds = records.lookup(f"{picture.TIMES}:seconds.{stem}")
+    text = (picture.ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8")
+    assert f"| `cpu` | {half_minutes(seconds)} |" in text
