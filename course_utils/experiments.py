@@ -4,7 +4,8 @@
     python -m course_utils.experiments 02 03 04 --estimate
 
 A run is saved as soon as it is finished, and not repeated: stop when you like, and
-start again. Data sets freeze when first recorded against.
+start again; a long run goes on from its last checkpoint. Data sets freeze when first
+recorded against.
 """
 
 from __future__ import annotations

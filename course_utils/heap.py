@@ -7,6 +7,10 @@ must hand out each page anew, filled with zeros. On the machine where this was t
 lesson 2's half by hand took 36 s of processor time before and 30 s after; LoRA's steps
 with a trainer hardly gained.
 
+What is kept does not always fit what is asked for next: batches of other lengths need
+blocks of other sizes. A long training's process grows by it, with glibc's own settings
+too; `course_utils.training_callbacks.BoundedMemory` gives back what is too much.
+
 The two numbers are set inside the process (man 3 mallopt), so no environment variable
 is needed. Systems without glibc (macOS, Windows, Alpine) are left as they are.
 """
@@ -14,6 +18,7 @@ is needed. Systems without glibc (macOS, Windows, Alpine) are left as they are.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -43,6 +48,16 @@ def give_back() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def resident_bytes() -> int | None:
+    """How much memory this process holds, in bytes; None where Linux does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -149,9 +149,9 @@ def prepare_trainer(
     1 where training could not work; a model that can generate afterwards, also after
     an interruption; checkpoints that say when they are complete; the batches of a
     resumed run as they would have been; advice where memory runs out. On a CPU, freed
-    memory is kept for the next step (`course_utils.heap`); with `fast` also what
-    `course_utils.training_speed` lists; losses stay the same, within 1e-4 a step in
-    float32.
+    memory is kept for the next step, within bounds (`course_utils.heap`); with `fast`
+    also what `course_utils.training_speed` lists; losses stay the same, within 1e-4 a
+    step in float32.
 
     Args:
         trainer: before `trainer.train()`.
@@ -178,6 +178,7 @@ def prepare_trainer(
     on_cpu = trainer.args.device.type == "cpu"
     if on_cpu:
         heap.keep_freed_memory()
+        trainer.add_callback(callbacks.BoundedMemory())
     if fast and on_cpu:
         use_completion_loss(trainer)
         trainer.add_callback(callbacks.QuickAttention())

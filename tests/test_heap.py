@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from course_utils import heap
 
@@ -88,3 +90,51 @@ def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     assert heap.keep_freed_memory() is False
     heap.give_back()
+
+
+def test_what_a_process_holds_is_read_where_linux_says_it(monkeypatch):
+    if sys.platform == "linux":
+        assert 10 * 2**20 < heap.resident_bytes() < 2**40
+
+    def absent(*args, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", absent)
+    assert heap.resident_bytes() is None
+
+
+def test_a_long_training_gives_back_what_is_too_much(monkeypatch):
+    from course_utils.training_callbacks import BoundedMemory
+
+    held, given = [], []
+    monkeypatch.setattr(heap, "resident_bytes", lambda: held[-1])
+    monkeypatch.setattr(heap, "give_back", lambda: given.append(held[-1]))
+    callback, state = BoundedMemory(), SimpleNamespace(global_step=10)  # resumed
+    callback.on_train_begin(None, state, None)
+    for held_now in (50, 100, 80, 150, 151, 90, 149, 200):
+        held.append(held_now)
+        state.global_step += 1
+        callback.on_step_end(None, state, None)
+    assert given == [151, 200]
+    held.append(None)  # no Linux
+    callback.on_step_end(None, state, None)
+
+
+@needs_glibc
+def test_every_training_on_a_cpu_is_bounded(tmp_path):
+    from small_models import byte_tokenizer, random_llama
+    from transformers import Trainer
+
+    from course_utils.formatting import CompletionCollator
+    from course_utils.runtime import Profile
+    from course_utils.training import prepare_trainer, training_arguments
+
+    trainer = Trainer(
+        random_llama(),
+        training_arguments(Profile("cpu", "cpu", torch.float32, 0), tmp_path),
+        data_collator=CompletionCollator(byte_tokenizer()),
+        train_dataset=[],
+    )
+    prepare_trainer(trainer)
+    names = [type(one).__name__ for one in trainer.callback_handler.callbacks]
+    assert "BoundedMemory" in names

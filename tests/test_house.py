@@ -111,7 +111,7 @@ ARROWS = {
         *("forgetting", "likelihood", "selection"),
     },
     "training_speed": {"formatting"},
-    "training_callbacks": {"training_speed"},
+    "training_callbacks": {"heap", "training_speed"},
     "training_memory": {"heap", "memory"},
     "training": {
         *("formatting", "evaluation", "heap", "memory"),
