@@ -69,11 +69,13 @@ def record_family(
         ValueError: the data set has changed since the record was begun, or the
             experiments are on several data sets.
     """
-    data = {experiment.data for experiment in experiments}
+    data = {(e.data, getattr(e, "also", None)) for e in experiments}
     if len(data) != 1:
-        raise ValueError(f"{name}: one data set a record, found {sorted(data)}")
-    source = {"name": data.pop()}
-    source["sha256"] = data_hash(source["name"])
+        raise ValueError(f"{name}: one data set a record, found {data}")
+    main, also = data.pop()
+    source = {"name": main, "sha256": data_hash(main)}
+    if also:
+        source["also"] = {"name": also, "sha256": data_hash(also)}
     old, here = [], {"hardware": hardware(), "versions": versions()}
     begun_on = here
     if name in records.list_records():

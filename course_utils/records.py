@@ -3,7 +3,7 @@
 A record is one JSON file, `data/runs/<NN>_<what>.json`, for one family of experiments:
 
     {"schema": 1, "name", "command", "created", "hardware", "versions",
-     "data": {"name", "sha256"}, "seconds",
+     "data": {"name", "sha256", "also"?}, "seconds",
      "runs": [{"label", "settings", "seed", "loss", "eval_loss", "predictions",
                "references", "slices", "metrics", "measured", "seconds", ...}],
      "summary": {...}}

@@ -14,6 +14,7 @@ from course_utils import (
     experiments,
     records,
 )
+from course_utils.data import data_hash
 from course_utils.experiment_lists_08 import sweep
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.experiments import LESSON_RUNS, best_rate, record_family
@@ -245,6 +246,21 @@ def test_a_record_against_other_data_is_not_continued(small, monkeypatch):
     monkeypatch.setattr(experiments, "data_hash", lambda name: "f" * 64)
     with pytest.raises(ValueError, match="recorded against other data"):
         record_family("02_try", [quick()], **options)
+
+
+def test_a_record_holds_the_second_data_set_too(small, monkeypatch):
+    options = {"command": "x", "run": fake([]), "say": lambda line: None}
+    family = [quick(also="reviews")]
+    record_family("02_both", family, **options)
+    source = records.load_record("02_both")["data"]
+    assert source["also"] == {"name": "reviews", "sha256": data_hash("reviews")}
+    hashes = {"reviews": "f" * 64}
+    now = lambda name: hashes.get(name) or data_hash(name)  # noqa: E731
+    monkeypatch.setattr(experiments, "data_hash", now)
+    with pytest.raises(ValueError, match="recorded against other data"):
+        record_family("02_both", family, **options)
+    with pytest.raises(ValueError, match="one data set a record"):
+        record_family("02_mixed", [*family, quick("b")], **options)
 
 
 def test_the_best_rate_is_inside_its_grid(small):

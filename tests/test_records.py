@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from course_utils import record_metrics, records
+from course_utils.data import data_hash
 from course_utils.records import (
     RecordError,
     differences,
@@ -274,6 +275,14 @@ def test_every_committed_record_recomputes_to_itself(name):
             spoilt = run["metrics"]["exact_match"] > 0
             assert differences(record) or not spoilt
             break
+
+
+def test_committed_records_were_made_with_the_data_that_lies_here():
+    sources = {name: load_record(name)["data"] for name in committed()}
+    assert sources.pop("course_cpu")["name"] == "all lessons"
+    for name, source in sources.items():
+        for one in (source, source.get("also", source)):
+            assert one["sha256"] == data_hash(one["name"]), name
 
 
 def test_records_import_nothing_heavy():

@@ -6,6 +6,9 @@ CHECKPOINT is a folder with a Hugging Face checkpoint, DATA one with `train.json
 `val.json`. Prints one line of JSON: seconds, tokens (padding not counted) and loss of
 each step. Nothing of LitGPT's loop is changed; its calls of `log_dict` are listened to,
 and its shuffling is off, so that it sees the records in the order of the others.
+
+Its warm-up takes a step at least, and that one has a rate of 0: its losses are those of
+the others with one step less behind them.
 """
 
 import contextlib
