@@ -164,7 +164,7 @@ def _long_prompt() -> list[Experiment]:
 LESSON_RUNS: dict[str, dict[str, Family]] = {
     "00": {
         "00_prompting": [
-            Experiment(name, f"prompt:{name}", steps=0, forgetting=False)
+            Experiment(name, f"prompt:{name}", steps=0, test_examples=None)
             for name in ("zero-shot", "few-shot")
         ],
     },
