@@ -58,7 +58,7 @@ MORE = {
     "eval_every": 95,
     "forgetting": True,
 }
-# 15,200 sentences, each read once; without and with the embeddings as they were.
+# 15,200 sentences, each read once; with FROZEN the embeddings stay as they were.
 ONE_PASS = {"data": "home_commands_large", "steps": 950, "eval_every": 95}
 FROZEN = {"label": "embeddings frozen", "method": "freeze:0"}
 # Both training sets, 16,800 sentences: 2,100 steps of 16 read each of them twice.

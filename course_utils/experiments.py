@@ -71,7 +71,8 @@ def record_family(
     """
     data = {(e.data, getattr(e, "also", None)) for e in experiments}
     if len(data) != 1:
-        raise ValueError(f"{name}: one data set a record, found {data}")
+        found = sorted(data, key=str)
+        raise ValueError(f"{name}: one data set a record, found {found}")
     main, also = data.pop()
     source = {"name": main, "sha256": data_hash(main)}
     if also:
