@@ -1,9 +1,10 @@
 """Why the course's runs are fast on a CPU: the same loss and gradients, less work.
 
-Four things, each measured in `tests/benchmarks`: no logits where nothing is learned; no
-padding, the examples of a batch standing side by side in fewer rows; plain attention
-instead of the fused kernel (whose backward pass is slow for short sequences on a CPU);
-and no cast of a LoRA layer's input to float32 that autocast would undo.
+Four things, each measured in `tests/benchmarks`: no logits where nothing is learned;
+examples side by side in fewer rows, without padding, and what they all begin with read
+once a row (`course_utils.packed_batches`); plain attention instead of the fused kernel
+(whose backward pass is slow for short sequences on a CPU); and no cast of a LoRA
+layer's input to float32 that autocast would undo.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from course_utils.formatting import IGNORE, pack_examples
+from course_utils.formatting import IGNORE
+from course_utils.packed_batches import without_padding
 
 if TYPE_CHECKING:
     import torch
@@ -137,63 +139,6 @@ class SeededBatches:
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         yield from (i for place in shuffled for i in batches[place])
         yield from last
-
-
-# Models whose code keeps examples apart where positions begin again, by a test of each;
-# others are padded as usual.
-PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
-
-WIDEST = 256  # tokens: attention costs the square of a row's length
-
-
-def without_padding(
-    model: Any, batch: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """The same examples in fewer rows, side by side, each seeing itself alone.
-
-    The rows (first-fit decreasing, see `pack_examples`) are as long as leaves fewest
-    positions empty, and at most `WIDEST` tokens unless an example is longer. The loss
-    is a sum over learned tokens, so it and its gradients stay the same up to rounding.
-
-    Args:
-        model: the model that will read the batch.
-        batch: ``input_ids``, ``labels``, ``attention_mask`` (B, T), padded.
-
-    Returns:
-        ``input_ids``, ``labels``, ``position_ids`` (rows, T); the batch as it is where
-        nothing would be gained, or where the model has virtual tokens in front of each
-        row, or does not tell packed examples apart.
-    """
-    import torch
-
-    if set(batch) != {"input_ids", "labels", "attention_mask"}:
-        return batch
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(config, "is_prompt_learning", False) for config in adapters):
-        return batch
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    mask = batch["attention_mask"].bool()
-    if kind not in PACKABLE or not mask.any(dim=1).all():
-        return batch
-    examples = [
-        {name: batch[name][i][mask[i]].tolist() for name in ("input_ids", "labels")}
-        for i in range(len(mask))
-    ]
-    longest, total = int(mask.sum(dim=1).max()), int(mask.sum())
-    widths = range(longest, max(longest, min(WIDEST, total)) + 1, 8)
-    tried = ((width, pack_examples(examples, width)) for width in widths)
-    width, rows = min(tried, key=lambda pair: pair[0] * len(pair[1]))
-    if len(rows) * width >= mask.numel():
-        return batch
-    filling = {"input_ids": 0, "labels": IGNORE}
-    packed: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": []}
-    for row in rows:
-        extra = width - len(row["input_ids"])
-        for name, value in filling.items():
-            packed[name].append(row[name] + [value] * extra)
-        packed["position_ids"].append(row["position_ids"] + list(range(extra)))
-    device = batch["input_ids"].device
-    return {name: torch.tensor(v, device=device) for name, v in packed.items()}
 
 
 def cast_lora_inputs(model: Any, on: bool) -> None:

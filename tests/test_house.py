@@ -110,7 +110,8 @@ ARROWS = {
         *("scoring", "inference", "formatting"),
         *("forgetting", "likelihood", "selection"),
     },
-    "training_speed": {"formatting"},
+    "packed_batches": {"formatting"},
+    "training_speed": {"formatting", "packed_batches"},
     "training_callbacks": {"heap", "training_speed"},
     "training_memory": {"heap", "memory"},
     "training": {
@@ -179,7 +180,9 @@ FAMILIES = {
         *("memory_answer", "memory_exact", "memory_fakes", "memory_formula"),
         *("memory_measure", "memory_request", "memory_static"),
     },
-    "training": {"training_callbacks", "training_memory", "training_speed"},
+    "training": {
+        *("packed_batches", "training_callbacks", "training_memory", "training_speed"),
+    },
     "experiments": {
         *("experiment_classifier", "experiment_lists"),
         *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from course_utils import training_callbacks as callbacks
 from course_utils.formatting import CompletionCollator
+from course_utils.packed_batches import PACKABLE, shared_beginning, without_padding
 from course_utils.runtime import Profile
 from course_utils.training import (
     LossHistory,
@@ -29,19 +30,21 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from course_utils.training_speed import (
-    PACKABLE,
-    SeededBatches,
-    without_padding,
-)
+from course_utils.training_speed import SeededBatches
 
 HERE = Path(__file__).parent
 FP32 = Profile("cpu", "cpu", torch.float32, 0)
 BF16 = Profile("cpu", "cpu", torch.bfloat16, 0)
 
 
-def batch(count=5):
-    return CompletionCollator(byte_tokenizer())(list(records(count)))
+def batch(count=5, beginning=0):
+    """Examples of 6 to 29 tokens, after as many that all begin with."""
+    rows = list(records(count))
+    for row in rows:
+        row["input_ids"] = [*range(50, 50 + beginning), *row["input_ids"]]
+        row["labels"] = [-100] * beginning + row["labels"]
+        row["attention_mask"] = [1] * len(row["labels"])
+    return CompletionCollator(byte_tokenizer())(rows)
 
 
 def build(kind, folder, model, profile=FP32, **settings):
@@ -92,12 +95,17 @@ def test_completion_loss_and_its_gradients_are_the_models_own(method):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_batch_without_padding_has_the_same_loss_and_gradients(method, attention):
-    model, data = wrapped(method).train(), batch(9)
+@pytest.mark.parametrize("beginning", [0, 12])
+def test_a_batch_without_padding_has_the_same_loss_and_gradients(
+    method, attention, beginning
+):
+    model, data = wrapped(method).train(), batch(9, beginning)
     base = model.get_base_model() if method == "lora" else model
     base.set_attn_implementation(attention)
     packed = without_padding(model, data)
-    assert packed["input_ids"].numel() < 0.8 * data["input_ids"].numel()
+    assert ("attention_mask" in packed) == bool(beginning)
+    share = packed["input_ids"].numel() / data["input_ids"].numel()
+    assert share < (0.6 if beginning else 0.8)
     losses, gradients = [], []
     for one in (data, packed):
         model.zero_grad()
@@ -107,21 +115,26 @@ def test_a_batch_without_padding_has_the_same_loss_and_gradients(method, attenti
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
     for padded, unpadded in zip(*gradients, strict=True):
         torch.testing.assert_close(padded, unpadded, atol=1e-6, rtol=1e-4)
-    # Without the positions the examples see each other, and the loss is another.
-    leaking = {k: v for k, v in packed.items() if k != "position_ids"}
-    assert abs(completion_loss(model, leaking).item() - losses[0].item()) > 1e-4
+    # Without what tells them apart the examples see each other: the loss is another.
+    for lost in packed.keys() - {"input_ids", "labels"}:
+        leaking = {k: v for k, v in packed.items() if k != lost}
+        assert abs(completion_loss(model, leaking).item() - losses[0].item()) > 1e-4
 
 
 @pytest.mark.parametrize("kind", sorted(PACKABLE))
-def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind):
+@pytest.mark.parametrize("beginning", [0, 12])
+def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind, beginning):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **sizes, **heads, initializer_range=0.2)
-    model, data = AutoModelForCausalLM.from_config(config), batch(9)
+    model = AutoModelForCausalLM.from_config(config)
+    data = batch(9, beginning)
     packed = without_padding(model, data)
+    # A window over the last tokens is the model's own mask, which ours would replace.
+    assert ("attention_mask" in packed) == bool(beginning and kind != "mistral")
     assert "position_ids" in packed
     expected = completion_loss(model, data).item()
     assert completion_loss(model, packed).item() == pytest.approx(expected, abs=1e-5)
@@ -193,8 +206,23 @@ def test_batches_that_cannot_be_packed_stay_padded():
     width = int(alike["attention_mask"][0].sum())
     alike = {name: values[:, :width] for name, values in alike.items()}
     assert without_padding(model, alike)["input_ids"].numel() == 3 * width
+    few = without_padding(model, batch(9, beginning=7))
+    assert "position_ids" in few and "attention_mask" not in few
     model.config.model_type = "gpt2"
     assert without_padding(model, data) is data
+
+
+def test_a_beginning_is_shared_as_far_as_nothing_in_it_is_learned():
+    def example(ids, unlearned):
+        return {"input_ids": ids, "labels": [-100] * unlearned + ids[unlearned:]}
+
+    long, other = example([4, 5, 6, 7, 8, 9], 5), example([4, 5, 6, 7, 3, 2], 5)
+    assert shared_beginning([long, other]) == 4
+    assert shared_beginning([long, example([4, 5, 6, 7, 3], 4)]) == 3
+    assert shared_beginning([long, example([4, 5, 6, 7], 0)]) == 0  # the first learned
+    assert shared_beginning([long, example([3, 5], 2)]) == 0
+    assert shared_beginning([long, example([4, 5], 2)]) == 1  # a position is left
+    assert shared_beginning([long]) == 0
 
 
 def test_completion_loss_counts_what_it_is_told_to():
