@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_utils import heap
+from course_utils.packed_batches import shared_beginning
 from course_utils.runtime import Profile
 from course_utils.training_memory import plan_settings, use_memory_advice
 from course_utils.training_speed import (
@@ -44,6 +45,7 @@ __all__ = [
     "plan_settings",
     "prepare_trainer",
     "sft_config",
+    "shared_beginning",
     "training_arguments",
 ]
 

@@ -115,7 +115,7 @@ ARROWS = {
     "training_callbacks": {"heap", "training_speed"},
     "training_memory": {"heap", "memory"},
     "training": {
-        *("formatting", "evaluation", "heap", "memory"),
+        *("formatting", "evaluation", "heap", "memory", "packed_batches"),
         *("training_callbacks", "training_memory", "training_speed"),
     },
     "record_metrics": {"classification", "scoring"},

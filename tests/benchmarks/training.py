@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from course_utils import training_callbacks, training_speed
+from course_utils import packed_batches, training_callbacks, training_speed
 from course_utils.data import load_examples
 from course_utils.formatting import IGNORE
 from course_utils.models import load_tokenizer
@@ -130,6 +130,10 @@ ABLATION: dict[str, tuple[list, dict]] = {
     "padding, grouped by length": (
         [PADDED],
         {"train_sampling_strategy": "group_by_length"},
+    ),
+    "a beginning for each record": (
+        [(packed_batches, "shared_beginning", lambda examples: 0)],
+        {},
     ),
     "logits everywhere": ([(training_speed, "completion_loss", all_logits_loss)], {}),
     "fused attention": ([(training_callbacks, "set_attention", _nothing)], {}),
