@@ -37,13 +37,15 @@ FP32 = Profile("cpu", "cpu", torch.float32, 0)
 BF16 = Profile("cpu", "cpu", torch.bfloat16, 0)
 
 
+def begun(row, beginning):
+    """The same record, after so many tokens that all begin with."""
+    ids = [*range(50, 50 + beginning), *row["input_ids"]]
+    labels = [-100] * beginning + row["labels"]
+    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+
+
 def batch(count=5, beginning=0):
-    """Examples of 6 to 29 tokens, after as many that all begin with."""
-    rows = list(records(count))
-    for row in rows:
-        row["input_ids"] = [*range(50, 50 + beginning), *row["input_ids"]]
-        row["labels"] = [-100] * beginning + row["labels"]
-        row["attention_mask"] = [1] * len(row["labels"])
+    rows = [begun(row, beginning) for row in records(count)]
     return CompletionCollator(byte_tokenizer())(rows)
 
 
@@ -174,13 +176,17 @@ def test_an_interrupted_run_leaves_a_model_that_can_generate(
 
 @pytest.mark.parametrize("fast", [True, False])  # False: TRL's loss, as on a card
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_an_evaluation_after_training_computes_as_one_within(method, fast, tmp_path):
+@pytest.mark.parametrize("beginning", [0, 12])
+def test_an_evaluation_after_training_computes_as_one_within(
+    method, fast, beginning, tmp_path
+):
     model = wrapped(method)
     if method == "lora":
         model.base_model.to(torch.bfloat16)  # prepare_trainer puts adapters back
     more = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 4}
     trainer = build(SFTTrainer, tmp_path, model, BF16, **more)
-    trainer.eval_dataset = trainer.train_dataset
+    rows = trainer.train_dataset.map(begun, fn_kwargs={"beginning": beginning})
+    trainer.train_dataset = trainer.eval_dataset = rows
     prepare_trainer(trainer, fast=fast)
     trainer.train()
     within = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
