@@ -132,6 +132,6 @@ def _after(
         for name, value in before.items()
     }
     made["position_ids"][:, size:] += size
-    hidden = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype)
+    hidden = torch.full(seen.shape, -torch.inf, dtype=dtype)
     made["attention_mask"] = hidden.masked_fill(seen, 0)[:, None]
     return made
