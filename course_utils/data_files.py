@@ -15,7 +15,10 @@ from course_utils.data_json import parse_json, parse_json_lines
 from course_utils.runtime import data_folder
 
 # A bundled training set for the task of another one, whose other splits it shares.
-_SHARED = {"home_commands_large": ("home_commands", ("validation", "test"))}
+_SHARED = {
+    name: ("home_commands", ("validation", "test"))
+    for name in ("home_commands_large", "home_commands_wide")
+}
 
 _SIGNATURES = {
     b"PAR1": ("a Parquet file", "Rename it to end in .parquet."),

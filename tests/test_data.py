@@ -416,7 +416,7 @@ def test_unknown_set_lists_the_names():
         load_examples("home_comands")
     message = str(caught.value)
     assert all(name in message for name in list_bundled())
-    assert "Did you mean home_commands or home_commands_large?" in message
+    assert "Did you mean home_commands or home_commands_wide or" in message
     with pytest.raises(DataError, match="a hub id its owner"):
         load_examples("zzzzzz")
 
@@ -647,13 +647,15 @@ def test_every_bundled_set_loads_and_hashes():
         assert re.fullmatch("[0-9a-f]{64}", data_hash(name))
 
 
-def test_the_large_set_shares_validation_and_test():
+@pytest.mark.parametrize(
+    ("name", "times"), [("home_commands_large", 9), ("home_commands_wide", 12)]
+)
+def test_the_larger_sets_share_validation_and_test(name, times):
     for split in ("validation", "test"):
         ours = load_examples("home_commands", split)
-        assert load_examples("home_commands_large", split).to_list() == ours.to_list()
-    large = load_examples("home_commands_large")
-    assert len(large) > 9 * len(load_examples("home_commands"))
-    assert data_hash("home_commands_large") != data_hash("home_commands")
+        assert load_examples(name, split).to_list() == ours.to_list()
+    assert len(load_examples(name)) >= times * len(load_examples("home_commands"))
+    assert data_hash(name) != data_hash("home_commands")
 
 
 def test_an_own_folder_of_that_name_shares_nothing(tmp_path):

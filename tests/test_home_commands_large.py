@@ -1,4 +1,7 @@
-"""The large training set of the home commands: schema, leakage, balance, rebuild."""
+"""The large and the wide training set of the home commands.
+
+Schema, leakage, balance, rebuild: each check runs on both sets.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -37,26 +41,68 @@ def _read(path: Path) -> list[dict]:
 # The checks of the small set, applied to this one.
 checks = _load(Path(__file__).with_name("test_home_commands.py"), "small_set_checks")
 build = _load(LARGE / "build.py", "home_commands_large_build")
-TRAIN = _read(LARGE / "train.jsonl")
 OTHERS = {split: _read(SMALL / f"{split}.jsonl") for split in SPLITS}
-PROMPTS = {record["prompt"] for record in TRAIN}
 
 
-@pytest.fixture(scope="module")
-def rebuilt():
-    return build.build()
+@dataclass(frozen=True)
+class Bounds:
+    """What one set promises: records, bytes, patterns by hand, broadest values."""
+
+    records: tuple[int, int]
+    bytes: int
+    patterns: dict[str, int]
+    values: int
+    everyday: float
+
+
+BOUNDS = {
+    "home_commands_large": Bounds(
+        (14_000, 18_000),
+        3_000_000,
+        {"action": 40, "none": 150}
+        | {"negation": 120, "multi": 100, "wrap": 60, "join2": 20},
+        values=150,
+        everyday=0.2,
+    ),
+    "home_commands_wide": Bounds(
+        (19_200, 19_200),
+        4_500_000,
+        {"action": 50, "none": 400}
+        | {"negation": 400, "multi": 350, "wrap": 100, "join2": 90},
+        values=250,
+        everyday=0.25,
+    ),
+}
+
+
+class TrainingSet:
+    """One of the two sets: its files, its builder, its patterns' own builder."""
+
+    def __init__(self, name: str) -> None:
+        self.folder, self.bounds = DATA / name, BOUNDS[name]
+        self.train = _read(self.folder / "train.jsonl")
+        self.prompts = {record["prompt"] for record in self.train}
+        self.module = _load(self.folder / "build.py", f"{name}_build_to_check")
+        self.tools = getattr(self.module, "large", self.module)
+        self.files, self.builder = self.module.build()
+
+
+@pytest.fixture(scope="module", params=list(BOUNDS))
+def ours(request) -> TrainingSet:
+    return TrainingSet(request.param)
 
 
 # --- shape ----------------------------------------------------------------------------
 
 
-def test_size():
-    assert 14_000 <= len(TRAIN) <= 18_000
-    assert (LARGE / "train.jsonl").stat().st_size <= 3_000_000
+def test_size(ours):
+    least, most = ours.bounds.records
+    assert least <= len(ours.train) <= most
+    assert (ours.folder / "train.jsonl").stat().st_size <= ours.bounds.bytes
 
 
-def test_every_record_is_canonical_valid_and_short():
-    for record in TRAIN:
+def test_every_record_is_canonical_valid_and_short(ours):
+    for record in ours.train:
         assert list(record) == ["prompt", "completion", "slice"]
         assert record["slice"] == "seen"
         answer = json.loads(record["completion"])
@@ -70,108 +116,113 @@ def test_every_record_is_canonical_valid_and_short():
         assert not re.search(r"[{}\[\]|\x00-\x1f]|  |\(n\)| ,|,,", prompt), prompt
 
 
-def test_balance_of_actions():
-    counts = Counter(a["action"] for r in TRAIN for a in checks.actions_of(r))
+def test_balance_of_actions(ours):
+    counts = Counter(a["action"] for r in ours.train for a in checks.actions_of(r))
     shares = {name: n / counts.total() for name, n in counts.items()}
-    assert set(shares) == set(build.small.SCHEMA)
+    assert set(shares) == set(ours.tools.small.SCHEMA)
     assert 0.10 <= shares.pop("none") <= 0.20
     assert min(shares.values()) >= 0.04, shares
     assert max(shares.values()) <= 2.2 * min(shares.values()), shares
 
 
-def test_values_are_many_and_evenly_drawn():
+def test_values_are_many_and_evenly_drawn(ours):
     said = defaultdict(Counter)
-    for record in TRAIN:
+    for record in ours.train:
         for action in checks.actions_of(record):
             for key, value in action.items():
                 said[key][value] += 1
     for key in ("room", "door", "colour", "name", "item", "to", "title", "artist"):
-        assert len(said[key]) >= 150, key
+        assert len(said[key]) >= ours.bounds.values, key
         assert len(said[key]) >= 0.1 * said[key].total(), key
     old = set(checks.build.VALUES["room"]["seen"])
     rooms = {room: n for room, n in said["room"].items() if room != "all"}
-    assert sum(n for room, n in rooms.items() if room in old) < 0.2 * sum(
-        rooms.values()
-    )
+    everyday = sum(n for room, n in rooms.items() if room in old)
+    assert everyday < ours.bounds.everyday * sum(rooms.values())
 
 
-def test_free_text_is_copied_from_the_sentence():
+def test_free_text_is_copied_from_the_sentence(ours):
     """Rooms and doors too, unless they are everyday ones, which a typo may hit."""
-    for record in TRAIN:
+    for record in ours.train:
         for action in checks.actions_of(record):
             for key, value in action.items():
-                if key == "action" or value == "all" or value in build.EVERYDAY:
+                if key == "action" or value == "all" or value in ours.tools.EVERYDAY:
                     continue
-                if build.small.SCHEMA[action["action"]][key][0] == "text":
+                if ours.tools.small.SCHEMA[action["action"]][key][0] == "text":
                     assert value in record["prompt"], record
 
 
-def test_many_patterns_by_hand():
-    written = defaultdict(set)
-    for line in build.small.read_skeletons(LARGE / "skeletons.txt", every=0):
+def test_many_patterns_by_hand(ours):
+    small, written = ours.tools.small, defaultdict(set)
+    for line in small.read_skeletons(ours.folder / "skeletons.txt", every=0):
         single = line.kind == "single"
         written[line.action if single else line.kind].add(line.text)
-    for action in build.small.SCHEMA:
-        assert len(written[action]) >= (150 if action == "none" else 40), action
-    for kind, least in {"negation": 120, "multi": 100, "wrap": 60, "join2": 20}.items():
-        assert len(written[kind]) >= least, kind
+    least = dict(ours.bounds.patterns)
+    each = least.pop("action")
+    for what, count in (dict.fromkeys(small.SCHEMA, each) | least).items():
+        assert len(written[what]) >= count, what
 
 
 # --- leakage --------------------------------------------------------------------------
 
 
-def test_no_prompt_twice_anywhere():
-    records = [*TRAIN, *(r for split in SPLITS for r in OTHERS[split])]
+def test_no_prompt_twice_anywhere(ours):
+    records = [*ours.train, *(r for split in SPLITS for r in OTHERS[split])]
     prompts = Counter(checks.plain(r["prompt"]) for r in records)
     assert [p for p, n in prompts.items() if n > 1] == []
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_stripped_sentences_are_unseen(split):
-    learned = {checks.strip_slots(r) for r in TRAIN}
+def test_stripped_sentences_are_unseen(ours, split):
+    learned = {checks.strip_slots(r) for r in ours.train}
     assert {checks.strip_slots(r) for r in OTHERS[split]} & learned == set()
 
 
-def test_patterns_of_validation_and_test_are_unused(rebuilt):
+def test_patterns_of_validation_and_test_are_unused(ours):
     """Cores, wrappers and joints, by the builder's own account, whatever the slots."""
-    _, builder = rebuilt
-    ours = {build.anonymous(s) for prompt in PROMPTS for s in builder.meta[prompt]}
+    key, meta = ours.tools.anonymous, ours.builder.meta
+    used = {key(text) for prompt in ours.prompts for text in meta[prompt]}
     of_split = defaultdict(set)
     for line in build.small.read_skeletons():
-        of_split[line.split].add(build.anonymous(line.text))
-    assert of_split["test"] and of_split["test"] & ours == set()
-    assert of_split["validation"] and of_split["validation"] & ours == set()
-    assert len(of_split["train"] & ours) > 300  # the old training patterns are there
+        of_split[line.split].add(key(line.text))
+    assert of_split["test"] and of_split["test"] & used == set()
+    assert of_split["validation"] and of_split["validation"] & used == set()
+    assert len(of_split["train"] & used) > 300  # the old training patterns are there
 
 
-def test_longer_patterns_of_test_are_no_part_of_ours(rebuilt):
-    _, builder = rebuilt
-    ours = {f" {build.anonymous(s)} " for p in PROMPTS for s in builder.meta[p]}
-    everything = "|".join(ours)
+def test_longer_patterns_of_test_are_no_part_of_ours(ours):
+    key, meta = ours.tools.anonymous, ours.builder.meta
+    everything = "|".join({f" {key(s)} " for p in ours.prompts for s in meta[p]})
     for line in build.small.read_skeletons():
-        key = build.anonymous(line.text)
-        if line.split == "test" and len(key.replace("#", "").split()) > 2:
-            assert f" {key} " not in everything, key
+        if line.split == "test" and len(key(line.text).replace("#", "").split()) > 2:
+            assert f" {key(line.text)} " not in everything, line.text
 
 
-def test_the_builder_refuses_what_leaks(rebuilt):
-    _, builder = rebuilt
+def test_the_builder_refuses_what_leaks(ours):
     test = next(s for s in build.small.read_skeletons() if s.split == "test")
-    assert builder.reserved.pattern(test.text)
-    assert builder.refused  # some of our lines were such, and are not used
+    assert ours.builder.reserved.pattern(test.text)
+    assert ours.builder.refused  # some of our lines were such, and are not used
     record = OTHERS["test"][0]
-    assert not builder.acceptable(record["prompt"], record["completion"])
-    assert not builder.acceptable("vacuum the pantry", '{"action": "none"}')
+    assert not ours.builder.acceptable(record["prompt"], record["completion"])
+    assert not ours.builder.acceptable("vacuum the pantry", '{"action": "none"}')
 
 
-def test_held_out_values_are_new():
-    learned = "\n".join(r["prompt"].casefold() for r in TRAIN)
-    assert len(build.HELD_OUT) > 80
-    assert [v for v in build.HELD_OUT if checks.said_in(v, learned)] == []
+def test_held_out_values_are_new(ours):
+    learned = "\n".join(r["prompt"].casefold() for r in ours.train)
+    assert len(ours.tools.HELD_OUT) > 80
+    assert [v for v in ours.tools.HELD_OUT if checks.said_in(v, learned)] == []
     drawn = [
-        v for pools in build.VALUES.values() for pool in pools.values() for v in pool
+        v
+        for pools in ours.tools.VALUES.values()
+        for pool in pools.values()
+        for v in pool
     ]
     assert not checks.said_in("pantry", "\n".join(drawn).casefold())
+
+
+def test_the_wide_set_repeats_no_sentence_of_the_large_one():
+    large = {checks.plain(r["prompt"]) for r in _read(LARGE / "train.jsonl")}
+    wide = _read(DATA / "home_commands_wide" / "train.jsonl")
+    assert not large & {checks.plain(r["prompt"]) for r in wide}
 
 
 # --- spoken forms and typing errors ---------------------------------------------------
@@ -210,6 +261,21 @@ def test_spoken_durations():
     }
 
 
+def test_invented_words_are_words_to_copy():
+    import random
+
+    wide = _load(DATA / "home_commands_wide" / "build.py", "wide_build_to_invent")
+    rng = random.Random(0)
+    words = {wide.invent(rng) for _ in range(2000)}
+    assert len(words) > 1500
+    assert all(re.fullmatch("[a-z]{4,14}", word) for word in words)
+    for slot in wide.INVENTED:
+        value = wide.invented_value(slot, rng)
+        assert value == value.strip() and not wide.large.holds_a_held_out_value(value)
+    with pytest.raises(KeyError):
+        wide.invented_value("colour", rng)
+
+
 def test_wordings_are_spelt_out():
     assert build.variants("[cut|kill] the [lamp|]") == [
         "cut the lamp",
@@ -222,25 +288,25 @@ def test_wordings_are_spelt_out():
 # --- files ----------------------------------------------------------------------------
 
 
-def test_the_builder_makes_this_file(rebuilt):
-    files, _ = rebuilt
-    assert list(files) == ["train.jsonl"]
-    assert (LARGE / "train.jsonl").read_bytes() == files["train.jsonl"].encode()
+def test_the_builder_makes_this_file(ours):
+    assert list(ours.files) == ["train.jsonl"]
+    assert (ours.folder / "train.jsonl").read_bytes() == ours.files[
+        "train.jsonl"
+    ].encode()
 
 
-def test_check_option_sees_a_changed_file(tmp_path, rebuilt):
-    files, builder = rebuilt
-    made = lambda: (files, builder)  # noqa: E731
+def test_check_option_sees_a_changed_file(tmp_path, ours):
+    made = lambda: (ours.files, ours.builder)  # noqa: E731
     path = tmp_path / "train.jsonl"
-    path.write_bytes((LARGE / "train.jsonl").read_bytes())
+    path.write_bytes((ours.folder / "train.jsonl").read_bytes())
     assert build.small.main(["--check"], tmp_path, made) == 0
     path.write_bytes(path.read_bytes()[:-2] + b" \n")
     assert build.small.main(["--check"], tmp_path, made) == 1
 
 
-def test_data_card_has_the_hash_and_the_count():
-    card = (LARGE / "README.md").read_text("utf-8")
-    digest = hashlib.sha256((LARGE / "train.jsonl").read_bytes()).hexdigest()
+def test_data_card_has_the_hash_and_the_count(ours):
+    card = (ours.folder / "README.md").read_text("utf-8")
+    digest = hashlib.sha256((ours.folder / "train.jsonl").read_bytes()).hexdigest()
     row = re.search(r"`train\.jsonl` \| (\d[\d,]*) \| `([0-9a-f]{64})`", card)
-    assert (int(row[1].replace(",", "")), row[2]) == (len(TRAIN), digest)
+    assert (int(row[1].replace(",", "")), row[2]) == (len(ours.train), digest)
     assert "CC BY 4.0" in card

@@ -398,7 +398,13 @@ class LargeBuilder(small.Builder):
         self.refused: list[str] = []
         self.skeletons = []
         lines = small.read_skeletons(FOLDER / "skeletons.txt", every=0)
-        for line in [s for s in everything if s.split == "train"] + lines:
+        self.admit([s for s in everything if s.split == "train"] + lines)
+        self.known |= set(re.findall(r"[a-z']+", " ".join(s.text for s in lines)))
+        self.pool = "seen"
+
+    def admit(self, lines: list) -> None:
+        """Take lines into the deck, less the wordings that must stay unseen."""
+        for line in lines:
             allowed = []
             for text in variants(line.text):
                 leaks = self.reserved.pattern(text) or holds_a_held_out_value(text)
@@ -406,8 +412,6 @@ class LargeBuilder(small.Builder):
             if allowed and line not in self.wordings:
                 self.wordings[line] = allowed
                 self.skeletons.append(line)
-        self.known |= set(re.findall(r"[a-z']+", " ".join(s.text for s in lines)))
-        self.pool = "seen"
 
     def pick(self, key: str, candidates: list):
         """Deal the lines like a deck; each time one of its wordings is drawn."""
