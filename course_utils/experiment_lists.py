@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from course_utils import records
+from course_utils.experiment_lists_02 import full_runs
 from course_utils.experiment_lists_06 import virtual_runs
 from course_utils.experiment_lists_07 import quantized_runs
 from course_utils.experiment_lists_08 import comparison_runs
@@ -31,46 +31,9 @@ P_TUNING = {
     "num_virtual_tokens": 20,
     "encoder_hidden_size": 576,
 }
-SPECTRA = tuple(
-    f"model.layers.{layer}.{part}.weight"
-    for layer in (0, 15, 29)
-    for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-)
-
 
 # Enough to tell settings apart, and short enough to repeat.
 SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
-LONG = Experiment(
-    "full, long",
-    learning_rate=3e-4,
-    steps=240,
-    batch_size=16,
-    schedule="cosine",
-    test_examples=None,
-    eval_every=40,
-)
-# For a card: the training set 28 times over.
-MORE = {
-    "steps": 1425,
-    "batch_size": 32,
-    "schedule": "cosine",
-    "test_examples": None,
-    "eval_every": 95,
-    "forgetting": True,
-}
-# 15,200 sentences, each read once; with FROZEN the embeddings stay as they were.
-ONE_PASS = {"data": "home_commands_large", "steps": 950, "eval_every": 95}
-FROZEN = {"label": "embeddings frozen", "method": "freeze:0"}
-# Both training sets, 16,800 sentences: 1,260 steps of 16 read a fifth of them twice.
-BOTH = FROZEN | {
-    "label": "embeddings frozen, both sets",
-    "data": "home_commands_large",
-    "also": "home_commands",
-    "steps": 1260,
-    "eval_every": 210,
-    "eval_examples": 150,
-    "forgetting": True,
-}
 GRID = {"steps": 20, "batch_size": 8, "eval_examples": 48, "test_examples": 48}
 
 
@@ -171,58 +134,7 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
             for name in ("zero-shot", "few-shot")
         ],
     },
-    "02": {
-        "02_learning_rates": _rates(
-            "full", (3e-5, 1e-4, 3e-4, 1e-3), **SHORT, test_examples=24
-        ),
-        "02_full": [
-            Experiment(
-                "full",
-                learning_rate=2e-4,
-                steps=150,
-                batch_size=8,
-                schedule="cosine",
-                test_examples=None,
-                eval_every=25,
-                forgetting=True,
-                spectra=SPECTRA,
-            ),
-        ],
-        "02_long": [replace(LONG, forgetting=True)],
-        "02_more_data": [replace(LONG, **ONE_PASS)],
-        "02_frozen_embeddings": [replace(LONG, **ONE_PASS, **FROZEN)],
-        "02_both_sets": [replace(LONG, **BOTH)],
-        "02_many_passes": [Experiment("full", "full", 3e-4, **MORE)],
-        "02_schedules": [
-            Experiment(label, "full", 3e-4, **SHORT, test_examples=0, **settings)
-            for label, settings in {
-                "constant": {"schedule": "constant", "warmup": 0},
-                "linear": {"warmup": 0},
-                "linear, warm-up": {},
-                "no clipping": {"max_grad_norm": 0},
-            }.items()
-        ],
-        "02_freezing": [
-            Experiment(label, method, 3e-4, **SHORT, test_examples=48)
-            for label, method in {
-                "nothing frozen": "full",
-                "first 15 layers frozen": "freeze:15",
-                "first 28 layers frozen": "freeze:28",
-                "output layer alone": "head",
-            }.items()
-        ],
-        "02_bad_curves": [
-            Experiment(label, **SHORT, eval_every=10, test_examples=0, **settings)
-            for label, settings in {
-                "good": {"learning_rate": 3e-4},
-                "rate too high": {"learning_rate": 1e-2},
-                "rate too low": {"learning_rate": 1e-6},
-                "overfit": {"learning_rate": 3e-4, "train_examples": 16},
-                "shuffled labels": {"learning_rate": 3e-4, "shuffle_labels": True},
-                "wrong mask": {"learning_rate": 3e-4, "wrong_mask": True},
-            }.items()
-        ],
-    },
+    "02": full_runs(SHORT),
     "03": {
         "03_learning_rates": _rates(
             "LoRA", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), method=LORA, **GRID

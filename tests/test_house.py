@@ -139,9 +139,10 @@ ARROWS = {
     "experiment_lists_08": {"experiment_setup", "records"},
     "experiment_lists_07": {"experiment_card_setup", "experiment_setup"},
     "experiment_lists_06": {"experiment_classifier", "experiment_setup"},
+    "experiment_lists_02": {"experiment_setup"},
     "experiment_lists": {
-        *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
-        *("experiment_setup", "records"),
+        *("experiment_lists_02", "experiment_lists_06", "experiment_lists_07"),
+        *("experiment_lists_08", "experiment_setup", "records"),
     },
     "experiment_run": {
         *("experiment_setup", "experiment_rounding", "experiment_classifier"),
@@ -184,7 +185,7 @@ FAMILIES = {
         *("packed_batches", "training_callbacks", "training_memory", "training_speed"),
     },
     "experiments": {
-        *("experiment_classifier", "experiment_lists"),
+        *("experiment_classifier", "experiment_lists", "experiment_lists_02"),
         *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
         *("experiment_card", "experiment_card_setup"),
         *("experiment_costs", "experiment_rounding"),
