@@ -206,6 +206,18 @@ def plain_words(lesson: Lesson) -> list[str]:
 
 
 @rule
+def headings_once(lesson: Lesson) -> list[str]:
+    """No heading stands twice in a lesson: a reader comes back by it."""
+    seen, bad = set(), []
+    for name, text in lesson.of_kind("markdown"):
+        for line in prose(text).splitlines():
+            if line.startswith("#") and line.strip() in seen:
+                bad.append(f"{name}: heading {line.strip()!r} for the second time")
+            seen.add(line.strip())
+    return bad
+
+
+@rule
 def anatomy(lesson: Lesson) -> list[str]:
     """The fixed cells are there, in order, and begin and end the lesson."""
     names = [cell["id"] for cell in lesson.cells]
