@@ -39,7 +39,7 @@ class MethodResult:
         by_slice, by_field: {name: share}, means.
         trainable_parameters: a count.
         adapter_bytes: to be kept for each task.
-        peak_bytes: the most that tensors took in one step.
+        peak_bytes: the most that tensors took in one step, of the first seed.
         seconds: of the training alone, mean. Where the record `08_speed` has the
             method, of that record's steps, carried on to all steps.
         tokens_per_s: mean, of the same record.
@@ -152,11 +152,13 @@ def result_of(name: str, runs: Sequence[dict]) -> MethodResult:
     # Bytes and seconds are of one machine, the record's own, where it made a run.
     here = [run for run in chosen if "machine" not in run] or chosen
 
-    def over(key: str) -> float | None:
-        return mean(run.get("measured", {}).get(key) for run in here)
+    def over(key: str, these: Sequence[dict] = here) -> float | None:
+        return mean(run.get("measured", {}).get(key) for run in these)
 
-    def whole(key: str, untrained: int | None) -> int | None:
-        value = over(key)
+    def whole(
+        key: str, untrained: int | None, these: Sequence[dict] = here
+    ) -> int | None:
+        value = over(key, these)
         return (None if best else untrained) if value is None else round(value)
 
     metrics = [run["metrics"] for run in chosen]
@@ -173,7 +175,7 @@ def result_of(name: str, runs: Sequence[dict]) -> MethodResult:
         by_field=_means(m.get("by_field") or {} for m in metrics),
         trainable_parameters=chosen[0].get("trainable_parameters", 0),
         adapter_bytes=whole("adapter_bytes", 0),
-        peak_bytes=whole("peak_bytes", None),
+        peak_bytes=whole("peak_bytes", None, here[:1]),  # seeds have other batches
         seconds=over("train_seconds") if best else 0.0,
         tokens_per_s=mean(run.get("tokens_per_s") for run in here),
         general_before=mean(g["before"]["answer_share"] for g in general),

@@ -46,7 +46,9 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     (
         "02_full_fine_tuning",
         "a training loop, equal to `Trainer` and `SFTTrainer`",
-        f"{{{BEST_RUN}:runs.0.metrics.exact_match}} exact match",
+        "{02_full:exact_match.full} exact match after 150 steps; "
+        f"{{{BEST_RUN}:runs.0.metrics.exact_match}} with more sentences, "
+        "embeddings frozen",
         {"method": "full", "batch_size": 16, "sequence_length": 128},
     ),
     (
