@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_utils import scoring
 from course_utils.forgetting import AnswerShare, Forgetting, answer_share, forgetting
+from course_utils.formatting import find_template
 from course_utils.inference import generate
 from course_utils.likelihood import Perplexity, perplexity
 from course_utils.scoring import exact_match, field_f1
@@ -121,8 +122,8 @@ def evaluate(
             ``as_text``), and perhaps ``slice``.
         limit: score that many records only, chosen by ``stratified``: the same ones
             every time, each slice in its share. None scores all.
-        max_new_tokens: None takes 8 more than the longest completion has tokens; an
-            answer that is longer is wrong anyway.
+        max_new_tokens: None takes 8 more than the longest completion has tokens. A
+            right answer that is spread over lines and indented needs more.
         as_text: compare answers as text, not as JSON.
 
     Raises:
@@ -140,11 +141,13 @@ def evaluate(
     if max_new_tokens is None:
         encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + 8
+    # A layout with a place of its own for the input needs the record's fields.
+    whole = template is not None and find_template(template).input is not None
     start = time.perf_counter()
     predictions = generate(
         model,
         tokenizer,
-        prompts,
+        records if whole else prompts,
         template=template,
         system=system,
         max_new_tokens=max_new_tokens,

@@ -62,18 +62,31 @@ def answer_share(
     Args:
         model, tokenizer: as for ``generate``.
         dataset: records with ``prompt`` and ``answers`` (strings that each count as
-            right), or ``answer``, one string.
+            right, or one string), or ``answer``, one string.
         limit: as for ``evaluate``.
         max_new_tokens, options: as for ``generate``.
+
+    Raises:
+        ValueError: a record has no answer to look for.
     """
     records = stratified(dataset, limit)
     prompts = column(records, "prompt")
-    expected = [list(r.get("answers") or [r["answer"]]) for r in records]
+    expected = [_expected(i, record) for i, record in enumerate(records)]
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options
     )
     correct = tuple(map(contains_answer, answers, expected))
     return AnswerShare(sum(correct) / len(correct), correct, tuple(answers), prompts)
+
+
+def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
+    found = record.get("answers") or record.get("answer")
+    if not found:
+        raise ValueError(
+            f"record {i} has no 'answers' (a list of texts) and no 'answer' (a text); "
+            f"its fields are {sorted(record)}"
+        )
+    return [found] if isinstance(found, str) else list(found)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def tokenize_example(
 
 
 def generation_prompt(
-    user_text: str,
+    user_text: str | Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str | Template = "chatml",
@@ -126,13 +126,15 @@ def generation_prompt(
     """Token ids to generate from: the part of `tokenize_example` before the answer.
 
     Args:
-        user_text: what the user says, as it is.
+        user_text: what the user says, as it is; or a record, whose last answer is
+            left out.
         tokenizer: of the model that will answer.
         template: a name in `TEMPLATES`.
         system: system text; None takes the template's default.
     """
     layout = find_template(template)
-    conversation = read_example({"prompt": user_text}, layout, system)
+    example = {"prompt": user_text} if isinstance(user_text, str) else user_text
+    conversation = read_example(example, layout, system).without_last_answer()
     return encode(lay_out(conversation, layout, tokenizer), layout, tokenizer)[0]
 
 

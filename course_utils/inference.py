@@ -32,7 +32,7 @@ __all__ = ["Comparison", "compare_generations", "generate", "stream"]
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
     *,
     template: str | Template | None = "chatml",
     system: str | None = None,
@@ -53,7 +53,9 @@ def generate(
     Args:
         model: any causal language model, a PEFT model included, in any mode.
         tokenizer: its tokenizer; only read, its padding side does not matter.
-        prompts: user texts, or texts that are laid out already (``template=None``).
+        prompts: user texts, or texts that are laid out already (``template=None``);
+            a record in place of a text is laid out with its fields, a last answer
+            left out.
         template: a name in ``formatting.TEMPLATES``; None adds nothing.
         system: system text; None takes the template's default.
         max_new_tokens: an answer is cut there.
@@ -68,7 +70,8 @@ def generate(
         One string a prompt, in the order of `prompts`.
 
     Raises:
-        TypeError: `prompts` is one string, or holds something else than strings.
+        TypeError: `prompts` is one string, or holds something else than strings
+            and records.
         ValueError: an empty prompt, one too long for the model, or an option out of
             its range.
     """
@@ -228,7 +231,7 @@ def _token_rows(
     rows, longest = [], getattr(base_model(model).config, "max_position_embeddings", 0)
     virtual = virtual_length(model)
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str if template is None else str | Mapping):
             raise TypeError(f"prompt {i} is {type(prompt).__name__}, not a string")
         if template is None:
             bos = tokenizer.bos_token

@@ -106,6 +106,17 @@ def _own_default_system(tokenizer: Any, _chat_template: str) -> str | None:
     return before if found else None
 
 
+def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
+    """The chat template's own text; ValueError where it refuses the chat."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except TemplateError as error:
+        message = f"the chat template refuses this chat: {error}"
+        raise ValueError(message) from error
+
+
 _MARK = "\t\ue000{}\ue001\t"  # the tabs show whether the template strips what it gets
 _MARKS = re.compile("(\t?)\ue000(\\d+)\ue001(\t?)")
 
@@ -123,18 +134,15 @@ def _own_layout(
 ) -> _OwnLayout:
     """Render the chat template with marks in place of the texts."""
     turns = [{"role": r, "content": _MARK.format(i)} for i, r in enumerate(roles)]
-    first, *parts = _MARKS.split(tokenizer.apply_chat_template(turns, tokenize=False))
+    first, *parts = _MARKS.split(_render(tokenizer, turns))
     split = [
         (int(parts[k + 1]), not parts[k], not parts[k + 2], parts[k + 3])
         for k in range(0, len(parts), 4)
     ]
     if sorted(turn[0] for turn in split) != list(range(len(roles))):
         raise ValueError("the chat template leaves out or repeats a turn of this chat")
-    asking = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK.format(0)}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    user = [{"role": "user", "content": _MARK.format(0)}]
+    asking = _render(tokenizer, user, add_generation_prompt=True)
     ending = split[-1][3]
     if not ending.strip():
         raise ValueError("the chat template puts nothing after an answer to end it")
@@ -180,7 +188,7 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         pieces.append(Piece(end, False, True))
         before = after[len(end) :]
     pieces = [piece for piece in [*pieces, Piece(before, False, False)] if piece.text]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    rendered = _render(tokenizer, messages)
     if "".join(piece.text for piece in pieces) != rendered:
         raise ValueError("the chat template rewrites the text of this chat's turns")
     return pieces

@@ -143,7 +143,8 @@ def with_examples(
         template: the layout to begin with; it needs an end of turn of its own.
         examples: records with `prompt` and `completion`, in the order shown. They are
             yours: text in them that looks like a marker becomes one.
-        system: the instructions that stand above everything.
+        system: the instructions that stand above everything, where a conversation has
+            no system text of its own.
 
     Raises:
         ValueError: the template ends its answers with the tokenizer's token.
@@ -155,13 +156,15 @@ def with_examples(
     layout = find_template(template)
     if not layout.end:
         raise ValueError(f"the {layout.name} template has no end of turn of its own")
-    opening = layout.system.replace("{text}", system)
+    shots = ""
     for example in examples:
         turn = layout.turn.replace("{system}", "").replace("{input}", "")
-        opening += turn.replace("{text}", example["prompt"])
-        opening += example["completion"] + layout.end
+        shots += turn.replace("{text}", example["prompt"])
+        shots += example["completion"] + layout.end
     name = f"{layout.name} with {len(examples)} examples"
-    return replace(layout, name=name, default_system=opening)
+    opening = layout.system.replace("{text}", system) + shots
+    with_own = layout.system + shots  # other system text stands above the same examples
+    return replace(layout, name=name, system=with_own, default_system=opening)
 
 
 def read_example(
@@ -169,7 +172,8 @@ def read_example(
 ) -> Conversation:
     """Read prompt + completion, instruction + input + output, or messages.
 
-    The record's own system turn comes before `system`.
+    The record's own system turn comes before `system`. A `prompt` and a `completion`
+    that are texts are the record, whatever else stands beside them.
 
     Raises:
         ValueError: the record has none of these, a value is not text, or its turns do
@@ -179,11 +183,14 @@ def read_example(
     messages = example.get("messages")
     if isinstance(prompt, list):  # the conversational form of TRL
         messages = prompt + (completion if isinstance(completion, list) else [])
-    if messages is not None:
+    pair = isinstance(prompt, str) and isinstance(completion, str)
+    if messages is not None and not pair:
         return _read_messages(messages, system)
     text, extra, answer = prompt, "", completion
-    if text is None or (template.input is not None and example.get("instruction")):
-        text, extra = example.get("instruction"), example.get("input") or ""
+    asked, given = example.get("instruction"), example.get("input") or ""
+    parted = template.input is not None and asked
+    if text is None or (parted and text in (asked, f"{asked}\n\n{given}")):
+        text, extra = asked, given
         answer = example.get("output") if completion is None else completion
     if text is None:
         raise ValueError(

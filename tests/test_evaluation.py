@@ -275,3 +275,30 @@ def test_the_built_in_model_answers_on_a_card_as_on_the_cpu():
     on_cpu = evaluation.evaluate(model.to("cpu"), tokenizer, rows, **some)
     assert on_card.predictions == on_cpu.predictions
     assert len(set(on_cpu.predictions)) > 1
+
+
+def test_evaluate_asks_alpaca_records_with_their_input(monkeypatch):
+    record = {"instruction": "Add.", "input": "2 and 3", "output": "{}"}
+    record |= {"prompt": "Add.\n\n2 and 3", "completion": "{}"}
+    asked = []
+
+    def fake(model, tokenizer, prompts, **options):
+        asked.extend(prompts)
+        return ["{}"] * len(prompts)
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    for template in ("alpaca", "chatml", None):
+        evaluate(None, byte_tokenizer(), [record], template=template)
+    assert asked == [record, record["prompt"], record["prompt"]]
+
+
+def test_answer_share_reads_one_answer_as_one(monkeypatch):
+    from course_utils import forgetting as module
+
+    said = "It is a city in the north."
+    monkeypatch.setattr(module, "generate", lambda *args, **options: [said])
+    question = {"prompt": "Capital of France?", "answers": "Paris"}
+    assert answer_share(None, None, [question]).share == 0
+    assert answer_share(None, None, [question | {"answers": "north"}]).share == 1
+    with pytest.raises(ValueError, match="record 0 has no 'answers'.*completion"):
+        answer_share(None, None, [{"prompt": "?", "completion": "Paris"}])

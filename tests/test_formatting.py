@@ -819,6 +819,51 @@ def test_worked_examples_are_earlier_turns_of_the_chat():
     assert generation_prompt("three", tokenizer, template=layout) == expected
 
 
+@pytest.mark.model
+def test_worked_examples_stay_below_other_system_text(builtin):
+    shots = [{"prompt": "one", "completion": "1"}]
+    layout = with_examples("chatml", shots, system="Count.")
+    text = builtin.decode(
+        generation_prompt("two", builtin, template=layout, system="S")
+    )
+    assert text.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\none")
+    assert "Count." not in text and text.count("<|im_start|>user") == 2
+
+
+def test_prompt_and_completion_are_the_record_whatever_stands_beside_them():
+    tokenizer = byte_level()
+    record = {"prompt": "p", "completion": "right"}
+    wanted = tokenize_example(record, tokenizer)
+    chat = [{"role": "user", "content": "o"}, {"role": "assistant", "content": "wrong"}]
+    assert tokenize_example(record | {"messages": chat}, tokenizer) == wanted
+    alpaca = tokenize_example(record, tokenizer, template="alpaca")
+    noted = record | {"instruction": "Annotator: easy", "output": "wrong"}
+    assert tokenize_example(noted, tokenizer, template="alpaca") == alpaca
+
+
+def test_a_record_is_asked_as_it_was_trained():
+    record = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    record |= {"prompt": "Add.\n\n2 and 3", "completion": "5"}
+    tokenizer = byte_level()
+    whole = tokenize_example(record, tokenizer, template="alpaca")["input_ids"]
+    asked = generation_prompt(record, tokenizer, template="alpaca")
+    assert whole[: len(asked)] == asked
+    text = tokenizer.decode(asked)
+    assert "### Input:\n2 and 3" in text and text.endswith("### Response:\n")
+
+
+@pytest.mark.model
+def test_a_chat_template_that_refuses_says_so(builtin):
+    import copy
+
+    tokenizer = copy.deepcopy(builtin)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(
+        ValueError, match="refuses this chat: System role not supported"
+    ):
+        generation_prompt("Hi", tokenizer, template="tokenizer")
+
+
 def test_worked_examples_need_an_end_of_turn():
     with pytest.raises(ValueError, match="llama2 template has no end of turn"):
         with_examples("llama2", [], system="Count.")
