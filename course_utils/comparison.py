@@ -19,17 +19,18 @@ class Comparison:
     answers: dict[str, tuple[str, ...]]
     references: tuple[str, ...] | None = None
 
-    def _columns(self) -> dict[str, tuple[str, ...]]:
-        columns = {"prompt": self.prompts, **self.answers}
-        return columns | ({"right answer": self.references} if self.references else {})
+    def _columns(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Pairs, since a model may be called "prompt"."""
+        right = [("right answer", self.references)] if self.references else []
+        return [("prompt", self.prompts), *self.answers.items(), *right]
 
     def __str__(self) -> str:
         columns = self._columns()
-        width = max(map(len, columns))
+        width = max(len(name) for name, _ in columns)
         blocks = []
         for i in range(len(self.prompts)):
             lines = []
-            for name, texts in columns.items():
+            for name, texts in columns:
                 text = texts[i].replace("\n", "\n" + " " * (width + 2))
                 lines.append(f"{name:<{width}}  {text}".rstrip())
             blocks.append("\n".join(lines))
@@ -37,9 +38,10 @@ class Comparison:
 
     def _repr_markdown_(self) -> str:
         columns = self._columns()
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        names = [name for name, _ in columns]
+        lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(columns)]
         lines += [
-            "| " + " | ".join(_cell(texts[i]) for texts in columns.values()) + " |"
+            "| " + " | ".join(_cell(texts[i]) for _, texts in columns) + " |"
             for i in range(len(self.prompts))
         ]
         return "\n".join(lines)

@@ -103,6 +103,8 @@ def display_name(label: str) -> str:
         ('P-tuning', 'LoRA r=8', 'run 2')
     """
     text = str(label)
+    if text == "rslora":  # drawn as LoRA is, but another method
+        return "rsLoRA"
     key = _ALIASES.get(text, text)
     if key in METHOD_NAMES:
         return METHOD_NAMES[key]

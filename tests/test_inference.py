@@ -479,3 +479,12 @@ def test_a_card_answers_as_the_cpu_does(method):
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
     together = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3)
     assert together == expected
+
+
+def test_a_model_may_be_called_prompt():
+    answers = {"lora": ["A"], "prompt": ["B"], "right answer": ["C"]}
+    both = compare_generations(answers, None, ["What?"], references=["D"])
+    shown = [" ".join(line.split()) for line in str(both).splitlines()]
+    answers = ["lora A", "prompt B", "right answer C", "right answer D"]
+    assert shown == ["prompt What?", *answers]
+    assert both._repr_markdown_().splitlines()[2].count("`What?`") == 1

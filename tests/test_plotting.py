@@ -420,3 +420,8 @@ def test_predicted_and_measured_are_drawn_where_they_are():
     for bad in ({}, {"full": (1.0, 0.0)}):
         with pytest.raises(ValueError, match="above 0"):
             plotting.plot_predicted(bad)
+
+
+def test_rslora_is_not_called_lora():
+    names = [plotting.display_name(key) for key in ("lora", "rslora")]
+    assert names == ["LoRA", "rsLoRA"]
