@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from course_utils.memory_answer import PARTS, MemoryEstimate, estimate
+from course_utils.memory_answer import PARTS, MemoryEstimate, estimate, unfused
 from course_utils.memory_measure import Measurement, measure_memory
 from course_utils.memory_request import (
     GIB,
@@ -144,13 +144,10 @@ def t4_plan(
     if isinstance(config, str):
         config = model_config(config)
     masked = batch_size != 1 if padding is None else padding
-    heads = getattr(config, "num_attention_heads", None)
-    grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
-    unmasked = grouped and not masked and method != "prefix_tuning"
     chosen = {
         "dtype": "float32" if method == "full" else "float16",
         "autocast": "float16",
-        "attention": "math" if unmasked else "sdpa",
+        "attention": "math" if not masked and unfused(config, method) else "sdpa",
     }
     return estimate_memory(
         config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from course_utils.memory_request import GIB, GPUS, Request, gpu_gib, make_request
 
@@ -136,6 +137,17 @@ def _formula_or_none(request: Request) -> MemoryEstimate | None:
         return None
 
 
+def unfused(config: Any, method: Any) -> bool:
+    """Whether a T4 computes all attention scores where a batch has no padding.
+
+    With grouped-query attention PyTorch has no fused kernel there, unless a mask is
+    given (huggingface/transformers#48633).
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
+    return grouped and method != "prefix_tuning"
+
+
 def _changes(r: Request):
     """Each combination of changes as (price, words, request)."""
     batches, smaller = [(0, None, {})], r.batch_size
@@ -145,6 +157,12 @@ def _changes(r: Request):
         new = {"batch_size": smaller, "gradient_accumulation": True}
         if smaller == 1:
             new["padding"] = False
+            if (
+                r.autocast == "float16"
+                and r.attention == "sdpa"
+                and unfused(r.config, r.method)
+            ):
+                new["attention"] = "math"
         batches.append((3 + 0.1 * len(batches), words, new))
     losses, optimizers = [(0, None, {})], [(0, None, {})]
     if r.loss == "logits":

@@ -6,11 +6,13 @@ advice is trainer settings that can be pasted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from course_utils.heap import give_back
 from course_utils.memory import GIB, MemoryEstimate, estimate_memory
+from course_utils.memory_answer import unfused
 
 # transformers' names of optimizers -> the planner's
 OPTIMIZERS = {
@@ -38,8 +40,8 @@ def plan_settings(
         plan: from `memory.t4_plan`, `memory.estimate_memory` or `cheapest_change`.
         device: `"cuda"`, `"cpu"` or `"mps"`. On CUDA 8-bit AdamW is the paged one,
             which moves its state to the host rather than fail.
-        examples: examples that each optimiser step shall see in all; None takes the
-            plan's batch.
+        examples: examples that each optimiser step shall see in all, at least; None
+            takes the plan's batch.
 
     Returns:
         Keywords for `sft_config` and `training_arguments`.
@@ -55,8 +57,8 @@ def plan_settings(
     names = {"adamw": fused, "adamw_8bit": eight, "sgd_momentum": "sgd"}
     return {
         "per_device_train_batch_size": request.batch_size,
-        "gradient_accumulation_steps": max(
-            1, (examples or request.batch_size) // request.batch_size
+        "gradient_accumulation_steps": math.ceil(
+            (examples or request.batch_size) / request.batch_size
         ),
         "gradient_checkpointing": request.gradient_checkpointing,
         "optim": names.get(request.optimizer, request.optimizer),
@@ -84,6 +86,13 @@ def trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     ]
     half = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
     chunked = "compute_loss" in vars(trainer) or _is_sft(trainer)
+    handler = getattr(trainer, "callback_handler", None)
+    quick = any(
+        type(c).__name__ == "QuickAttention" for c in getattr(handler, "callbacks", ())
+    )
+    method = configs[0].peft_type.value.lower() if configs else "full"
+    alone = args.per_device_train_batch_size == 1 and args.fp16
+    attention = "math" if alone and unfused(base.config, method) else "sdpa"
     try:
         return estimate_memory(
             base.config,
@@ -94,6 +103,7 @@ def trainer_estimate(trainer: Any) -> MemoryEstimate | None:
             autocast=half,
             optimizer=OPTIMIZERS[str(getattr(args.optim, "value", args.optim))],
             gradient_checkpointing=args.gradient_checkpointing,
+            attention="eager" if quick else attention,
             loss="chunked" if chunked else "logits",
             quantization=four_bit.bnb_4bit_quant_type if four_bit else None,
             gradient_accumulation=args.gradient_accumulation_steps > 1,
@@ -131,9 +141,10 @@ def advice(trainer: Any, plan: MemoryEstimate | None, room: int | None) -> str:
     if plan is None or room is None:
         if batch == 1:
             return "Take a smaller model or shorter records: the batch is 1 already."
-        new = f"per_device_train_batch_size={batch // 2}"
-        more = f"gradient_accumulation_steps={examples // (batch // 2)}"
-        return f"Set {new}, {more}: the same examples a step, half the activations."
+        smaller = max(b for b in range(1, batch // 2 + 1) if examples % b == 0)
+        new = f"per_device_train_batch_size={smaller}"
+        more = f"gradient_accumulation_steps={examples // smaller}"
+        return f"Set {new}, {more}: the same examples a step, fewer activations."
     need = f"The plan for this run is {_size(plan.total)} at its peak"
     if plan.total <= room:
         room = int(0.8 * plan.total)

@@ -68,7 +68,7 @@ def plan(
         options |= {"r": rank, "target_modules": "all-linear"}
     elif method != "full":
         options["num_virtual_tokens"] = rank
-    if gpu in ("T4", "P100", "V100"):  # no bfloat16 units
+    if str(gpu).upper() in ("T4", "P100", "V100"):  # no bfloat16 units
         return t4_plan(model, method, **options)
     return estimate_memory(model, method, dtype="bfloat16", **options)
 

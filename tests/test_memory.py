@@ -427,6 +427,25 @@ def test_full_fine_tuning_of_3b_on_a_t4_is_told_to_become_qlora():
     assert changed.request.method == "lora" and changed.request.quantization == "nf4"
 
 
+def test_a_batch_of_one_as_a_cure_is_what_the_card_would_plan():
+    found = memory.t4_plan(
+        "llama-3.2-1b", "lora", batch_size=4, sequence_length=2048, **ALL
+    )
+    alone = memory.t4_plan(
+        "llama-3.2-1b",
+        "lora",
+        batch_size=1,
+        sequence_length=2048,
+        gradient_accumulation=True,
+        **ALL,
+    )
+    assert not found.fits("T4") and not alone.fits("T4")
+    words, changed = found.cheapest_change("T4")
+    assert changed.fits("T4") and words != "batch 1 with gradient accumulation"
+    if changed.request.batch_size == 1:
+        assert changed.request.attention == "math"
+
+
 def test_t4_plan_takes_the_choices_of_the_card():
     plan = {"batch_size": 1, "sequence_length": 512}
     adapter = memory.t4_plan("llama-3.2-1b", "lora", **plan).request

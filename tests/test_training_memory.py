@@ -1,5 +1,6 @@
 """Short memory: the planner's advice before the run and after a failure."""
 
+import math
 import re
 
 import pytest
@@ -220,3 +221,28 @@ def test_what_the_process_has_freed_and_kept_counts_as_free(monkeypatch):
     monkeypatch.setattr(training_memory, "give_back", lambda: asked.append(1))
     training_memory.free_bytes("cpu")
     assert asked
+
+
+def test_advice_keeps_the_examples_of_a_step(tmp_path):
+    for batch, steps in ((5, 1), (6, 1), (7, 2)):
+        trainer = build(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+        )
+        told = advised_settings(training_memory.advice(trainer, None, None))
+        assert told["per_device_train_batch_size"] <= batch // 2
+        assert math.prod(told.values()) == batch * steps
+    plan = t4_plan("smollm2-135m", "lora", batch_size=2, sequence_length=128)
+    told = plan_settings(plan, device="cuda", examples=5)
+    assert told["gradient_accumulation_steps"] == 3
+
+
+def test_the_warning_plans_the_attention_that_runs(tmp_path):
+    assert trainer_estimate(build(tmp_path)).request.attention == "eager"
+    trainer = build(tmp_path, per_device_train_batch_size=1)
+    trainer.callback_handler.callbacks.clear()
+    assert trainer_estimate(trainer).request.attention == "sdpa"
+    trainer.args.fp16 = True  # a T4, and grouped-query attention without padding
+    trainer.model.config.num_key_value_heads = 1
+    assert trainer_estimate(trainer).request.attention == "math"

@@ -176,3 +176,14 @@ def test_a_tool_where_widgets_are(tool, live):
     import ipywidgets
 
     assert isinstance(TOOLS[tool](), ipywidgets.VBox)
+
+
+def test_a_card_may_be_written_in_small_letters():
+    from course_utils import widget_figures
+
+    size = {"batch_size": 1, "sequence_length": 512}
+    small, large = (
+        widget_figures.plan("llama-3.2-1b", "full", gpu=gpu, **size)
+        for gpu in ("t4", "T4")
+    )
+    assert small.total == large.total
