@@ -230,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lesson", help="two digits: run this one only")
     parser.add_argument("--out", type=Path, help="default: build")
     options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(line_buffering=True)
+    # On Windows a redirected output has an encoding that knows no check mark.
+    sys.stdout.reconfigure(line_buffering=True, encoding="utf-8", errors="replace")
     if options.profile:
         os.environ["COURSE_PROFILE"] = options.profile
     try:

@@ -99,8 +99,9 @@ def training_arguments(
     """Arguments for `transformers.Trainer` that suit a profile.
 
     bfloat16 autocast where the profile computes in bfloat16, float16 with a gradient
-    scaler on a T4, neither in float32; batches of similar lengths; every step logged;
-    no checkpoints, reports or progress bars.
+    scaler on a T4, neither in float32; examples in random order
+    (`train_sampling_strategy="group_by_length"` puts similar lengths together); every
+    step logged; no checkpoints, reports or progress bars.
 
     Args:
         profile: from `runtime.get_profile()`.

@@ -30,6 +30,7 @@ class PlainProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first, self.start = state.global_step, time.perf_counter()
+        self.due = self.first + 1
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
@@ -41,8 +42,9 @@ class PlainProgress(TrainerCallback):
             return
         step, last = state.global_step, state.max_steps
         every = self.every or max(1, round(last / 8))
-        if step % every and step not in (1, last):
+        if step < self.due and step not in (1, last):
             return
+        self.due = (step // every + 1) * every
         gone = time.perf_counter() - self.start
         left = gone / max(1, step - self.first) * (last - step)
         ending = f"{left:.0f} s left" if step < last else f"{gone:.0f} s in all"

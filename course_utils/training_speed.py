@@ -178,8 +178,12 @@ def use_completion_loss(trainer: Any) -> None:
     """Make a built `Trainer` or `SFTTrainer` compute `completion_loss`, unpadded.
 
     Batches without labels for each token (a classifier's), and evaluations that need
-    logits (`compute_metrics`), go the trainer's own way.
+    logits (`compute_metrics`), go the trainer's own way. So does a trainer whose loss
+    is another one: `label_smoothing_factor`, `compute_loss_func`, TRL's `loss_type`, or
+    a `compute_loss` of a subclass.
     """
+    if _has_own_loss(trainer):
+        return
     original = trainer.compute_loss
 
     def compute_loss(
@@ -198,6 +202,16 @@ def use_completion_loss(trainer: Any) -> None:
         return (loss, {"loss": loss}) if return_outputs else loss
 
     trainer.compute_loss = compute_loss
+
+
+def _has_own_loss(trainer: Any) -> bool:
+    written_in = type(trainer).compute_loss.__module__.partition(".")[0]
+    return (
+        written_in not in ("transformers", "trl")
+        or trainer.compute_loss_func is not None
+        or trainer.label_smoother is not None
+        or getattr(trainer.args, "loss_type", "nll") != "nll"
+    )
 
 
 def use_seeded_batches(trainer: Any) -> None:

@@ -477,3 +477,31 @@ def test_resuming_loads_tensors_only(tmp_path, monkeypatch):
     again.train(resume_from_checkpoint=find_checkpoint(tmp_path))
     assert calls and all(flag is True for flag in calls)
     assert LossHistory.from_trainer(again).steps == (1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    "own", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, "function", "class"]
+)
+def test_a_loss_of_the_users_own_is_kept(own, tmp_path):
+    class Mine(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **rest):
+            return super().compute_loss(model, inputs, return_outputs, **rest)
+
+    settings = own if isinstance(own, dict) else {}
+    kind = Trainer if "label_smoothing_factor" in settings else SFTTrainer
+    trainer = build(kind, tmp_path, random_llama(), **settings)
+    if own == "function":
+        trainer.compute_loss_func = lambda outputs, labels, **rest: outputs.logits.sum()
+    if own == "class":
+        trainer.__class__ = Mine
+    prepare_trainer(trainer)
+    assert "compute_loss" not in vars(trainer)
+
+
+def test_progress_comes_about_eight_times_whatever_is_logged(tmp_path, capsys):
+    model = random_llama()
+    trainer = build(SFTTrainer, tmp_path, model, max_steps=40, logging_steps=3)
+    prepare_trainer(trainer)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert 6 <= len(lines) <= 9
