@@ -93,10 +93,10 @@ def run_rounding(experiment: Experiment) -> dict[str, Any]:
     with torch.no_grad():
         for name, module in model.base_model.named_modules():
             if isinstance(module, torch.nn.Linear) and "layers." in name:
-                args = module.weight, experiment.method, experiment.start
-                new = rounded_weight(*args)
-                errors.append(_digits((new - module.weight).square().sum()))
-                norms.append(_digits(module.weight.square().sum()))
+                old = module.weight.cpu()
+                new = rounded_weight(old, experiment.method, experiment.start)
+                errors.append(_digits((new - old).square().sum()))
+                norms.append(_digits(old.square().sum()))
                 module.weight.copy_(new)
     measured: dict[str, Any] = {"squared_error": errors, "squared_norm": norms}
     key = experiment.model, experiment.data, experiment.eval_examples

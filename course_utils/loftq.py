@@ -103,7 +103,7 @@ def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> 
 
         (adapter,) = layer.active_adapters
         r, scaling = layer.r[adapter], layer.scaling[adapter]
-        original = originals[f"{name}.weight"].to(old.device)
+        original = originals[f"{name}.weight"].cpu()  # where the levels are
         A, B, rounded = start(original, r, scaling * r, rounding)
         layer.lora_A[adapter].weight.data.copy_(A)
         layer.lora_B[adapter].weight.data.copy_(B)

@@ -225,7 +225,8 @@ def quantize_4bit(
     """Quantize a weight to 4 bits.
 
     Args:
-        weight: float32, bfloat16 or float16, of any shape.
+        weight: float32, bfloat16 or float16, of any shape, on any device; the result
+            is made and lies on the CPU.
         kind: a name in `LEVELS`.
         block: elements that share a scale, one of `BLOCK_SIZES`, as in bitsandbytes;
             it must divide the number of elements.
@@ -252,7 +253,8 @@ def quantize_4bit(
         )
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity: no scale fits it")
-    codes, absmax = quantize_blocks(weight.detach(), LEVELS[kind](), block)
+    weight = weight.detach().cpu()
+    codes, absmax = quantize_blocks(weight, LEVELS[kind](), block)
     absmax2 = mean = None
     if double_quant:
         absmax, absmax2, mean = quantize_absmax(absmax)
