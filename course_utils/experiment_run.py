@@ -29,7 +29,13 @@ from course_utils.evaluation import (
 )
 from course_utils.experiment_card import CardExperiment, run_card
 from course_utils.experiment_classifier import ClassifierExperiment, run_classifier
-from course_utils.experiment_setup import Experiment, make_model, make_records
+from course_utils.experiment_setup import (
+    Experiment,
+    make_model,
+    make_records,
+    template_for,
+)
+from course_utils.experiment_weights import singular_values, to_dtype, weight_of
 from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
 from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.parameters import count_parameters
@@ -94,12 +100,13 @@ def _train_and_score(
 
     start, profile = time.perf_counter(), replace(get_profile(), seed=experiment.seed)
     tokenizer = load_tokenizer(experiment.model)
+    template = template_for(tokenizer)
     set_seed(experiment.seed)
     model = make_model(experiment)
-    before = {name: _weight(model, name).clone() for name in experiment.spectra}
+    before = {name: weight_of(model, name).clone() for name in experiment.spectra}
     validation = load_examples(experiment.data, "validation")
     validation = tokenize_dataset(
-        stratified(validation, experiment.eval_examples), tokenizer
+        stratified(validation, experiment.eval_examples), tokenizer, template=template
     )
     every = experiment.eval_every
     trainer = SFTTrainer(
@@ -163,19 +170,20 @@ def _train_and_score(
         kept = data_folder() / "adapters" / experiment.keep_adapter
         size = costs.keep_adapter(model, kept, model_name(experiment.model))
         run["measured"]["adapter_bytes"] = size
-    change = {name: _weight(model, name) - old for name, old in before.items()}
+    change = {name: weight_of(model, name) - old for name, old in before.items()}
     if change:
         run["measured"]["singular_values"] = {
-            name: _singular_values(value) for name, value in change.items()
+            name: singular_values(value) for name, value in change.items()
         }
     del trainer
-    _to_profile_dtype(model, profile.dtype)
+    to_dtype(model, profile.dtype)
     if experiment.test_examples != 0:
         test = load_examples(experiment.data, "test")
         scored = evaluate(
             model,
             tokenizer,
             test,
+            template=template,
             limit=experiment.test_examples,
             as_text=free_text(test["completion"]),
         )
@@ -187,7 +195,9 @@ def _train_and_score(
     if experiment.validation_answers:
         like_training = load_examples(experiment.data, "validation")
         limit = experiment.validation_answers
-        scored = evaluate(model, tokenizer, like_training, limit=limit)
+        scored = evaluate(
+            model, tokenizer, like_training, template=template, limit=limit
+        )
         run["measured"]["validation"] = {
             "predictions": list(scored.predictions),
             "references": list(scored.references),
@@ -204,7 +214,9 @@ def _train_and_score(
 
 def _run_prompting(experiment: Experiment) -> dict[str, Any]:
     """Score the untrained model, asked without help or with the best prompt."""
-    start, template = time.perf_counter(), "chatml"
+    start = time.perf_counter()
+    tokenizer = load_tokenizer(experiment.model)
+    template = template_for(tokenizer)
     if experiment.method == "prompt:few-shot":
         folder = data_folder() / experiment.data
         schema = (folder / "schema.txt").read_text(encoding="utf-8")
@@ -213,7 +225,7 @@ def _run_prompting(experiment: Experiment) -> dict[str, Any]:
     test = load_examples(experiment.data, "test")
     scored = evaluate(
         load_model(experiment.model),
-        load_tokenizer(experiment.model),
+        tokenizer,
         test,
         template=template,
         limit=experiment.test_examples,
@@ -265,33 +277,12 @@ def _loraplus(model: Any, experiment: Experiment) -> Any:
     )
 
 
-def _weight(model: Any, name: str) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_parameter(name).detach()
-
-
-def _singular_values(matrix: Any) -> list[float]:
-    """From the greatest down, to six digits."""
-    import torch
-
-    values = torch.linalg.svdvals(matrix.float())
-    return [float(f"{value:.6g}") for value in values.tolist()]
-
-
-def _to_profile_dtype(model: Any, dtype: Any) -> None:
-    """16-bit weights to generate with; a PEFT model's adapters stay in float32."""
-    adapted = hasattr(model, "peft_config")
-    for parameter in model.parameters():
-        trained = adapted and parameter.requires_grad
-        if parameter.is_floating_point() and not trained:  # 4-bit weights are bytes
-            parameter.data = parameter.data.to(dtype)
-
-
 def _general(model: Any, tokenizer: Any) -> dict[str, float]:
     questions = load_examples("general_questions", "test")
+    asked, layout = (model, tokenizer, questions), template_for(tokenizer)
     return {
-        "loss": perplexity(model, tokenizer, questions).loss,
-        "answer_share": answer_share(model, tokenizer, questions).share,
+        "loss": perplexity(*asked, template=layout).loss,
+        "answer_share": answer_share(*asked, template=layout).share,
     }
 
 

@@ -31,7 +31,8 @@ class Experiment:
     Attributes:
         label: what a figure calls it; runs that differ in the seed alone share it.
         method: `"full"`; `"head"` (the output layer alone); `"freeze:k"` (embeddings
-            and the first k layers stay); the fields of a PEFT configuration, as
+            and the first k layers stay); `"last:k"` (all but the last k layers stay);
+            the fields of a PEFT configuration, as
             `{"peft_type": "LORA", "r": 8, "target_modules": "all-linear"}`; or,
             without training, `"prompt:zero-shot"` and `"prompt:few-shot"`.
         learning_rate: at its peak.
@@ -155,10 +156,12 @@ def make_model(experiment: Experiment) -> Any:
         model.get_output_embeddings().requires_grad_(True)
         return model
     layers = model.base_model.layers
+    if kind == "last" and number.isdigit():
+        kind, number = "freeze", str(len(layers) - int(number))
     if kind != "freeze" or not number.isdigit() or int(number) > len(layers):
         raise ValueError(
-            f"method {method!r}: expected 'full', 'head', 'freeze:k' with k from 0 to "
-            f"{len(layers)}, or a dict with the fields of a PEFT configuration"
+            f"method {method!r}: expected 'full', 'head', 'freeze:k' or 'last:k' with "
+            f"k from 0 to {len(layers)}, or a dict with a PEFT configuration's fields"
         )
     model.get_input_embeddings().requires_grad_(False)
     for layer in layers[: int(number)]:
@@ -182,6 +185,15 @@ def quantized_start(name: str) -> Any:
     raise ValueError(f"start {name!r} is neither 'qpissa' nor 'loftq:k'")
 
 
+def template_for(tokenizer: Any) -> str:
+    """Name the layout: ChatML where its markers are known, else the tokenizer's own.
+
+    Args:
+        tokenizer: of the model.
+    """
+    return "chatml" if "<|im_end|>" in tokenizer.get_vocab() else "tokenizer"
+
+
 def make_records(experiment: Experiment) -> list[dict[str, Any]]:
     """Tokenized training records, spoiled where the experiment says so."""
     tokenizer = load_tokenizer(experiment.model)
@@ -196,7 +208,8 @@ def make_records(experiment: Experiment) -> list[dict[str, Any]]:
             {**row, "completion": other}
             for row, other in zip(rows, completions, strict=True)
         ]
-    tokenized = list(tokenize_dataset(rows, tokenizer))
+    template = template_for(tokenizer)
+    tokenized = list(tokenize_dataset(rows, tokenizer, template=template))
     if experiment.wrong_mask:
         for row in tokenized:
             pairs = zip(row["input_ids"], row["labels"], strict=True)

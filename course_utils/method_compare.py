@@ -135,6 +135,8 @@ def plan(
             experiments.append(Experiment(name, "prompt:zero-shot", **untrained))
             continue
         method, rate, more = known[name]
+        if name == "last 6 layers":  # of whatever model; the records say "freeze:24"
+            method = "last:6"
         rate = asked.get(name) or recorded.get(name) or rate
         if settings["data"] != OURS:
             more = {key: more[key] for key in more if key != "prefix_from"}

@@ -164,8 +164,8 @@ def readme_section(
     return f"""## Methods compared
 
 Each method at its own best learning rate, with {steps} steps of {batch} examples and \
-{len(SEEDS)} seeds, scored on {BUDGET["test_examples"]} test sentences: the mean, and in \
-brackets the least and the greatest. The prompts were asked once.
+{len(SEEDS)} seeds, scored on {BUDGET["test_examples"]} test sentences: the mean, and \
+in brackets the least and the greatest. The prompts were asked once.
 
 {methods_table(results)._repr_markdown_()}
 

@@ -62,6 +62,8 @@ def test_each_method_trains_what_it_says(small):
     assert trainable("freeze:0") == everything - {"model.embed_tokens.weight"}
     frozen = {n for n in everything if n.startswith("model.layers.0.")}
     assert trainable("freeze:1") == trainable("freeze:0") - frozen
+    assert trainable("last:1") == trainable("freeze:1")
+    assert trainable("last:2") == trainable("freeze:0")
     assert all("lora_" in name for name in trainable(LORA)) and trainable(LORA)
     for wrong in ("freeze:3", "freeze", "half"):
         with pytest.raises(ValueError, match="expected 'full'"):
@@ -347,3 +349,16 @@ def test_costs_are_measured_in_a_step_that_has_optimizer_state(small):
     assert whole["measured"]["adapter_bytes"] == weights
     # gradients and AdamW's two moments of every weight are there too, not of LoRA's
     assert whole["measured"]["peak_bytes"] > costs["peak_bytes"] + 2 * weights
+
+
+def test_a_model_without_chatml_is_asked_in_its_own_way():
+    class Known:
+        def __init__(self, *words):
+            self.words = dict.fromkeys(words)
+
+        def get_vocab(self):
+            return self.words
+
+    assert experiment_setup.template_for(Known("a", "<|im_end|>")) == "chatml"
+    assert experiment_setup.template_for(Known("[INST]")) == "tokenizer"
+    assert experiment_setup.template_for(byte_tokenizer()) == "chatml"

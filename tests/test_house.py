@@ -113,7 +113,7 @@ ARROWS = {
     "packed_batches": {"formatting"},
     "training_speed": {"formatting", "packed_batches"},
     "training_callbacks": {"heap", "training_speed"},
-    "training_memory": {"heap", "memory"},
+    "training_memory": {"heap", "memory", "memory_answer"},
     "training": {
         *("formatting", "evaluation", "heap", "memory", "packed_batches"),
         *("training_callbacks", "training_memory", "training_speed"),
@@ -131,6 +131,7 @@ ARROWS = {
         *("training", "training_callbacks", "experiment_costs"),
     },
     "experiment_costs": {"memory"},
+    "experiment_weights": set(),
     "experiment_card_setup": {"data", "formatting", "memory", "models", "targets"},
     "experiment_card": {
         *("experiment_card_setup", "experiment_costs", "formatting", "memory"),
@@ -146,6 +147,7 @@ ARROWS = {
     },
     "experiment_run": {
         *("experiment_setup", "experiment_rounding", "experiment_classifier"),
+        "experiment_weights",
         *("experiment_card", "data", "evaluation", "formatting", "models"),
         *("parameters", "training", "training_callbacks", "experiment_costs"),
     },
@@ -189,7 +191,7 @@ FAMILIES = {
         *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
         *("experiment_card", "experiment_card_setup"),
         *("experiment_costs", "experiment_rounding"),
-        *("experiment_run", "experiment_setup"),
+        *("experiment_run", "experiment_setup", "experiment_weights"),
     },
     "method_results": {"method_compare", "method_runs", "method_table"},
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
