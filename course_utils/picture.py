@@ -20,7 +20,7 @@ from course_utils.method_runs import FAMILIES, SPEED, path_of
 from course_utils.method_table import order, readme_section
 
 TIMES = "course_cpu"
-BEST_RUN = "02_both_sets"  # the record that lesson 2's figures in the README show
+BEST_RUN = "02_wide_set"  # the record that lesson 2's figures in the README show
 PROPER = {
     "Lora": "LoRA",
     "Pissa": "PiSSA",
@@ -47,7 +47,7 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
         "02_full_fine_tuning",
         "a training loop, equal to `Trainer` and `SFTTrainer`",
         "{02_full:exact_match.full} exact match after 150 steps; "
-        f"{{{BEST_RUN}:runs.0.metrics.exact_match}} with more sentences, "
+        f"{{{BEST_RUN}:runs.0.metrics.exact_match|1}} with more sentences, "
         "embeddings frozen",
         {"method": "full", "batch_size": 16, "sequence_length": 128},
     ),
@@ -97,13 +97,14 @@ LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
 )
 
 
-def share(path: str) -> str:
+def share(path: str, digits: int = 0) -> str:
     """Show a recorded share as a percentage that carries its source.
 
     Args:
         path: as in `records.lookup`.
+        digits: after the point.
     """
-    return f"{100 * records.lookup(path):.0f} %<!-- run:{path} -->"
+    return f"{100 * records.lookup(path):.{digits}f} %<!-- run:{path} -->"
 
 
 def best_recorded() -> str:
@@ -120,13 +121,14 @@ def shown(result: str) -> str:
     """A lesson's recorded result, its figures put in.
 
     Args:
-        result: text with `{paths}` of figures, or with `{BEST}`.
+        result: text with `{path}` or `{path|digits}` of figures, or with `{BEST}`.
     """
 
     def figure(found: re.Match[str]) -> str:
-        return best_recorded() if found[1] == BEST else share(found[1])
+        path, digits = found[1], int(found[2] or 0)
+        return best_recorded() if path == BEST else share(path, digits)
 
-    return re.sub(r"\{([^}]+)\}", figure, result)
+    return re.sub(r"\{([^}|]+)(?:\|(\d))?\}", figure, result)
 
 
 def predicted_gib(plan: dict[str, Any] | None) -> str:
@@ -246,8 +248,7 @@ def keep_times(path: Path) -> None:
 
 
 def _learning_curve() -> Any:
-    run = records.load_record(BEST_RUN)["runs"][0]
-    ax = plotting.plot_loss(run, log=True)
+    ax = plotting.plot_loss(records.load_record(BEST_RUN)["runs"][0], log=True)
     ax.set_title("Every layer trained, embeddings frozen, recorded: loss by step")
     return ax
 

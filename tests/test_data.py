@@ -790,7 +790,7 @@ def test_codes_with_leading_zeros_stay_apart(tmp_path):
     assert load_examples(path)["label"] == [0, 10]
 
 
-@pytest.mark.parametrize("name", [r"C:\Users\me\mydata", "data/my/own"])
+@pytest.mark.parametrize("name", [r"D:\mine\data", "data/my/own"])
 def test_a_path_that_is_not_there_is_no_hub_id(name):
     with pytest.raises(DataError, match="no such file"):
         load_examples(name)
