@@ -71,6 +71,8 @@ def trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     Args:
         trainer: with a data set that has `input_ids`; its longest record counts.
     """
+    from course_utils.training_callbacks import QuickAttention
+
     args, model = trainer.args, trainer.model
     data = trainer.train_dataset
     if "input_ids" not in (getattr(data, "column_names", None) or ()):
@@ -86,10 +88,8 @@ def trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     ]
     half = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
     chunked = "compute_loss" in vars(trainer) or _is_sft(trainer)
-    handler = getattr(trainer, "callback_handler", None)
-    quick = any(
-        type(c).__name__ == "QuickAttention" for c in getattr(handler, "callbacks", ())
-    )
+    callbacks = trainer.callback_handler.callbacks
+    quick = any(isinstance(callback, QuickAttention) for callback in callbacks)
     method = configs[0].peft_type.value.lower() if configs else "full"
     alone = args.per_device_train_batch_size == 1 and args.fp16
     attention = "math" if alone and unfused(base.config, method) else "sdpa"

@@ -113,7 +113,7 @@ ARROWS = {
     "packed_batches": {"formatting"},
     "training_speed": {"formatting", "packed_batches"},
     "training_callbacks": {"heap", "training_speed"},
-    "training_memory": {"heap", "memory", "memory_answer"},
+    "training_memory": {"heap", "memory", "memory_answer", "training_callbacks"},
     "training": {
         *("formatting", "evaluation", "heap", "memory", "packed_batches"),
         *("training_callbacks", "training_memory", "training_speed"),
