@@ -192,6 +192,12 @@ def _train_and_score(
         run["metrics"] += _score_names(scored)
         if experiment.costs and not scored.as_text:
             run["metrics"].append("by_field")
+    if experiment.also_test:
+        again = load_examples(experiment.also_test, "test")
+        scored = evaluate(model, tokenizer, again, template=template)
+        found = {"sha256": data_hash(experiment.also_test), **_answers(scored)}
+        run["measured"]["also_test"] = found
+        run["metrics"] += ["also_test_exact_match", "also_test_by_slice"]
     if experiment.validation_answers:
         like_training = load_examples(experiment.data, "validation")
         limit = experiment.validation_answers

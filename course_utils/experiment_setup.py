@@ -21,6 +21,7 @@ ABSENT_WHEN_UNSET = (
     "validation_answers",
     "costs",
     "also",
+    "also_test",
 )
 
 
@@ -64,6 +65,8 @@ class Experiment:
             what a user of the method has to keep; None leaves both out.
         keep_adapter: keep the trained adapter in `data/adapters/` under this name.
         also: a second data set whose training sentences are mixed in; None for none.
+        also_test: another data set whose whole test split is answered too and scored
+            apart; None for none.
         data, model: names of the data set and, None for the built-in one, the model.
     """
 
@@ -93,6 +96,7 @@ class Experiment:
     validation_answers: int | None = None
     costs: bool | None = None
     also: str | None = None
+    also_test: str | None = None
     data: str = "home_commands"
     model: str | None = None
 

@@ -68,6 +68,15 @@ METRICS: dict[str, Callable[[dict], Any]] = {
     "validation_exact_match": lambda run: scoring.exact_match(
         *(run["measured"]["validation"][key] for key in ("predictions", "references"))
     ),
+    "also_test_exact_match": lambda run: scoring.exact_match(
+        *(run["measured"]["also_test"][key] for key in ("predictions", "references"))
+    ),
+    "also_test_by_slice": lambda run: scoring.by_slice(
+        *(
+            run["measured"]["also_test"][key]
+            for key in ("predictions", "references", "slices")
+        )
+    ),
     "final_loss": lambda run: _last(run["loss"]),
     "final_eval_loss": lambda run: _last([pair[1] for pair in run["eval_loss"]]),
     "weight_error": lambda run: math.sqrt(

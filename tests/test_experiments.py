@@ -14,7 +14,7 @@ from course_utils import (
     experiments,
     records,
 )
-from course_utils.data import data_hash
+from course_utils.data import data_hash, load_examples
 from course_utils.experiment_lists_08 import sweep
 from course_utils.experiment_setup import Experiment, make_model, make_records
 from course_utils.experiments import LESSON_RUNS, best_rate, record_family
@@ -116,6 +116,29 @@ def test_a_run_has_what_a_record_needs(small, monkeypatch):
     assert run["measured"]["general_questions"]["before"] == asked
     assert run["trainable_parameters"] == random_llama().num_parameters()
     assert run["tokens_per_s"] > 0 and run["settings"]["learning_rate"] == 1e-2
+
+
+def test_a_second_test_is_answered_in_full_and_scored_apart(small, monkeypatch):
+    asked = load_examples("home_commands", "test").select(range(3))
+
+    def load(name, *rest, **options):
+        return asked if name == "another" else load_examples(name, *rest, **options)
+
+    monkeypatch.setattr(experiment_run, "load_examples", load)
+    monkeypatch.setattr(experiment_run, "data_hash", lambda name: f"hash of {name}")
+    family = [quick(test_examples=2, also_test="another")]
+    record_family("02_try", family, command="x", say=lambda line: None)
+    record = records.load_record("02_try")
+    (run,) = record["runs"]
+    found = run["measured"]["also_test"]
+    assert found["sha256"] == "hash of another"
+    assert found["references"] == asked["completion"]
+    assert found["slices"] == asked["slice"] and len(run["predictions"]) == 2
+    assert run["metrics"]["also_test_exact_match"] == 0
+    assert set(run["metrics"]["also_test_by_slice"]) == set(asked["slice"])
+    found["predictions"][0] = found["references"][0]
+    assert any("also_test_exact_match" in one for one in records.differences(record))
+    assert "also_test" not in quick().settings()
 
 
 @pytest.mark.parametrize("more", [{"loraplus_ratio": 16.0}, {"schedule": "cosine"}])

@@ -283,6 +283,9 @@ def test_committed_records_were_made_with_the_data_that_lies_here():
     for name, source in sources.items():
         for one in (source, source.get("also", source)):
             assert one["sha256"] == data_hash(one["name"]), name
+        for run in load_record(name)["runs"]:
+            if second := run["settings"].get("also_test"):
+                assert run["measured"]["also_test"]["sha256"] == data_hash(second)
 
 
 def test_records_import_nothing_heavy():
