@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_utils.data_errors import DataError, Record, describe
+from course_utils.data_errors import DataError, Record, describe, mixed_column
 from course_utils.data_files import SUFFIXES, files_of_set, read_records
 from course_utils.data_schemas import normalise
 from course_utils.runtime import data_folder
@@ -278,22 +278,5 @@ def _as_dataset(records: list[Record]) -> datasets.Dataset:
         try:
             table[name] = pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError, UnicodeError):
-            raise _mixed_column(name, values, records) from None
+            raise mixed_column(name, values, records) from None
     return datasets.Dataset(pyarrow.table(table))
-
-
-def _mixed_column(name: str, values: list[Any], records: list[Record]) -> DataError:
-    """The first record whose value does not go with those before it."""
-    import pyarrow
-
-    for end in range(1, len(values) + 1):
-        try:
-            pyarrow.array(values[:end])
-        except (pyarrow.ArrowException, OverflowError, UnicodeError):
-            break
-    return records[end - 1].error(
-        name,
-        f"{describe(values[end - 1])}, unlike the values before it",
-        "values of one kind in a column",
-        "Write all its values the same way, for example all as texts.",
-    )

@@ -100,3 +100,23 @@ def describe(value: object) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     return f"a value of type {type(value).__name__}"
+
+
+def mixed_column(name: str, values: list[Any], records: list[Record]) -> DataError:
+    """The first record whose value does not go with those before it."""
+    import pyarrow
+
+    first, end = 1, len(values)  # the least number of values that fail together
+    while first < end:
+        middle = (first + end) // 2
+        try:
+            pyarrow.array(values[:middle])
+            first = middle + 1
+        except (pyarrow.ArrowException, OverflowError, UnicodeError):
+            end = middle
+    return records[end - 1].error(
+        name,
+        f"{describe(values[end - 1])}, unlike the values before it",
+        "values of one kind in a column",
+        "Write all its values the same way, for example all as texts.",
+    )

@@ -113,6 +113,7 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
     header: list[str] = []
     records: list[Record] = []
     line = 1
+    most = csv.field_size_limit(len(text) + 1)  # one text may be a whole chapter
     try:
         for row in reader:
             if row and not header:
@@ -139,6 +140,8 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
             file=path,
             line=line,
         ) from None
+    finally:
+        csv.field_size_limit(most)
     return records
 
 

@@ -95,6 +95,8 @@ def encode(
     runs = _runs(pieces, special, pattern)
     never = {token.id for token in special.values() if token.special}
     never |= {run.part for run in runs if isinstance(run.part, int)}
+    # Blank lines that are tokens of their own (Gemma's) forge nothing.
+    never -= {t.id for name, t in special.items() if not name.strip() and not t.special}
     never.discard(tokenizer.unk_token_id)
     within, first_only = _within_text(tokenizer)
 
@@ -164,7 +166,15 @@ def _encode_texts(
     """Ids of texts in which nothing is read as a token of the set `never`."""
     if not texts:
         return []
-    encoded = tokenizer(
+    encoded = _plain_ids(texts, tokenizer)
+    for i, ids in enumerate(encoded):
+        if not never.isdisjoint(ids):
+            encoded[i] = _encode_apart(texts[i], ids, tokenizer, special, never)
+    return encoded
+
+
+def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    return tokenizer(
         texts,
         add_special_tokens=False,
         split_special_tokens=True,
@@ -172,21 +182,23 @@ def _encode_texts(
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
-    for i, ids in enumerate(encoded):
-        if not never.isdisjoint(ids):
-            encoded[i] = _encode_apart(texts[i], ids, tokenizer, special, never)
-    return encoded
 
 
 def _encode_apart(
     text: str, ids: list[int], tokenizer: Any, special: dict, never: set[int]
 ) -> list[int]:
-    """Break a look-alike after its first character where the vocabulary holds it."""
-    for name, token in special.items():
-        at = text.find(name) + 1
-        if token.id in never and token.id in ids and at and len(name) > 1:
-            [left] = _encode_texts([text[:at]], tokenizer, special, never)
-            within, _ = _within_text(tokenizer)
-            [right] = _encode_texts([text[at:]], within, special, never)
-            return left + right
-    return ids
+    """Break look-alikes after their first character where the vocabulary holds it."""
+    done: list[int] = []
+    while not never.isdisjoint(ids):
+        places = [
+            text.find(name) + 1
+            for name, token in special.items()
+            if token.id in never and token.id in ids and len(name) > 1
+        ]
+        at = min((place for place in places if place), default=0)
+        if not at:
+            break
+        done += _plain_ids([text[:at]], tokenizer)[0]  # before it there is none
+        tokenizer, text = _within_text(tokenizer)[0], text[at:]
+        ids = _plain_ids([text], tokenizer)[0]
+    return done + ids

@@ -6,6 +6,7 @@ are offered here too; this module adds the model.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ __all__ = [
     "perplexity",
     "stratified",
 ]
+
+
+_EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
+    # Qwen3's own template has it before each answer, so a model tuned by it writes it.
+    predictions = [_EMPTY_THOUGHT.sub("", text) for text in predictions]
     seconds = time.perf_counter() - start
     score = scoring.exact_text if as_text else exact_match
     return Evaluation(

@@ -81,12 +81,14 @@ def answer_share(
 
 def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
     found = record.get("answers") or record.get("answer")
-    if not found:
+    texts = [found] if isinstance(found, str) else list(found or ())
+    texts = [text for text in texts if text.strip()]  # a blank would stand everywhere
+    if not texts:
         raise ValueError(
             f"record {i} has no 'answers' (a list of texts) and no 'answer' (a text); "
             f"its fields are {sorted(record)}"
         )
-    return [found] if isinstance(found, str) else list(found)
+    return texts
 
 
 @dataclass(frozen=True)

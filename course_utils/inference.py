@@ -92,7 +92,10 @@ def generate(
     own_loop = decodes(model)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in rows]
-    with torch.no_grad(), inference_state(model):
+    fork = torch.random.fork_rng(enabled=seed is not None and not own_loop)
+    with torch.no_grad(), inference_state(model), fork:
+        if seed is not None and not own_loop:
+            torch.manual_seed(seed)  # once: each batch draws anew
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [rows[i] for i in chosen]
@@ -101,10 +104,7 @@ def generate(
                     for row, token in pairs:
                         answers[chosen[row]].append(token)
             else:
-                with torch.random.fork_rng(enabled=seed is not None):
-                    if seed is not None:
-                        torch.manual_seed(seed)
-                    written = library_rows(model, batch, options=options, **settings)
+                written = library_rows(model, batch, options=options, **settings)
                 for i, tokens in zip(chosen, written, strict=True):
                     answers[i] = tokens
     return [_text(tokenizer, tokens) for tokens in answers]

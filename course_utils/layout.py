@@ -6,6 +6,7 @@ carries; `course_utils.encoding` turns the pieces into token ids.
 
 from __future__ import annotations
 
+import datetime
 import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,9 +131,9 @@ class _OwnLayout(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _own_layout(
-    tokenizer: Any, _chat_template: str, roles: tuple[str, ...]
+    tokenizer: Any, _chat_template: str, roles: tuple[str, ...], _day: datetime.date
 ) -> _OwnLayout:
-    """Render the chat template with marks in place of the texts."""
+    """Render the chat template, which may tell the day, with marks for the texts."""
     turns = [{"role": r, "content": _MARK.format(i)} for i, r in enumerate(roles)]
     first, *parts = _MARKS.split(_render(tokenizer, turns))
     split = [
@@ -167,7 +168,8 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         messages.append({"role": "user", "content": exchange.text})
         messages.append({"role": "assistant", "content": exchange.answer})
     roles = tuple(message["role"] for message in messages)
-    layout = _own_layout(tokenizer, str(tokenizer.chat_template), roles)
+    today = datetime.date.today()
+    layout = _own_layout(tokenizer, str(tokenizer.chat_template), roles, today)
 
     pieces, before = [], layout.first
     for index, strips_left, strips_right, after in layout.turns:

@@ -71,7 +71,7 @@ def split_sizes(data: str | Path, batch_size: int) -> dict[str, int]:
 
     Raises:
         DataError: the data are unreadable, are no prompts with completions, or a
-            split is too small.
+            split is too small; some test completions are JSON objects, others not.
     """
     everything = load_examples(data, "all")
     if missing := {"prompt", "completion"} - set(everything.column_names):
@@ -95,6 +95,15 @@ def split_sizes(data: str | Path, batch_size: int) -> dict[str, int]:
             cure="One file splits 80/10/10 by a hash of the prompt, so 50 examples "
             "fill every split as a rule; or make a folder with train.jsonl, "
             "validation.jsonl and test.jsonl.",
+            file=data,
+        )
+    answers = load_examples(data, "test")["completion"]
+    objects = sum(not free_text([answer]) for answer in answers)
+    if 0 < objects < len(answers):
+        raise DataError(
+            f"{objects} of {len(answers)} test completions are JSON objects",
+            expected="all of them, compared field by field, or none, compared as text",
+            cure="Write the others as JSON objects too, or put them into another file.",
             file=data,
         )
     return sizes

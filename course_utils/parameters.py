@@ -112,7 +112,8 @@ def predict_parameters(
 
     Args:
         config: a transformers configuration.
-        method: as in `adapter_parameters`, `"full"` included.
+        method: as in `adapter_parameters`, `"full"` included. For `"qlora"` the bytes
+            are those before quantization: `memory.estimate_memory` foretells the rest.
         dtype: what the base model is kept in; adapters are kept in float32.
         **options: as in `adapter_parameters`.
 

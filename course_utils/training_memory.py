@@ -176,17 +176,26 @@ def advice(trainer: Any, plan: MemoryEstimate | None, room: int | None) -> str:
     )
 
 
+def _held_bytes(trainer: Any) -> int:
+    """Bytes of a run that are there already: weights, gradients, optimiser state."""
+    tensors = [*trainer.model.parameters()]
+    tensors += [p.grad for p in tensors if p.grad is not None]
+    for state in getattr(trainer.optimizer, "state", {}).values():
+        tensors += [value for value in state.values() if hasattr(value, "element_size")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def use_memory_advice(trainer: Any) -> None:
     """Let a trainer that runs out of memory, or is about to, say what to lower."""
     train, evaluate = trainer.train, trainer.evaluate
+    own_optimizer = trainer.optimizer is not None  # of which the plan knows nothing
 
     def advised_train(*args: Any, **options: Any) -> Any:
         plan, device = trainer_estimate(trainer), trainer.args.device.type
         free = free_bytes(device)
-        held = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-        room = None if free is None else free + held
+        room = None if free is None else free + _held_bytes(trainer)
         if plan is not None and room is not None:
-            if plan.static > room:
+            if plan.static > room and not own_optimizer:
                 raise OutOfMemory(
                     f"there is not enough memory for this run. "
                     f"{advice(trainer, plan, room)}"

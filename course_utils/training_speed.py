@@ -46,7 +46,7 @@ def completion_loss(
     from torch.nn.functional import cross_entropy
 
     if "position_ids" in batch and "attention_mask" not in batch:
-        _refuse_virtual_tokens(model)
+        refuse_virtual_tokens(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE
@@ -58,7 +58,12 @@ def completion_loss(
     return total / count
 
 
-def _refuse_virtual_tokens(model: Any) -> None:
+def refuse_virtual_tokens(model: Any) -> None:
+    """Raise if a model that is to read packed rows has a prompt or prefix adapter.
+
+    Raises:
+        ValueError: it has.
+    """
     configs = getattr(model, "peft_config", {}).values()
     if any(getattr(config, "is_prompt_learning", False) for config in configs):
         raise ValueError(

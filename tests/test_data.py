@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from course_utils import data
 from course_utils.data import DataError, data_hash, list_bundled, load_examples
+from course_utils.data_errors import Record, mixed_column
 from course_utils.runtime import data_folder
 
 PAIR = '{"prompt": "a", "completion": "b"}\n'
@@ -794,3 +795,26 @@ def test_codes_with_leading_zeros_stay_apart(tmp_path):
 def test_a_path_that_is_not_there_is_no_hub_id(name):
     with pytest.raises(DataError, match="no such file"):
         load_examples(name)
+
+
+def test_a_long_text_in_a_csv_is_a_text(tmp_path):
+    long = "word " * 40_000
+    path = write(tmp_path, "a.csv", f'prompt,completion\n"{long}",b\n')
+    (row,) = load_examples(path, "all")
+    assert row["prompt"] == long
+
+
+def test_the_first_value_of_another_kind_is_found_quickly(monkeypatch):
+    tried, real = [], pyarrow.array
+
+    def array(values):
+        tried.append(len(values))
+        return real(values)
+
+    monkeypatch.setattr(pyarrow, "array", array)
+    for place in (1, 2, 3211, 4999):
+        rows = [{"id": "x" if i == place else i} for i in range(5000)]
+        records = [Record("a.jsonl", i + 1, "line", row) for i, row in enumerate(rows)]
+        error = mixed_column("id", [row["id"] for row in rows], records)
+        assert error.line == place + 1
+    assert len(tried) < 60

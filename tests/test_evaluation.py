@@ -292,6 +292,27 @@ def test_evaluate_asks_alpaca_records_with_their_input(monkeypatch):
     assert asked == [record, record["prompt"], record["prompt"]]
 
 
+def test_an_empty_thought_before_an_answer_is_not_part_of_it(monkeypatch):
+    answers = {r["prompt"]: r["completion"] for r in RECORDS}
+    thinking = {k: f"<think>\n\n</think>\n\n{v}" for k, v in answers.items()}
+    answer_with(monkeypatch, thinking)
+    result = evaluate(None, byte_tokenizer(), SLICED)
+    assert result.exact_match == 1 and result.predictions == tuple(answers.values())
+    answer_with(monkeypatch, {k: f"<think>Hm.</think>{v}" for k, v in answers.items()})
+    assert evaluate(None, byte_tokenizer(), SLICED).exact_match == 0
+
+
+def test_a_blank_is_no_expected_answer(monkeypatch):
+    from course_utils import forgetting as module
+
+    monkeypatch.setattr(module, "generate", lambda *args, **options: ["London."])
+    asked = {"prompt": "Capital of France?", "answers": ["Paris", ""]}
+    assert answer_share(None, None, [asked]).share == 0
+    for blank in ([" "], [], " "):
+        with pytest.raises(ValueError, match="record 0 has no 'answers'"):
+            answer_share(None, None, [asked | {"answers": blank}])
+
+
 def test_answer_share_reads_one_answer_as_one(monkeypatch):
     from course_utils import forgetting as module
 

@@ -1,6 +1,7 @@
 """Templates, labels, truncation, padding and packing."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tokenizers import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from course_utils import layout
 from course_utils.formatting import (
     TEMPLATES,
     CompletionCollator,
@@ -872,3 +874,52 @@ def test_worked_examples_need_an_end_of_turn():
 def test_the_slow_property_sees_ten_thousand_texts():
     assert MANY.max_examples * len(TOKENIZERS) >= 10_000
     assert {"byte_level", "metaspace_first", "unigram", "word_piece"} <= set(TOKENIZERS)
+
+
+def with_tokens(*names):
+    """A byte-level tokenizer with tokens of its own that are not special, as Gemma."""
+    other = wrap(
+        Tokenizer.from_str(byte_level().backend_tokenizer.to_str()),
+        eos_token="<|im_end|>",
+    )
+    other.add_tokens([AddedToken(n, special=False, normalized=False) for n in names])
+    return other
+
+
+def test_blank_lines_that_are_tokens_stay_tokens():
+    tokenizer = with_tokens("\n\n")
+    record = {"prompt": "one\n\ntwo", "completion": "three\n\nfour"}
+    blank = tokenizer.convert_tokens_to_ids("\n\n")
+    for template in ("alpaca", "plain"):
+        features = tokenize_example(record, tokenizer, template=template)
+        assert learned(features).count(blank) == 1, template
+
+
+def test_a_marker_typed_very_often_stays_text():
+    tokenizer = with_tokens("<turn>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+    )
+    record = {"prompt": "<turn>" * 600, "completion": "a <turn> b"}
+    features = tokenize_example(record, tokenizer, template="tokenizer")
+    marker = tokenizer.convert_tokens_to_ids("<turn>")
+    assert features["input_ids"].count(marker) == 2
+    assert tokenizer.decode(features["input_ids"]).count("<turn>") == 603
+
+
+def test_a_chat_template_may_tell_the_day(monkeypatch):
+    day = ["4 May"]
+    tokenizer = with_tokens()
+    tokenizer.chat_template = CHATML
+    real = tokenizer.apply_chat_template
+
+    def dated(*args, **options):
+        return f"{day[0]}\n{real(*args, **options)}"
+
+    tokenizer.apply_chat_template = dated
+    clock = SimpleNamespace(date=SimpleNamespace(today=lambda: day[0]))
+    monkeypatch.setattr(layout, "datetime", clock)
+    for day[0] in ("4 May", "5 May"):
+        features = tokenize_example(LIGHT, tokenizer, template="tokenizer")
+        assert tokenizer.decode(features["input_ids"]).startswith(day[0])

@@ -177,6 +177,19 @@ def test_other_architectures_answer_as_alone_too(name):
     assert "".join(pieces) == got[0]
 
 
+def test_the_librarys_sampling_draws_anew_in_each_batch():
+    make, _ = OTHERS["sliding window"]
+    torch.manual_seed(0)
+    model, tokenizer = make().eval(), byte_tokenizer()
+    assert not decodes(model)
+    options = {"template": "plain", "max_new_tokens": 8, "do_sample": True, "seed": 0}
+    before = torch.random.get_rng_state()
+    answers = generate(model, tokenizer, ["Tell"] * 4, batch_size=1, **options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert len(set(answers)) > 1
+    assert generate(model, tokenizer, ["Tell"] * 4, batch_size=1, **options) == answers
+
+
 def state(model, tokenizer):
     base = decoding.base_model(model)
     return (

@@ -442,6 +442,9 @@ def test_what_cannot_be_compared_is_said(tiny, tmp_path):
         compare_on(file, rates={"half": 1e-3})
     with pytest.raises(ValueError, match="no method is named"):
         compare_on(file, methods=[])
+    mixed = write(tmp_path / "mixed.jsonl", lambda i: "{}" if i % 2 else "yes")
+    with pytest.raises(DataError, match="test completions are JSON objects.*all of"):
+        compare_on(mixed)
     few = write(tmp_path / "few.jsonl", lambda i: "{}", count=3)
     with pytest.raises(DataError, match="too few examples: .* 0 (validation|test)"):
         compare_on(few)

@@ -1,7 +1,10 @@
 """Soft prompts from scratch: equal to PEFT with the same random rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
@@ -28,6 +31,7 @@ from course_utils.training import (
     prepare_trainer,
     sft_config,
 )
+from course_utils.training_callbacks import CheckBeforeTraining
 
 N, D, HIDDEN = 5, 32, 12
 ROWS = [
@@ -237,6 +241,17 @@ def test_packed_examples_are_refused_in_words():
     completion_loss(random_llama(), packed)
     with pytest.raises(ValueError, match="one example "):
         completion_loss(peft_prompt(random_rows()), packed)
+
+
+def test_packed_data_are_refused_before_step_1_whatever_computes_the_loss():
+    rows = Dataset.from_list(list(pack_examples(ROWS, 16)))
+    loader = SimpleNamespace(dataset=rows)
+    args = SimpleNamespace(fp16=False, gradient_checkpointing=False)
+    check = CheckBeforeTraining().on_train_begin
+    check(args, None, None, model=random_llama(), train_dataloader=loader)
+    model = peft_prompt(random_rows())
+    with pytest.raises(ValueError, match="one example "):
+        check(args, None, None, model=model, train_dataloader=loader)
 
 
 # --- the trained prompt that lesson 05 loads -----------------------------------------

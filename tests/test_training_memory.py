@@ -22,7 +22,7 @@ FP32 = Profile("cpu", "cpu", torch.float32, 0)
 T4 = Profile("t4", "cuda", torch.float16, 0)
 
 
-def build(folder, model=None, kind=SFTTrainer, **settings):
+def build(folder, model=None, kind=SFTTrainer, optimizers=(None, None), **settings):
     make = sft_config if kind is SFTTrainer else training_arguments
     settings = {"per_device_train_batch_size": 8, "max_steps": 2} | settings
     trainer = kind(
@@ -32,6 +32,7 @@ def build(folder, model=None, kind=SFTTrainer, **settings):
         eval_dataset=records(8),
         data_collator=CompletionCollator(byte_tokenizer()),
         processing_class=byte_tokenizer(),
+        optimizers=optimizers,
     )
     prepare_trainer(trainer)
     return trainer
@@ -196,6 +197,27 @@ def test_a_run_that_cannot_begin_does_not(monkeypatch, tmp_path):
     with pytest.raises(OutOfMemory, match="not enough memory for this run"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_what_a_first_training_has_left_counts_as_there(monkeypatch, tmp_path):
+    trainer = build(tmp_path)
+    weights = training_memory._held_bytes(trainer)
+    trainer.train()
+    held = training_memory._held_bytes(trainer)
+    assert held >= 3 * weights  # and AdamW's two averages
+    there = int(1.02 * trainer_estimate(trainer).total)
+    monkeypatch.setattr(training_memory, "free_bytes", lambda device: there - held)
+    trainer.train()
+
+
+def test_an_optimizer_of_ones_own_is_not_refused(monkeypatch, tmp_path, capsys):
+    model = random_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = build(tmp_path, model, optimizers=(optimizer, None))
+    plan = trainer_estimate(trainer)
+    room(monkeypatch, trainer, 0.9 * plan.static / plan.total)
+    trainer.train()
+    assert "Memory may run out." in capsys.readouterr().out
 
 
 def test_the_estimate_is_of_this_trainer(tmp_path):
