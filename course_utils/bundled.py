@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from course_utils.files import replace
 from course_utils.gguf_files import convert_gguf
 
 
@@ -137,7 +138,7 @@ def _make(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
         with no_progress_bars():
             bundle.convert(package / bundle.member, work / "ready")
         _flush(work / "ready")
-        os.replace(work / "ready", folder)
+        replace(work / "ready", folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(f"  ready after {time.perf_counter() - start:.0f} s: {folder}")

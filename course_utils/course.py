@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # On Windows a redirected output has an encoding that knows no check mark.
     sys.stdout.reconfigure(line_buffering=True, encoding="utf-8", errors="replace")
+    # Nor has its event loop what zmq asks for first, and does without.
+    warnings.filterwarnings("ignore", "Proactor event loop", RuntimeWarning)
     if options.profile:
         os.environ["COURSE_PROFILE"] = options.profile
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from course_utils import exercises, runtime
+from course_utils.files import replace
 
 SIGNS = {"correct": "✓", "wrong": "✗", "unanswered": "…"}
 
@@ -162,7 +163,7 @@ def save_result(lesson: str, headline: str, **numbers: Any) -> None:
     }
     whole = path.with_suffix(f".{os.getpid()}.tmp")
     whole.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(whole, path)
+    replace(whole, path)
     print(f"Lesson {lesson}: {headline}")
 
 

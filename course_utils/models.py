@@ -99,8 +99,7 @@ def load_model(
     model = _from_pretrained(AutoModelForCausalLM, model_name(name), SMOLLM2, options)
     if quantization is None:
         model = model.to(profile.device)
-    else:
-        keep_4bit_weights_in_place(model)
+    keep_4bit_weights_in_place(model)  # a checkpoint may be in 4 bits already
     return model.eval()
 
 
@@ -256,6 +255,9 @@ def _from_pretrained(kind: Any, name: str, bundle: Bundle, options: dict) -> Any
             source = prepare(bundle)
         except ModelUnavailable as error:
             reason, source = error, bundle.hub
+            print(
+                f"{error}\nTrying the hub's {bundle.hub}, rounded less: figures move."
+            )
     elif Path(name).expanduser().is_dir():
         source = Path(name).expanduser()
     elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from course_utils.files import replace
 from course_utils.record_metrics import (
     METRICS,
     RecordError,
@@ -214,9 +215,8 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
     record |= {"schema": SCHEMA, "name": name, "summary": {}}
     runs = [dict(run) for run in record.get("runs", [])]
     for run in runs:
-        for key in ("loss", "eval_loss"):
-            if key in run:
-                run[key] = _finite(run[key])
+        for key in run.keys() & {"loss", "eval_loss"}:
+            run[key] = _finite(run[key])
         if not isinstance(run.get("metrics"), dict):
             run["metrics"] = dict.fromkeys(run.get("metrics") or ())
     record["runs"] = runs
@@ -230,7 +230,7 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(_as_text(record))
         os.chmod(draft, 0o644)
-        os.replace(draft, folder / f"{name}.json")
+        replace(draft, folder / f"{name}.json")
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise

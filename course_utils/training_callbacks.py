@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from course_utils import heap
-from course_utils.training_speed import set_attention
+from course_utils.files import replace
+from course_utils.training_speed import refuse_virtual_tokens, set_attention
 
 MANIFEST = "complete.json"
 
@@ -55,10 +56,13 @@ class CheckBeforeTraining(TrainerCallback):
     """Refuse, before step 1, what would fail or go wrong without a word later."""
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
     ) -> None:
         check_trainable(model, fp16=args.fp16)
         check_prompt_methods(model, args.gradient_checkpointing)
+        data = getattr(more.get("train_dataloader"), "dataset", None)
+        if "position_ids" in (getattr(data, "column_names", None) or ()):
+            refuse_virtual_tokens(model)
 
 
 def check_trainable(model: Any, *, fp16: bool) -> None:
@@ -200,20 +204,33 @@ class MarkCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         files = {
-            str(path.relative_to(folder)): path.stat().st_size
+            path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != MANIFEST
         }
         draft = folder / f".{MANIFEST}.tmp"
         draft.write_text(json.dumps({"step": state.global_step, "files": files}))
-        os.replace(draft, folder / MANIFEST)
+        replace(draft, folder / MANIFEST)
+
+
+def _stopped_early(state: TrainerState) -> bool:
+    """Whether transformers' `EarlyStoppingCallback` had lost its patience."""
+    found = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+    for one in found if isinstance(found, list) else [found]:
+        patience = one.get("args", {}).get("early_stopping_patience")
+        counter = one.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        if patience is not None and counter >= patience:
+            return True
+    return False
 
 
 def keep_finished_runs(trainer: Any) -> None:
     """Let `train` load a finished run's checkpoint instead of training on.
 
     Transformers does one more step when it resumes from the last checkpoint of a run
-    that was complete, and so changes the weights.
+    that was complete, and so changes the weights; after an early stop, whose patience
+    it forgets, many more. Where the run was to end with its best weights, those are
+    loaded.
     """
     train = trainer.train
 
@@ -225,9 +242,11 @@ def keep_finished_runs(trainer: Any) -> None:
         done = state.epoch is not None and state.epoch >= args.num_train_epochs
         if args.max_steps > 0:
             done = state.global_step >= args.max_steps
-        if not done:
+        if not (done or _stopped_early(state)):
             return train(resume_from_checkpoint=str(folder), **options)
-        trainer._load_from_checkpoint(str(folder))
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        wanted = best if best and Path(best).is_dir() else folder
+        trainer._load_from_checkpoint(str(wanted))
         trainer.state = state
         trainer.model.eval()
         print(f"nothing left to train: {folder.name} is the end of this run")

@@ -248,6 +248,7 @@ def test_work_on_drive_outlives_a_disconnect(colab, monkeypatch):
         session(colab, colab / "disk1", stop_at=5)
     kept = colab / "drive" / "MyDrive" / "fine-tuning-course"
     assert Path(find_checkpoint(kept / "mine")).name == "checkpoint-4"
+    monkeypatch.chdir(colab)  # Windows keeps the folder that one stands in
     shutil.rmtree(colab / "disk1")  # Colab's disk is gone, Drive is not
     resumed = session(colab, colab / "disk2")
     assert resumed == pytest.approx(unbroken, abs=1e-6)

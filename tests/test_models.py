@@ -274,3 +274,12 @@ def test_after_release_a_training_with_an_8_bit_optimizer_begins_anew():
     assert any(entry[0] is kept[0] for entry in manager.module_weight_config_triple)
     train()
     models.release(kept)
+
+
+def test_a_checkpoint_in_4_bits_is_guarded_too(folder, monkeypatch, tmp_path):
+    guarded = []
+    monkeypatch.setattr(models, "keep_4bit_weights_in_place", guarded.append)
+    model = models.load_model(str(folder), dtype=torch.float32, quantization="nf4")
+    model.save_pretrained(tmp_path / "four")
+    again = models.load_model(str(tmp_path / "four"))
+    assert guarded == [model, again]

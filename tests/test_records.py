@@ -218,7 +218,11 @@ def test_two_writers_never_leave_a_broken_file(folder):
         writer.start()
     together.wait(120)
     while any(writer.is_alive() for writer in writers):
-        assert load_record("03_lora")["seconds"] in (1.0, 2.0, 9.0)
+        try:
+            found = load_record("03_lora")["seconds"]
+        except PermissionError:  # on Windows, while it is replaced
+            continue
+        assert found in (1.0, 2.0, 9.0)
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0

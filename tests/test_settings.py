@@ -96,7 +96,10 @@ BROKEN = {
     ),
     "a model folder that is not there": (
         lambda: models.load_model("/no/such/folder"),
-        *(ModelUnavailable, ["/no/such/folder: no such folder", "Cures: check"]),
+        *(
+            ModelUnavailable,
+            [f"{Path('/no/such/folder')}: no such folder", "Cures: check"],
+        ),
     ),
     "a model folder below one's home that is not there": (
         lambda: models.load_model("~/no/such/folder"),

@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
 from training_child import STEPS, records
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from trl import SFTTrainer
 
 from course_utils import training_callbacks as callbacks
@@ -438,6 +445,35 @@ def test_a_finished_run_is_loaded_and_not_trained_on(method, size, tmp_path, cap
     assert not again.model.training
     ids = torch.tensor([[5, 6, 7]])
     assert again.model.generate(input_ids=ids, max_new_tokens=3).shape[1] > 3
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_a_run_that_stopped_early_is_not_trained_on(load_best, tmp_path, capsys):
+    """Nothing is enough of a gain for this one; its loss rises from the beginning."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 9}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+    settings |= {"metric_for_best_model": "eval_loss", "learning_rate": 0.1}
+    settings["load_best_model_at_end"] = load_best
+    stop = {"early_stopping_patience": 3, "early_stopping_threshold": 1e6}
+    runs = []
+    for checkpoint in (None, "last"):
+        trainer = build(SFTTrainer, tmp_path, wrapped("lora"), **settings)
+        trainer.args.load_best_model_at_end = True  # the callback insists on it
+        trainer.add_callback(EarlyStoppingCallback(**stop))
+        prepare_trainer(trainer)
+        trainer.args.load_best_model_at_end = load_best or checkpoint is None
+        checkpoint = checkpoint and find_checkpoint(tmp_path)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(trainer)
+    first, again = runs
+    last, best = first.state.global_step, Path(first.state.best_model_checkpoint).name
+    assert again.state.global_step == last < 9 and best != f"checkpoint-{last}"
+    assert f"nothing left to train: checkpoint-{last}" in capsys.readouterr().out
+    wanted = best if load_best else f"checkpoint-{last}"
+    kept = load_file(tmp_path / wanted / "adapter_model.safetensors")
+    ours = get_peft_model_state_dict(again.model)
+    assert kept.keys() == ours.keys() and len(kept) > 4
+    assert all(torch.equal(kept[name], ours[name]) for name in kept)
 
 
 def test_only_complete_checkpoints_are_found(tmp_path):
