@@ -37,7 +37,7 @@ lessons: $(STAMP)
 	$(RUN) pytest -q tests/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
 
 bench: $(STAMP) build/litgpt
-	$(RUN) tests.benchmarks
+	COURSE_DEVICE=cpu $(RUN) tests.benchmarks
 
 build/litgpt: tests/benchmarks/litgpt.txt
 	rm -rf $@ && $(PYTHON) -m venv $@

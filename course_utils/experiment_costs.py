@@ -30,7 +30,8 @@ class PeakOfStep(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.step - 1:
             clock = time.perf_counter()
-            kind = "cuda" if args.device.type == "cuda" else "allocator"
+            device = args.device.type
+            kind = device if device in ("cuda", "mps") else "allocator"
             self._meter = measure_memory(kind)
             self._used = self._meter.__enter__()
             self.seconds += time.perf_counter() - clock

@@ -24,7 +24,7 @@ def singular_values(matrix: Any) -> list[float]:
     """
     import torch
 
-    values = torch.linalg.svdvals(matrix.float())
+    values = torch.linalg.svdvals(matrix.float().cpu())  # MPS has none
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 

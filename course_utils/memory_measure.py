@@ -1,4 +1,4 @@
-"""Measure the peak memory of a piece of code: on the card, or in torch's CPU allocator.
+"""Measure the peak memory of a piece of code: on a GPU, or in torch's CPU allocator.
 
 `memory.measure_memory` is the public name.
 """
@@ -9,14 +9,15 @@ import contextlib
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from course_utils.heap import give_back
 from course_utils.memory_request import GIB
+from course_utils.runtime import get_profile
 
-KINDS = ("auto", "cuda", "allocator", "resident")
+KINDS = ("auto", "cuda", "mps", "allocator", "resident")
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Measurement:
     """Bytes at the start and at the peak; filled in when the `with` block ends.
 
     Attributes:
-        kind: ``"cuda"``, ``"allocator"`` or ``"resident"``.
+        kind: ``"cuda"``, ``"mps"``, ``"allocator"`` or ``"resident"``.
         start_bytes: in use when the block began.
         peak_bytes: the most in use at any moment of the block, start included.
         reserved_bytes: the most that torch had reserved on the card (CUDA only).
@@ -51,7 +52,9 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
     """Measure the peak memory of the `with` block.
 
     Args:
-        kind: ``"cuda"``: the allocator's own peak, free of cost. ``"allocator"``: on a
+        kind: ``"cuda"``: the allocator's own peak, free of cost. ``"mps"``: what torch
+            has allocated on Apple's GPU, which keeps no peak: read every 5 ms, so that
+            a shorter one may be missed. ``"allocator"``: on a
             CPU, every allocation that torch makes, recorded by its profiler and added
             up; exact to the byte and comparable with `estimate_memory(...).total`, but
             for a few steps only: the records of one step of a 30-layer model take
@@ -59,13 +62,14 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
             ``"resident"``: the largest resident size of the process, as Linux keeps it
             (elsewhere read every 5 ms); for runs of any length, but it includes
             Python, the libraries and what the allocator keeps for later.
-            ``"auto"``: ``"cuda"`` where there is a card, else ``"allocator"``.
+            ``"auto"``: the first, second or third, whichever fits the device on which
+            this run's profile computes.
 
     Yields:
         A `Measurement`, complete when the block has ended.
 
     Raises:
-        ValueError: for an unknown kind, or ``"cuda"`` without a card.
+        ValueError: for an unknown kind, or that of a GPU which is not there.
 
     >>> import torch
     >>> with measure_memory("allocator") as used:
@@ -78,12 +82,15 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "allocator"
+        device = get_profile().device  # the CPU, if so asked, beside a card too
+        kind = device if device in KINDS else "allocator"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("kind 'cuda' needs a CUDA card; on a CPU use 'allocator'")
-    meter = {"cuda": _cuda, "allocator": _allocator, "resident": _resident}[kind]
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("kind 'mps' needs Apple's GPU; on a CPU use 'allocator'")
+    meters = {"cuda": _cuda, "mps": _mps, "allocator": _allocator}
     result = Measurement(kind)
-    with meter(result):
+    with meters.get(kind, _resident)(result):
         yield result
 
 
@@ -141,17 +148,39 @@ def _allocator(result: Measurement) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _mps(result: Measurement) -> Iterator[None]:
+    import torch
+
+    gc.collect()
+    torch.mps.synchronize()
+    with _watched(result, torch.mps.current_allocated_memory):
+        yield
+
+
+@contextlib.contextmanager
 def _resident(result: Measurement) -> Iterator[None]:
     import psutil
 
-    process, done = psutil.Process(), threading.Event()
+    process = psutil.Process()
     gc.collect()
     give_back()  # blocks kept from before would hide that they are taken again
     exact = _restart_high_water()
-    result.start_bytes = result.peak_bytes = process.memory_info().rss
+    try:
+        with _watched(result, lambda: process.memory_info().rss):
+            yield
+    finally:
+        if exact:
+            result.peak_bytes = max(result.peak_bytes, _high_water())
+
+
+@contextlib.contextmanager
+def _watched(result: Measurement, in_use: Callable[[], int]) -> Iterator[None]:
+    """Let a thread read `in_use` every 5 ms, and keep the most."""
+    done = threading.Event()
+    result.start_bytes = result.peak_bytes = in_use()
 
     def look() -> None:
-        result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
+        result.peak_bytes = max(result.peak_bytes, in_use())
 
     def watch() -> None:
         while not done.wait(0.005):
@@ -165,8 +194,6 @@ def _resident(result: Measurement) -> Iterator[None]:
         done.set()
         thread.join()
         look()
-        if exact:
-            result.peak_bytes = max(result.peak_bytes, _high_water())
 
 
 def _restart_high_water() -> bool:

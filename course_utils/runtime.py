@@ -13,6 +13,7 @@ import platform
 import random
 import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ def get_profile(name: str | None = None) -> Profile:
         The profile, with the dtype that this hardware computes well in.
 
     Raises:
-        ValueError: the name is none of the three.
+        ValueError: the name is none of the three, or ``COURSE_DEVICE`` no device.
         RuntimeError: ``t4`` was asked for and there is no CUDA card.
     """
     asked = name or os.environ.get("COURSE_PROFILE") or None
@@ -96,22 +97,38 @@ def get_profile(name: str | None = None) -> Profile:
             "profile 't4' needs a CUDA card and none was found. Use profile 'cpu', or "
             "on Colab choose Runtime > Change runtime type > T4 GPU."
         )
-    if asked == "cpu" and device == "cuda":
-        device = "cpu"
+    if asked == "cpu" and not os.environ.get("COURSE_DEVICE"):
+        device = "cpu"  # beside a card too
     if asked is None:
         asked = "t4" if device == "cuda" else "cpu"
     return Profile(asked, device, choose_dtype(device))
 
 
 def find_device() -> str:
-    """Return ``"cuda"``, ``"mps"`` or ``"cpu"``, whichever PyTorch can use here."""
+    """Return ``"cuda"`` where PyTorch finds a card, else ``"cpu"``.
+
+    The environment variable ``COURSE_DEVICE`` has its way. Apple's GPU, ``"mps"``, is
+    used on its word only: PyTorch 2.13 has no ``torch.linalg.svdvals`` for it, and
+    before macOS 15 what is written into a part of a tensor there can be lost
+    (https://github.com/pytorch/pytorch/issues/104832), as TRL's loss would write it.
+
+    Raises:
+        ValueError: ``COURSE_DEVICE`` is no device, or one that is not here.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
+    found = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    asked = os.environ.get("COURSE_DEVICE")
+    if not asked:
+        return "cuda" if found["cuda"] else "cpu"
+    if not found.get(asked):
+        here = ", ".join(device for device, there in found.items() if there)
+        raise ValueError(f"COURSE_DEVICE: no device {asked!r} here; there is {here}.")
+    return asked
 
 
 def choose_dtype(device: str) -> torch.dtype:
@@ -256,6 +273,11 @@ def readiness(profile: Profile | None = None) -> list[Finding]:
     free_gb = shutil.disk_usage(Path.home()).free / 1e9
     cure = "Free some space: the built-in model and results take about 2 GB."
     findings.append(Finding(free_gb >= 3, f"disk {free_gb:.0f} GB free", cure))
+    if profile.device == "cuda" and platform.system() == "Linux":
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        there = header.is_file() and any(map(shutil.which, ("cc", "gcc", "clang")))
+        cure = "TRL's loss is compiled: `apt install build-essential python3-dev`."
+        findings.append(Finding(there, "a C compiler and Python.h", cure))
     findings.append(Finding(True, str(profile)))
     return findings
 

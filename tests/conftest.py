@@ -6,6 +6,7 @@ and those it starts can connect to nothing outside, and an attempt fails the ses
 
 import os
 import runpy
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,7 +19,8 @@ collect_ignore = ["fake_colab", "network_guard"]
 
 GUARD = Path(__file__).parent / "network_guard"
 LOG = pytest.StashKey[Path]()
-TEST_LIMIT_S = 300
+# Without this signal, on Windows, a test beyond its limit ends the whole session.
+TEST_LIMIT_S = 300 if hasattr(signal, "SIGALRM") else 1800
 SECONDS = pytest.StashKey[dict]()
 BUDGET_S = {"00": 60, "01": 60}  # the smoke profile on two cores; other lessons: 85
 
@@ -49,6 +51,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TEST_LIMIT_S))
+
+
+def pytest_runtest_setup(item):
+    """What is not marked `gpu` computes on the CPU, beside a card too."""
+    if item.get_closest_marker("gpu"):
+        os.environ.pop("COURSE_DEVICE", None)
+    else:
+        os.environ["COURSE_DEVICE"] = "cpu"
 
 
 def pytest_collection_finish(session):

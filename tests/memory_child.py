@@ -30,6 +30,7 @@ def trained_model(settings, layers):
             bnb_4bit_use_double_quant=settings["double_quant"],
             bnb_4bit_compute_dtype=torch.float32,
         )
+        extra["device_map"] = {"": "cpu"}  # else a card, where there is one
     model = AutoModelForCausalLM.from_pretrained(
         bundled.prepare(bundled.SMOLLM2),
         dtype=torch.float32,

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -574,6 +576,39 @@ def test_measure_memory_refuses_unknown_kinds():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA"), measure_memory("cuda"):
             pass
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="needs Apple"), measure_memory("mps"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"), [("cpu", "allocator"), ("mps", "mps"), ("cuda", "cuda")]
+)
+def test_what_is_measured_follows_the_device_of_the_profile(monkeypatch, device, kind):
+    """A run on the CPU beside a card measures the CPU's memory."""
+    profile = SimpleNamespace(device=device)
+    monkeypatch.setattr(memory_measure, "get_profile", lambda: profile)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for meter in ("_cuda", "_mps", "_allocator"):
+        monkeypatch.setattr(memory_measure, meter, lambda result: nullcontext())
+    with measure_memory() as used:
+        pass
+    assert used.kind == kind
+
+
+def test_the_peak_on_apples_gpu_is_read_while_the_block_runs(monkeypatch):
+    in_use, synchronised = [1000], []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: synchronised.append(True))
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: in_use[0])
+    with measure_memory("mps") as used:
+        in_use[0], limit = 5000, time.monotonic() + 60
+        while used.peak_bytes < 5000 and time.monotonic() < limit:
+            time.sleep(0.01)
+        in_use[0] = 2000
+    assert (used.start_bytes, used.peak_bytes, used.kind) == (1000, 5000, "mps")
+    assert synchronised and used.added_bytes == 4000
 
 
 @pytest.mark.gpu

@@ -51,7 +51,8 @@ MACHINES = {
     "L4": Machine(BF16, "cuda", (8, 9)),
     "A100": Machine(BF16, "cuda", (8, 0)),
     "T4 beside a CPU with bf16": Machine(FP16, "cuda", (7, 5), avx512_bf16=True),
-    "MPS": Machine(FP32, "mps", mps=True, avx512_bf16=True),
+    "a Mac": Machine(FP32, mps=True),
+    "MPS, asked for": Machine(FP32, "mps", mps=True),
 }
 
 
@@ -59,6 +60,9 @@ MACHINES = {
 def machine(request, monkeypatch):
     found = MACHINES[request.param]
     monkeypatch.delenv("COURSE_PROFILE", raising=False)
+    monkeypatch.delenv("COURSE_DEVICE", raising=False)
+    if found.device == "mps":  # never unasked
+        monkeypatch.setenv("COURSE_DEVICE", "mps")
 
     def capability(*_):
         if found.capability is None:  # as a torch without CUDA says it

@@ -8,11 +8,14 @@ import torch
 
 from course_utils import runtime
 
+FP32 = torch.float32
+
 
 @pytest.fixture
 def machine(monkeypatch):
     """Fake a machine: a CUDA capability, MPS, a processor with bfloat16 or not."""
-    monkeypatch.delenv("COURSE_PROFILE", raising=False)
+    for variable in ("COURSE_PROFILE", "COURSE_DEVICE"):
+        monkeypatch.delenv(variable, raising=False)
 
     def fake(*, capability=None, mps=False, cpu_bf16=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
@@ -36,16 +39,35 @@ def machine(monkeypatch):
         ({"capability": (7, 5)}, ("t4", "cuda", torch.float16)),
         ({"capability": (8, 0)}, ("t4", "cuda", torch.bfloat16)),
         ({"capability": (8, 9)}, ("t4", "cuda", torch.bfloat16)),
-        ({"mps": True, "cpu_bf16": True}, ("cpu", "mps", torch.float32)),
+        ({"mps": True}, ("cpu", "cpu", torch.float32)),
         ({"cpu_bf16": True}, ("cpu", "cpu", torch.bfloat16)),
         ({}, ("cpu", "cpu", torch.float32)),
     ],
-    ids=["T4", "A100", "L4", "MPS", "CPU with bf16", "CPU"],
+    ids=["T4", "A100", "L4", "a Mac", "CPU with bf16", "CPU"],
 )
 def test_profile_follows_the_hardware(machine, hardware, expected):
     machine(**hardware)
     profile = runtime.get_profile()
     assert (profile.name, profile.device, profile.dtype) == expected
+
+
+def test_the_device_can_be_asked_for(machine, monkeypatch):
+    machine(mps=True)
+    monkeypatch.setenv("COURSE_DEVICE", "mps")
+    profile = runtime.get_profile()
+    assert (profile.name, profile.device, profile.dtype) == ("cpu", "mps", FP32)
+    assert runtime.get_profile("smoke").device == "mps"
+    monkeypatch.setenv("COURSE_DEVICE", "cuda")
+    with pytest.raises(ValueError, match="no device 'cuda' here; there is cpu, mps"):
+        runtime.get_profile()
+    machine(capability=(7, 5))
+    assert runtime.get_profile().name == "t4"
+    assert runtime.get_profile("cpu").device == "cuda"
+    monkeypatch.setenv("COURSE_DEVICE", "cpu")
+    assert (runtime.get_profile().name, runtime.get_profile().device) == ("cpu", "cpu")
+    monkeypatch.setenv("COURSE_DEVICE", "gpu")
+    with pytest.raises(ValueError, match="COURSE_DEVICE: no device 'gpu'"):
+        runtime.get_profile()
 
 
 def test_amx_alone_is_enough_for_bf16(machine, monkeypatch):
