@@ -77,7 +77,12 @@ def kernel_environment() -> dict[str, str]:
     """Return this process's environment, with this same course_utils on the path."""
     package_root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path}
+    found = os.environ | {"PYTHONPATH": path}
+    for name in ("COURSE_BUILD", "COURSE_CACHE", "COURSE_MODEL"):
+        place = found.get(name)
+        if place and (name != "COURSE_MODEL" or Path(place).is_dir()):
+            found[name] = os.path.abspath(place)  # kernels stand in another folder
+    return found
 
 
 def describe_failure(notebook: Any, error: Exception) -> str:

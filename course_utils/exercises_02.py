@@ -28,4 +28,5 @@ def _(answer):
 
 @exercise("2.4", hint="Try sizes between the two that are printed.")
 def _(answer, *, peak_gib):
-    return answer == int(answer) and peak_gib(answer) <= 14 < peak_gib(answer + 1)
+    batch = int(answer)
+    return answer == batch and peak_gib(batch) <= 14 < peak_gib(batch + 1)

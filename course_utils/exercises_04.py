@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from course_utils.exercises import exercise
 
 
@@ -28,4 +30,5 @@ def _(answer, *, singular_values):
     def held(rank):
         return (squares[:rank].sum() / squares.sum()).item()
 
-    return isinstance(answer, int) and held(answer) >= 0.9 > held(answer - 1)
+    answer = operator.index(answer)  # a tensor of one whole number, too
+    return held(answer) >= 0.9 > held(answer - 1)

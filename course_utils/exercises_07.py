@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 from course_utils.exercises import exercise
 
@@ -36,4 +37,5 @@ def _(answer, *, recipe):
         )
         return plan.fits("T4")
 
-    return isinstance(answer, int) and fits(answer) and not fits(answer + 1)
+    answer = operator.index(answer)
+    return fits(answer) and not fits(answer + 1)

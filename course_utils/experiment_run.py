@@ -84,7 +84,7 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     folder = build_folder() / "runs" / key
     run = _train_and_score(experiment, folder, "steps", progress)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the run itself is whole
     return run
 
 

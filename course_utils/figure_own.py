@@ -45,6 +45,12 @@ def plot_own_points(
         ax.plot([], [], "o", markersize=8, markerfacecolor="none", label=label,
                 markeredgecolor=OWN_COLOUR, markeredgewidth=1.7)  # fmt: skip
         if legend := ax.get_legend():
-            place = legend._loc  # as it was chosen: matplotlib has no public name
-            ax.legend(fontsize=8, frameon=False, loc=place)
+            # As it was chosen; matplotlib has no public names for that.
+            from matplotlib.transforms import IdentityTransform
+
+            place = {"loc": legend._loc, "ncols": legend._ncols}
+            if legend._bbox_to_anchor is not None:
+                place["bbox_to_anchor"] = legend._bbox_to_anchor
+                place["bbox_transform"] = IdentityTransform()
+            ax.legend(fontsize=8, frameon=False, **place)
     return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ def _seeds(value: Any) -> list[float]:
     if isinstance(value, Sequence):
         if not value:
             raise ValueError("there are no scores to draw")
-        return [float(v) for v in value]
-    return [float(value)]
+        return [math.nan if v is None else float(v) for v in value]
+    return [math.nan if value is None else float(value)]
 
 
 def plot_comparison(
@@ -257,7 +258,8 @@ def plot_learning_rates(
     The best learning rate of each method carries a ring.
 
     Args:
-        scores: {method: {learning rate: scores of the seeds}}.
+        scores: {method: {learning rate: scores of the seeds}}; None or NaN for a run
+            that broke, which leaves a gap.
         ylabel: what is scored, with its unit.
         percent: scores are 0 to 1 and shown in per cent.
         higher_is_better: False for a loss.
@@ -274,9 +276,10 @@ def plot_learning_rates(
                 **style)  # fmt: skip
         ax.fill_between(rates, [min(v) for v in seeds], [max(v) for v in seeds],
                         color=style["color"], alpha=0.15, linewidth=0)  # fmt: skip
-        best = (max if higher_is_better else min)(
-            range(len(rates)), key=means.__getitem__
-        )
+        finite = [i for i, mean in enumerate(means) if math.isfinite(mean)]
+        if not finite:
+            continue
+        best = (max if higher_is_better else min)(finite, key=means.__getitem__)
         ax.plot(rates[best], means[best], "o", markersize=12, markerfacecolor="none",
                 markeredgecolor=style["color"], markeredgewidth=1.5)  # fmt: skip
     ax.set_xscale("log")

@@ -133,7 +133,9 @@ def line_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
         method = method_of(label)
         turn = used.get(method, 0)
         used[method] = turn + 1
-        looks = others if method is None else _OTHERS
+        looks, own = others, METHOD_STYLES.get(method, {}).values()
+        if method is not None:
+            looks = [look for look in _OTHERS if not set(look[1:]) & set(own)]
         colour, line, marker = looks[turn % len(looks)]
         style = {"color": colour, "linestyle": line, "marker": marker}
         if method is not None:

@@ -144,10 +144,11 @@ def t4_plan(
     if isinstance(config, str):
         config = model_config(config)
     masked = batch_size != 1 if padding is None else padding
+    kind = method if isinstance(method, str) else str(method.peft_type.value).lower()
     chosen = {
         "dtype": "float32" if method == "full" else "float16",
         "autocast": "float16",
-        "attention": "math" if not masked and unfused(config, method) else "sdpa",
+        "attention": "math" if not masked and unfused(config, kind) else "sdpa",
     }
     return estimate_memory(
         config,

@@ -244,7 +244,7 @@ def make_request(
     _check(request)
     if peft is None and method != "full":
         object.__setattr__(request, "peft", _adapter(method, options))
-    _check_positions(request)
+    _check_adapter(request)
     return request
 
 
@@ -279,11 +279,11 @@ def _check(r: Request) -> None:
             "prefix tuning works through the key/value cache, which gradient "
             "checkpointing turns off: gradient_checkpointing=False"
         )
+
+
+def _check_adapter(r: Request) -> None:
     if r.loss == "chunked" and "lm_head" in str(getattr(r.peft, "target_modules", "")):
         raise ValueError("the chunked loss needs an lm_head without an adapter")
-
-
-def _check_positions(r: Request) -> None:
     limit = getattr(r.config, "max_position_embeddings", None)
     virtual = getattr(r.peft, "num_virtual_tokens", None) or 0
     if limit and r.sequence_length + virtual > limit:

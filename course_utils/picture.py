@@ -254,11 +254,11 @@ def _learning_curve() -> Any:
 
 
 def _scores_by_slice() -> Any:
-    prompting = records.load_record("00_prompting")["runs"]
-    scores = {
-        "best prompt": prompting[-1]["metrics"]["by_slice"],
-        "full": records.load_record(BEST_RUN)["runs"][0]["metrics"]["by_slice"],
+    runs = {
+        "prompting, best prompt": records.load_record("00_prompting")["runs"][-1],
+        "frozen: embeddings": records.load_record(BEST_RUN)["runs"][0],
     }
+    scores = {name: run["metrics"]["by_slice"] for name, run in runs.items()}
     ax = plotting.plot_by_slice(scores)
     ax.set_title("Exact match on held-out sentences, recorded")
     return ax

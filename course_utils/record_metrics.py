@@ -42,6 +42,20 @@ def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
     return math.sqrt(n / (n - 1) * math.fsum(x * x for x in left)) / sum(counts)
 
 
+def finite(value: Any) -> Any:
+    """The value, with null for what is NaN or infinite in it: JSON has neither.
+
+    Args:
+        value: lists and dicts of what JSON holds, to any depth.
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    bad = isinstance(value, float) and not math.isfinite(value)
+    return None if bad else value
+
+
 # How each metric of a run is computed from the run.
 METRICS: dict[str, Callable[[dict], Any]] = {
     "exact_match": lambda run: scoring.exact_match(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from course_utils.record_metrics import (
     RecordError,
     default_summary,
     differences,
+    finite,
     metric,
     recompute,
     summary_of,
@@ -185,14 +185,6 @@ def load_record(name: str) -> dict[str, Any]:
     return record
 
 
-def _finite(value: Any) -> Any:
-    """The value, with null for a loss that is NaN or infinite: JSON has neither."""
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    bad = isinstance(value, float) and not math.isfinite(value)
-    return None if bad else value
-
-
 def save_record(name: str, record: Mapping[str, Any]) -> Path:
     """Compute metrics and summary, validate, and write a record in one stroke.
 
@@ -215,8 +207,8 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
     record |= {"schema": SCHEMA, "name": name, "summary": {}}
     runs = [dict(run) for run in record.get("runs", [])]
     for run in runs:
-        for key in run.keys() & {"loss", "eval_loss"}:
-            run[key] = _finite(run[key])
+        for key in run.keys() & {"loss", "eval_loss", "measured"}:
+            run[key] = finite(run[key])
         if not isinstance(run.get("metrics"), dict):
             run["metrics"] = dict.fromkeys(run.get("metrics") or ())
     record["runs"] = runs

@@ -70,7 +70,8 @@ def plan(
         options["num_virtual_tokens"] = rank
     if str(gpu).upper() in ("T4", "P100", "V100"):  # no bfloat16 units
         return t4_plan(model, method, **options)
-    return estimate_memory(model, method, dtype="bfloat16", **options)
+    dtype = "float32" if method == "full" else "bfloat16"  # what trains is float32
+    return estimate_memory(model, method, dtype=dtype, autocast="bfloat16", **options)
 
 
 def planner_figure(

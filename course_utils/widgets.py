@@ -89,7 +89,10 @@ def memory_planner(**start: Any) -> Any:
 
     def choose(name: str, words: str, options: Sequence, value: Any) -> Any:
         value = start.get(name, value)
-        options = sorted({*options, value}) if isinstance(value, int) else options
+        same = [o for o in options if str(o).lower() == str(value).lower()]
+        value = same[0] if same else value
+        options = options if same else [*options, value]
+        options = sorted(options) if isinstance(options[0], int) else options
         return w.Dropdown(options=options, value=value, description=words, style=wide)
 
     def tick(name: str, words: str) -> Any:

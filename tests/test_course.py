@@ -114,3 +114,21 @@ def test_a_dead_kernel_is_a_failure_and_not_a_crash(folder, tmp_path):
 def test_the_table_escapes_bars():
     text = course.table([course.Outcome("02_x", False, 3.0, "a | b")])
     assert "FAILED: a \\| b |" in text and "| 0 of 1 ran | 3 |" in text
+
+
+def test_kernels_find_folders_named_from_where_the_command_was_given(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_CACHE", "cache")
+    monkeypatch.setenv("COURSE_BUILD", "out")
+    monkeypatch.setenv("COURSE_MODEL", "mine")
+    found = course.kernel_environment()
+    assert found["COURSE_CACHE"] == str(tmp_path / "cache")
+    assert found["COURSE_BUILD"] == str(tmp_path / "out")
+    assert found["COURSE_MODEL"] == str(tmp_path / "mine")
+    monkeypatch.setenv("COURSE_MODEL", "org/name")
+    monkeypatch.delenv("COURSE_BUILD")
+    assert course.kernel_environment()["COURSE_MODEL"] == "org/name"
+    assert "COURSE_BUILD" not in course.kernel_environment()

@@ -90,3 +90,17 @@ def test_lesson_8_takes_right_answers_and_no_others(number, facts, right, wrong)
     found = find(number)
     assert all(found.accepts(answer, **facts) for answer in right)
     assert not any(found.accepts(answer, **facts) for answer in wrong)
+
+
+def test_a_whole_number_may_come_from_a_tensor():
+    import torch
+
+    values = torch.tensor([3.0, 1.0, 0.5])
+    rank = ((values**2).cumsum(0) / (values**2).sum() < 0.9).sum() + 1
+    found = find("4.3")
+    assert found.accepts(rank, singular_values=values)
+    assert found.accepts(2, singular_values=values)
+    assert not found.accepts(torch.tensor(1), singular_values=values)
+    assert not found.accepts(2.0, singular_values=values)
+    assert find("2.4").accepts(12.0, peak_gib=lambda batch: batch + 1.5)
+    assert not find("2.4").accepts(12.5, peak_gib=lambda batch: batch + 1.5)

@@ -448,6 +448,18 @@ def test_a_batch_of_one_as_a_cure_is_what_the_card_would_plan():
         assert changed.request.attention == "math"
 
 
+def test_t4_plan_knows_a_prefix_by_name_and_by_configuration():
+    from peft import PrefixTuningConfig
+
+    size = {"batch_size": 1, "sequence_length": 256}
+    config = PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
+    named = memory.t4_plan(
+        "llama-3.2-3b", "prefix_tuning", num_virtual_tokens=20, **size
+    )
+    assert memory.t4_plan("llama-3.2-3b", config, **size).total == named.total
+    assert named.request.attention == "sdpa"
+
+
 def test_t4_plan_takes_the_choices_of_the_card():
     plan = {"batch_size": 1, "sequence_length": 512}
     adapter = memory.t4_plan("llama-3.2-1b", "lora", **plan).request
@@ -494,7 +506,11 @@ def test_t4_plan_takes_the_choices_of_the_card():
         ),
         ({"rank": 8}, "rank"),
         ({"target_modules": ["w_q"]}, "w_q"),
-        ({"target_modules": ["lm_head"], "loss": "chunked"}, "lm_head"),
+        ({"target_modules": ["lm_head"], "loss": "chunked"}, "chunked loss needs"),
+        (
+            {"target_modules": ["lm_head"], "loss": "chunked", "engine": "exact"},
+            "chunked loss needs",
+        ),
     ],
     ids=str,
 )

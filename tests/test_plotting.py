@@ -392,6 +392,10 @@ def test_a_method_keeps_its_colour_under_every_name():
     methods = {METHOD_COLOURS[m] for m in ("lora", "prefix", "p_tuning")}
     assert styles["run 1"]["color"] not in methods
     assert plotting.method_of("loran") is None
+    for method in METHOD_COLOURS:  # each of many runs of one method looks another way
+        runs = line_styles([f"{method} {i}" for i in range(6)]).values()
+        for part in ("linestyle", "marker"):
+            assert len({str(style[part]) for style in runs}) == 6, method
 
 
 def test_importing_needs_neither_matplotlib_nor_a_display():
@@ -428,3 +432,25 @@ def test_predicted_and_measured_are_drawn_where_they_are():
 def test_rslora_is_not_called_lora():
     names = [plotting.display_name(key) for key in ("lora", "rslora")]
     assert names == ["LoRA", "rsLoRA"]
+
+
+def test_a_run_that_broke_leaves_a_gap_among_learning_rates():
+    scores = {"prompt": {1.0: 1.2, 3.0: None, 0.3: float("nan"), 0.1: [2.0, 2.2]}}
+    ax = plotting.plot_learning_rates(scores, percent=False, higher_is_better=False)
+    assert ax.lines[-1].get_xdata()[0] == 1.0  # the ring
+    broken = plotting.plot_learning_rates({"prompt": {1.0: None}}, percent=False)
+    assert len(broken.lines) == 1
+
+
+def test_own_points_leave_the_legend_below_the_axes():
+    points = {"lora": (3.0, 0.2), "full": (90.0, 0.4), "dora": (5.0, 0.3)}
+    ax = plotting.plot_scatter(points, xlabel="s")
+    for name in "abc":
+        ax.plot([], [], label=name)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3)
+    plotting.plot_own_points(ax, {"lora": (4.0, 0.25)})
+    ax.figure.canvas.draw()
+    found = ax.get_legend().get_window_extent()
+    assert found.y1 < ax.bbox.y0
+    assert (found.x0 + found.x1) / 2 == pytest.approx((ax.bbox.x0 + ax.bbox.x1) / 2, 2)
+    assert ax.get_legend()._ncols == 3

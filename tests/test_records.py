@@ -145,10 +145,12 @@ def test_a_record_may_have_a_summary_and_metrics_of_its_own(folder, monkeypatch)
 
 def test_losses_that_are_not_finite_become_null(folder):
     runs = [run(loss=[3.0, float("inf"), float("nan")], eval_loss=[[1, float("nan")]])]
+    runs[0]["measured"] = {"general_questions": {"after": {"loss": float("nan")}}}
     save_record("02_curves", draft(runs=runs))
     [saved] = load_record("02_curves")["runs"]
     assert saved["loss"] == [3.0, None, None] and saved["eval_loss"] == [[1, None]]
     assert saved["metrics"]["final_loss"] == 3.0
+    assert saved["measured"]["general_questions"]["after"]["loss"] is None
 
 
 @pytest.mark.parametrize(

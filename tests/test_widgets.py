@@ -54,6 +54,7 @@ def test_planner_figure_shows_the_estimate_and_its_verdict():
         batch_size=4,
         sequence_length=512,
         dtype="bfloat16",
+        autocast="bfloat16",
         r=32,
         target_modules="all-linear",
     )
@@ -96,6 +97,13 @@ def test_planner_draws_anew_when_a_control_changes(live):
     settings = {"rank": 16, "batch_size": 3, "gradient_checkpointing": True}
     planned = widgets.plan("llama-3.2-3b", "qlora", gpu="A100-80", **settings)
     assert title() == planned.verdict("A100-80")
+
+
+def test_planner_begins_with_what_its_figure_accepts(live):
+    controls = controls_of(widgets.memory_planner(model="Llama-2-7B", gpu="t4"))
+    assert (controls["model"].value, controls["card"].value) == ("llama-2-7b", "T4")
+    assert controls_of(widgets.memory_planner(gpu=16))["card"].value == 16
+    assert "16" in title()
 
 
 # --- the rank slider -------------------------------------------------------------
