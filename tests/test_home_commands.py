@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from builders import load_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "home_commands"
 SPLITS = ("train", "validation", "test")
@@ -26,21 +26,7 @@ SLICES = {
 }
 
 
-def _load_builder():
-    spec = importlib.util.spec_from_file_location(
-        "home_commands_build", FOLDER / "build.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:  # no __pycache__ among the data
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
-
-
-build = _load_builder()
+build = load_file(FOLDER / "build.py", "home_commands_build")
 RECORDS = {
     split: [
         json.loads(line)

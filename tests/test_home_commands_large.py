@@ -6,42 +6,26 @@ Schema, leakage, balance, rebuild: each check runs on both sets.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from builders import load_file, read_lines
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SMALL, LARGE = DATA / "home_commands", DATA / "home_commands_large"
 SPLITS = ("train", "validation", "test")
 
 
-def _load(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:  # no __pycache__ among the data
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
-
-
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 # The checks of the small set, applied to this one.
-checks = _load(Path(__file__).with_name("test_home_commands.py"), "small_set_checks")
-build = _load(LARGE / "build.py", "home_commands_large_build")
-OTHERS = {split: _read(SMALL / f"{split}.jsonl") for split in SPLITS}
+checks = load_file(
+    Path(__file__).with_name("test_home_commands.py"), "small_set_checks"
+)
+build = load_file(LARGE / "build.py", "home_commands_large_build")
+OTHERS = {split: read_lines(SMALL / f"{split}.jsonl") for split in SPLITS}
 
 
 @dataclass(frozen=True)
@@ -80,9 +64,9 @@ class TrainingSet:
 
     def __init__(self, name: str) -> None:
         self.folder, self.bounds = DATA / name, BOUNDS[name]
-        self.train = _read(self.folder / "train.jsonl")
+        self.train = read_lines(self.folder / "train.jsonl")
         self.prompts = {record["prompt"] for record in self.train}
-        self.module = _load(self.folder / "build.py", f"{name}_build_to_check")
+        self.module = load_file(self.folder / "build.py", f"{name}_build_to_check")
         self.tools = getattr(self.module, "large", self.module)
         self.files, self.builder = self.module.build()
 
@@ -220,8 +204,8 @@ def test_held_out_values_are_new(ours):
 
 
 def test_the_wide_set_repeats_no_sentence_of_the_large_one():
-    large = {checks.plain(r["prompt"]) for r in _read(LARGE / "train.jsonl")}
-    wide = _read(DATA / "home_commands_wide" / "train.jsonl")
+    large = {checks.plain(r["prompt"]) for r in read_lines(LARGE / "train.jsonl")}
+    wide = read_lines(DATA / "home_commands_wide" / "train.jsonl")
     assert not large & {checks.plain(r["prompt"]) for r in wide}
 
 
@@ -264,7 +248,7 @@ def test_spoken_durations():
 def test_invented_words_are_words_to_copy():
     import random
 
-    wide = _load(DATA / "home_commands_wide" / "build.py", "wide_build_to_invent")
+    wide = load_file(DATA / "home_commands_wide" / "build.py", "wide_build_to_invent")
     rng = random.Random(0)
     words = {wide.invent(rng) for _ in range(2000)}
     assert len(words) > 1500

@@ -7,48 +7,35 @@ What must not leak here is what any training set says, and the first test itself
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 
 import pytest
+from builders import load_file, read_lines
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FOLDER = DATA / "home_commands_second_test"
 
 
-def _load(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:  # no __pycache__ among the data
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
-
-
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 # The checks of the first test split, applied to this one.
-checks = _load(Path(__file__).with_name("test_home_commands.py"), "first_test_checks")
-RECORDS = _read(FOLDER / "test.jsonl")
+checks = load_file(
+    Path(__file__).with_name("test_home_commands.py"), "first_test_checks"
+)
+RECORDS = read_lines(FOLDER / "test.jsonl")
 TRAINING = {
-    f"home_commands{ending}": _read(DATA / f"home_commands{ending}" / "train.jsonl")
+    f"home_commands{ending}": read_lines(
+        DATA / f"home_commands{ending}" / "train.jsonl"
+    )
     for ending in ("", "_large", "_wide")
 }
 EARLIER = {
     **TRAINING,
     **{
-        split: _read(DATA / "home_commands" / f"{split}.jsonl")
+        split: read_lines(DATA / "home_commands" / f"{split}.jsonl")
         for split in ("validation", "test")
     },
 }
@@ -56,7 +43,7 @@ EARLIER = {
 
 @pytest.fixture(scope="module")
 def rebuilt():
-    return _load(FOLDER / "build.py", "second_test_build").build()
+    return load_file(FOLDER / "build.py", "second_test_build").build()
 
 
 # --- shape ----------------------------------------------------------------------------

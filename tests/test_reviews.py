@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -13,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from builders import load_file
 
 from course_utils.data import load_examples
 
@@ -22,19 +22,7 @@ LABELS = {"negative", "mixed", "positive"}
 KINDS = {"plain", "mixed_feelings", "irony", "negation", "understatement"}
 
 
-def _load_builder():
-    spec = importlib.util.spec_from_file_location("reviews_build", FOLDER / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:  # no __pycache__ among the data
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
-
-
-build = _load_builder()
+build = load_file(FOLDER / "build.py", "reviews_build")
 RECORDS = {
     split: [
         json.loads(line)
