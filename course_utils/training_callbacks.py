@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from course_utils import heap
@@ -213,15 +213,17 @@ class MarkCheckpoints(TrainerCallback):
         replace(draft, folder / MANIFEST)
 
 
-def _stopped_early(state: TrainerState) -> bool:
-    """Whether transformers' `EarlyStoppingCallback` had lost its patience."""
-    found = state.stateful_callbacks.get("EarlyStoppingCallback", {})
-    for one in found if isinstance(found, list) else [found]:
-        patience = one.get("args", {}).get("early_stopping_patience")
-        counter = one.get("attributes", {}).get("early_stopping_patience_counter", 0)
-        if patience is not None and counter >= patience:
-            return True
-    return False
+def _stopped_early(trainer: Any, state: TrainerState) -> bool:
+    """Whether the trainer's early stopping had lost its patience; more goes on."""
+    name = EarlyStoppingCallback.__name__
+    found = state.stateful_callbacks.get(name, {})
+    kept = found[0] if isinstance(found, list) else found
+    counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return any(
+        counter >= callback.early_stopping_patience
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, EarlyStoppingCallback)
+    )
 
 
 def keep_finished_runs(trainer: Any) -> None:
@@ -242,7 +244,7 @@ def keep_finished_runs(trainer: Any) -> None:
         done = state.epoch is not None and state.epoch >= args.num_train_epochs
         if args.max_steps > 0:
             done = state.global_step >= args.max_steps
-        if not (done or _stopped_early(state)):
+        if not (done or _stopped_early(trainer, state)):
             return train(resume_from_checkpoint=str(folder), **options)
         best = args.load_best_model_at_end and state.best_model_checkpoint
         wanted = best if best and Path(best).is_dir() else folder

@@ -474,6 +474,12 @@ def test_a_run_that_stopped_early_is_not_trained_on(load_best, tmp_path, capsys)
     ours = get_peft_model_state_dict(again.model)
     assert kept.keys() == ours.keys() and len(kept) > 4
     assert all(torch.equal(kept[name], ours[name]) for name in kept)
+    patient = build(SFTTrainer, tmp_path, wrapped("lora"), **settings)
+    patient.args.load_best_model_at_end = True
+    patient.add_callback(EarlyStoppingCallback(**stop | {"early_stopping_patience": 5}))
+    prepare_trainer(patient)
+    patient.train(resume_from_checkpoint=find_checkpoint(tmp_path))
+    assert patient.state.global_step > last  # more patience, more steps
 
 
 def test_only_complete_checkpoints_are_found(tmp_path):
