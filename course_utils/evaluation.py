@@ -6,24 +6,23 @@ are offered here too; this module adds the model.
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_utils import scoring
-from course_utils.forgetting import AnswerShare, Forgetting, answer_share, forgetting
-from course_utils.formatting import find_template
-from course_utils.inference import generate
-from course_utils.likelihood import Perplexity, perplexity
+from course_utils.formatting import IGNORE, tokenize_example
+from course_utils.inference import decodes, generate, inference_state, left_batch
 from course_utils.scoring import exact_match, field_f1
-from course_utils.selection import column, stratified
+from course_utils.templates import find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from course_utils.formatting import Template
+    from course_utils.templates import Template
 
 __all__ = [
     "AnswerShare",
@@ -39,6 +38,276 @@ __all__ = [
     "perplexity",
     "stratified",
 ]
+
+# --- selection ---
+# Which records of a data set to measure on, and their columns.
+
+
+def stratified(
+    dataset: Iterable[Mapping[str, Any]], limit: int | None = None
+) -> list[Mapping[str, Any]]:
+    """Take `limit` records, each slice in its share, spread evenly over the data.
+
+    The choice depends on the data alone. Places are shared out by largest remainder,
+    and each slice gets at least one where `limit` allows it.
+
+    Raises:
+        ValueError: the data set is empty, or `limit` is below 1.
+
+    >>> rows = [{"n": i, "slice": "hard" if i % 4 == 0 else "easy"} for i in range(12)]
+    >>> [row["n"] for row in stratified(rows, 4)]
+    [2, 4, 6, 10]
+    """
+    records = list(dataset)
+    if not records:
+        raise ValueError("the data set is empty")
+    if limit is None:
+        return records
+    if limit < 1:
+        raise ValueError(f"limit must be 1 or more, not {limit}")
+    if limit >= len(records):
+        return records
+    groups: dict[Any, list[int]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault(record.get("slice"), []).append(i)
+    least = 1 if limit >= len(groups) else 0
+    exact = {name: limit * len(g) / len(records) for name, g in groups.items()}
+    places = {name: max(least, int(share)) for name, share in exact.items()}
+    while (spare := limit - sum(places.values())) != 0:
+        step = 1 if spare > 0 else -1
+        able = [n for n in groups if step > 0 or places[n] > least]
+        name = max(able, key=lambda n: step * (exact[n] - places[n]))
+        places[name] += step
+    chosen = []
+    for name, group in groups.items():
+        k = places[name]
+        chosen += [group[(2 * i + 1) * len(group) // (2 * k)] for i in range(k)]
+    return [records[i] for i in sorted(chosen)]
+
+
+def column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, ...]:
+    """The strings of one column; a ValueError names the record that has none."""
+    for i, record in enumerate(records):
+        if not isinstance(record.get(name), str):
+            found = type(record.get(name)).__name__
+            raise ValueError(f"record {i}: {name!r} must be a string, found {found}")
+    return tuple(record[name] for record in records)
+
+
+# --- likelihood ---
+# How likely a model finds the right answers: completion loss and perplexity.
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How surprised a model is by the right answers.
+
+    Attributes:
+        loss: mean negative log-likelihood of a completion token, in nats.
+        perplexity: exp(loss).
+        tokens: number of completion tokens, end of turn included.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f} nats a token · perplexity {self.perplexity:.3f} "
+            f"· {self.tokens} tokens"
+        )
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    template: str | Template = "chatml",
+    system: str | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 16,
+) -> Perplexity:
+    """Perplexity of the completions, each given its prompt.
+
+    PPL = exp(-(1/N) Σ log p(token | all tokens before it)), summed over the N tokens
+    of all completions, their end of turn included: the tokens that training learns.
+    Logits are made from the first learned position on, not for the prompts.
+
+    Args:
+        model, tokenizer: as for ``generate``.
+        dataset: records that ``tokenize_example`` reads.
+        template, system, max_length: as for ``tokenize_example``.
+        limit: as for ``evaluate``.
+        batch_size: records at once.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    layout = {"template": template, "system": system, "max_length": max_length}
+    records = stratified(dataset, limit)
+    rows = [tokenize_example(record, tokenizer, **layout) for record in records]
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    if not decodes(model):
+        batch_size = 1  # no padding, so nothing that such a model could mistake
+    total, tokens = 0.0, 0
+    with torch.no_grad(), inference_state(model):
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            first = [_first_learned(row["labels"]) for row in batch]
+            lengths = [len(row["labels"]) for row in batch]
+            keep = max(n - i for n, i in zip(lengths, first, strict=True)) + 1
+            labels = torch.full((len(batch), keep), IGNORE)
+            for place, row in zip(labels, batch, strict=True):
+                end = row["labels"][-keep:]
+                place[keep - len(end) :] = torch.tensor(end)
+            logits = _last_logits(model, [r["input_ids"] for r in batch], first, keep)
+            labels = labels[:, -logits.shape[1] + 1 :].to(logits.device)
+            learned = labels != IGNORE
+            chosen = logits[:, :-1][learned].float()
+            total += cross_entropy(chosen, labels[learned], reduction="sum").item()
+            tokens += int(learned.sum())
+    loss = total / tokens
+    return Perplexity(loss, math.exp(loss), tokens)
+
+
+def _first_learned(labels: Sequence[int]) -> int:
+    return next(i for i, label in enumerate(labels) if label != IGNORE)
+
+
+def _last_logits(model: Any, rows: list[list[int]], first: list[int], keep: int) -> Any:
+    """Logits (B, at most `keep`, V) of the last positions, rows aligned at their end.
+
+    What the rows share is read once, but for the token before a learned one.
+    """
+    import torch
+
+    if decodes(model):
+        batch = left_batch(model, rows, share_at_most=min(first) - 1)
+        return batch.network(**batch.inputs, logits_to_keep=keep).logits
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor(rows, device=device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -keep:]
+
+
+# --- forgetting ---
+# General questions before and after a fine-tuning: what the model forgot.
+
+
+@dataclass(frozen=True)
+class AnswerShare:
+    """General questions: how many answers contain the expected one.
+
+    Attributes:
+        share: 0 to 1.
+        correct: one truth value a question.
+        answers, prompts: strings, in the order of the data.
+    """
+
+    share: float
+    correct: tuple[bool, ...]
+    answers: tuple[str, ...]
+    prompts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{sum(self.correct)} of {len(self.correct)} answers ({self.share:.1%})"
+
+
+def contains_answer(text: str, expected: Sequence[str]) -> bool:
+    """Say whether `text` holds one of the expected answers as whole words.
+
+    Upper and lower case are the same.
+
+    >>> contains_answer("It is PARIS, of course.", ["Paris"])
+    True
+    >>> contains_answer("There are 14 of them.", ["4"])
+    False
+    """
+    words = "|".join(re.escape(answer.strip()) for answer in expected)
+    return re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE) is not None
+
+
+def answer_share(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    limit: int | None = None,
+    max_new_tokens: int = 32,
+    **options: Any,
+) -> AnswerShare:
+    """Ask general questions; count the answers that contain the expected one.
+
+    Args:
+        model, tokenizer: as for ``generate``.
+        dataset: records with ``prompt`` and ``answers`` (strings that each count as
+            right, or one string), or ``answer``, one string.
+        limit: as for ``evaluate``.
+        max_new_tokens, options: as for ``generate``.
+
+    Raises:
+        ValueError: a record has no answer to look for.
+    """
+    records = stratified(dataset, limit)
+    prompts = column(records, "prompt")
+    expected = [_expected(i, record) for i, record in enumerate(records)]
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options
+    )
+    correct = tuple(map(contains_answer, answers, expected))
+    return AnswerShare(sum(correct) / len(correct), correct, tuple(answers), prompts)
+
+
+def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
+    found = record.get("answers") or record.get("answer")
+    texts = [found] if isinstance(found, str) else list(found or ())
+    texts = [text for text in texts if text.strip()]  # a blank would stand everywhere
+    if not texts:
+        raise ValueError(
+            f"record {i} has no 'answers' (a list of texts) and no 'answer' (a text); "
+            f"its fields are {sorted(record)}"
+        )
+    return texts
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What a model lost on general questions while it learned something else.
+
+    Attributes:
+        loss_change: mean completion loss after minus before, nats a token; above 0
+            where the model forgot.
+        share_change: share of right answers after minus before.
+        lost: the questions answered right before and wrong after.
+    """
+
+    loss_change: float
+    share_change: float
+    lost: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"completion loss {self.loss_change:+.3f} nats · right answers "
+            f"{100 * self.share_change:+.1f} points · {len(self.lost)} lost"
+        )
+
+
+def forgetting(
+    before: tuple[Perplexity, AnswerShare], after: tuple[Perplexity, AnswerShare]
+) -> Forgetting:
+    """Compare ``perplexity`` and ``answer_share`` before and after a fine-tuning.
+
+    Raises:
+        ValueError: they were not measured on the same questions.
+    """
+    (loss0, share0), (loss1, share1) = before, after
+    if share0.prompts != share1.prompts or loss0.tokens != loss1.tokens:
+        raise ValueError("before and after were not measured on the same questions")
+    pairs = zip(share0.prompts, share0.correct, share1.correct, strict=True)
+    lost = tuple(prompt for prompt, was, still in pairs if was and not still)
+    return Forgetting(loss1.loss - loss0.loss, share1.share - share0.share, lost)
 
 
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from course_utils import scoring
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("0.1", hint="Multiply the number of parameters by the bytes of each.")

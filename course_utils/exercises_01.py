@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("1.1", hint="Which tokens follow the word before the turn is over?")

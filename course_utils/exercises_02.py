@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("2.1", hint="In the first step, what are m_hat and v_hat of one gradient?")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("3.1", hint="A and B of each target: r * d_in and d_out * r, in each layer.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("4.1", hint="Count A and B only; their shapes are those of LoRA.")

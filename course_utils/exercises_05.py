@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("5.1", hint="One row has as many numbers as the model is wide, 4 bytes each.")

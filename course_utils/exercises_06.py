@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("6.1", hint="Keys and values, of 8 heads, each as wide as one of 32 heads.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("7.1", hint="8 bits for each block, and 32 more for 256 blocks.")

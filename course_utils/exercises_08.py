@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from course_utils.exercises import exercise
+from course_utils.lessons import exercise
 
 
 @exercise("8.1", hint="Set the standard error to 0.01, and solve for n.")

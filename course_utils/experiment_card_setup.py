@@ -11,14 +11,9 @@ from typing import Any
 
 from course_utils.data import load_examples
 from course_utils.formatting import tokenize_dataset
-from course_utils.memory import (
-    MemoryEstimate,
-    estimate_memory,
-    model_config,
-    t4_plan,
-)
+from course_utils.memory import MemoryEstimate, estimate_memory, model_config, t4_plan
 from course_utils.models import keep_4bit_weights_in_place, load_model
-from course_utils.targets import peft_config
+from course_utils.parameters import peft_config
 
 BUILT_IN = "smollm2-135m"
 SHORTER = 5  # tokens that one record of a batch lacks, so that there is padding

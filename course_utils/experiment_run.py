@@ -27,7 +27,8 @@ from course_utils.evaluation import (
     perplexity,
     stratified,
 )
-from course_utils.experiment_card import CardExperiment, run_card
+from course_utils.experiment_card import run_card
+from course_utils.experiment_card_setup import CardExperiment
 from course_utils.experiment_classifier import ClassifierExperiment, run_classifier
 from course_utils.experiment_setup import (
     Experiment,

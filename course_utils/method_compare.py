@@ -17,7 +17,7 @@ from course_utils.method_runs import MethodResult, recorded_methods, result_of
 from course_utils.method_table import MethodsTable, methods_table
 from course_utils.models import load_model
 from course_utils.parameters import count_parameters
-from course_utils.records import recompute
+from course_utils.record_metrics import recompute
 
 OURS = "home_commands"
 ZERO_SHOT = "prompting, zero-shot"

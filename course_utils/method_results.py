@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 
-from course_utils.figure_style import display_name
 from course_utils.method_compare import OwnComparison, compare_on
 from course_utils.method_runs import (
     MethodResult,
@@ -20,6 +19,7 @@ from course_utils.method_runs import (
     result_of,
 )
 from course_utils.method_table import MethodsTable, methods_table
+from course_utils.plotting.style import display_name
 
 __all__ = [
     "MethodResult",

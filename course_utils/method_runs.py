@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from course_utils import records
 from course_utils.experiment_lists_08 import SEEDS, best_of
-from course_utils.figure_style import method_of
+from course_utils.plotting.style import method_of
 
 FAMILIES = ("08_low_rank", "08_others")
 # A few steps of each method, timed with nothing else on the machine.

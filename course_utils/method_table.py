@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from course_utils.experiment_lists_08 import BUDGET, SEEDS
-from course_utils.figure_style import display_name
 from course_utils.method_runs import MethodResult
+from course_utils.plotting.style import display_name
 
 BUILTIN_PARAMETERS = 134_515_008
 NONE = "–"

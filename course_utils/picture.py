@@ -15,8 +15,7 @@ from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
 from course_utils.links import ROOT
-from course_utils.method_results import recorded_methods
-from course_utils.method_runs import FAMILIES, SPEED, path_of
+from course_utils.method_runs import FAMILIES, SPEED, path_of, recorded_methods
 from course_utils.method_table import order, readme_section
 
 TIMES = "course_cpu"

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from course_utils.records import RecordError, lookup
+from course_utils.record_metrics import RecordError
+from course_utils.records import lookup
 
 _MARKER = re.compile(r"<!--\s*run:(?P<path>[^>]*?)\s*-->")
 _FIGURE = re.compile(

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from course_utils.files import replace
 from course_utils.record_metrics import (
     METRICS,
     RecordError,
@@ -35,7 +34,7 @@ from course_utils.record_metrics import (
     recompute,
     summary_of,
 )
-from course_utils.runtime import data_folder
+from course_utils.runtime import data_folder, replace_file
 
 __all__ = [
     "METRICS",
@@ -222,7 +221,7 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(_as_text(record))
         os.chmod(draft, 0o644)
-        replace(draft, folder / f"{name}.json")
+        replace_file(draft, folder / f"{name}.json")
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise

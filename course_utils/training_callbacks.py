@@ -15,8 +15,8 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from course_utils import heap
-from course_utils.files import replace
+from course_utils import runtime as heap
+from course_utils.runtime import replace_file
 from course_utils.training_speed import refuse_virtual_tokens, set_attention
 
 MANIFEST = "complete.json"
@@ -147,7 +147,7 @@ class BoundedMemory(TrainerCallback):
         if state.global_step <= self.settled:
             self.usual = max(self.usual, held)
         elif held > self.most * self.usual:
-            heap.give_back()
+            heap.give_back_memory()
 
 
 class ReadyToGenerate(TrainerCallback):
@@ -210,7 +210,7 @@ class MarkCheckpoints(TrainerCallback):
         }
         draft = folder / f".{MANIFEST}.tmp"
         draft.write_text(json.dumps({"step": state.global_step, "files": files}))
-        replace(draft, folder / MANIFEST)
+        replace_file(draft, folder / MANIFEST)
 
 
 def _stopped_early(trainer: Any, state: TrainerState) -> bool:

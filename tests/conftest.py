@@ -66,7 +66,7 @@ def pytest_collection_finish(session):
     if session.config.option.collectonly:
         return
     if any(item.get_closest_marker("model") for item in session.items):
-        from course_utils import bundled
+        from course_utils import models as bundled
 
         for bundle in (bundled.SMOLLM2, bundled.MINILM):
             try:

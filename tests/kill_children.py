@@ -97,7 +97,7 @@ def builtin(folder):
 
 def convert(folder):
     """Make the built-in model from its package, in an empty cache."""
-    from course_utils import bundled
+    from course_utils import models as bundled
 
     os.environ["COURSE_CACHE"] = str(folder)
     made = bundled.prepare(bundled.SMOLLM2, say=lambda line: None)

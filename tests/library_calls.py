@@ -53,16 +53,16 @@ PEFT_FIELDS = tuple(
 FORWARDS: dict[str, tuple[str, ...]] = {
     "course_utils.training.sft_config": ("trl.SFTConfig",),
     "course_utils.training.training_arguments": ("transformers.TrainingArguments",),
-    "course_utils.memory.t4_plan": (
-        "course_utils.memory.estimate_memory",
+    "course_utils.memory.estimate.t4_plan": (
+        "course_utils.memory.estimate.estimate_memory",
         *PEFT_FIELDS,
     ),
-    "course_utils.memory.estimate_memory": PEFT_FIELDS,
-    "course_utils.memory_request.make_request": (
-        "course_utils.memory.estimate_memory",
+    "course_utils.memory.estimate.estimate_memory": PEFT_FIELDS,
+    "course_utils.memory.formula.make_request": (
+        "course_utils.memory.estimate.estimate_memory",
         *PEFT_FIELDS,
     ),
-    "course_utils.closed_forms.adapter_parameters": PEFT_FIELDS,
+    "course_utils.parameters.adapter_parameters": PEFT_FIELDS,
     "torch.nn.LSTM": ("torch.nn.RNNBase",),
     "torch.nn.GRU": ("torch.nn.RNNBase",),
     "peft.optimizers.create_loraplus_optimizer": ("torch.optim.AdamW",),

@@ -19,7 +19,7 @@ def trained_model(settings, layers):
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from course_utils import bundled
+    from course_utils import models as bundled
 
     kind = settings["method"]
     extra = {}

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from course_utils import bundled
+from course_utils import models as bundled
 
 WEIGHTS = b"the weights of a model" * 1000
 
@@ -54,7 +54,7 @@ def bundle(tmp_path, monkeypatch):
 CHILD = """
 import hashlib, sys
 from tests.test_bundled import WEIGHTS, convert
-from course_utils import bundled
+from course_utils import models as bundled
 bundle = bundled.Bundle("small", "small-model-package", "1.0", "weights.gguf",
     "weights.gguf", hashlib.sha256(WEIGHTS).hexdigest(), convert, "org/small", 1, "")
 print(bundled.prepare(bundle, say=lambda line: None))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from course_utils import data
 from course_utils.data import DataError, data_hash, list_bundled, load_examples
-from course_utils.data_errors import Record, mixed_column
+from course_utils.data_files import Record, mixed_column
 from course_utils.runtime import data_folder
 
 PAIR = '{"prompt": "a", "completion": "b"}\n'

@@ -13,6 +13,7 @@ from course_utils.evaluation import (
     AnswerShare,
     Perplexity,
     answer_share,
+    contains_answer,
     evaluate,
     exact_match,
     forgetting,
@@ -20,7 +21,6 @@ from course_utils.evaluation import (
     perplexity,
     stratified,
 )
-from course_utils.forgetting import contains_answer
 from course_utils.formatting import IGNORE, tokenize_example
 from course_utils.inference import generate
 
@@ -208,7 +208,7 @@ def test_answer_share_and_forgetting(monkeypatch):
     ]
     replies = iter([["Paris", "Eight!", "Blue"], ["{}", "8", "blue"]])
     monkeypatch.setattr(
-        "course_utils.forgetting.generate", lambda *a, **k: next(replies)
+        "course_utils.evaluation.generate", lambda *a, **k: next(replies)
     )
     before, after = (answer_share(None, None, questions) for _ in range(2))
     assert before.share == 1 and after.correct == (False, True, True)
@@ -303,7 +303,7 @@ def test_an_empty_thought_before_an_answer_is_not_part_of_it(monkeypatch):
 
 
 def test_a_blank_is_no_expected_answer(monkeypatch):
-    from course_utils import forgetting as module
+    from course_utils import evaluation as module
 
     monkeypatch.setattr(module, "generate", lambda *args, **options: ["London."])
     asked = {"prompt": "Capital of France?", "answers": ["Paris", ""]}
@@ -314,7 +314,7 @@ def test_a_blank_is_no_expected_answer(monkeypatch):
 
 
 def test_answer_share_reads_one_answer_as_one(monkeypatch):
-    from course_utils import forgetting as module
+    from course_utils import evaluation as module
 
     said = "It is a city in the north."
     monkeypatch.setattr(module, "generate", lambda *args, **options: [said])

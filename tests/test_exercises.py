@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from course_utils import exercises, exercises_02, exercises_04, exercises_08
-from course_utils.exercises import Exercise, exercise, find
+from course_utils import exercises_02, exercises_04, exercises_08
+from course_utils import lessons as exercises
+from course_utils.lessons import Exercise, exercise, find
 
 PACKAGE = Path(exercises.__file__).parent
 

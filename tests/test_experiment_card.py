@@ -12,10 +12,11 @@ from course_utils import (
     memory,
     records,
 )
-from course_utils.experiment_card import CardExperiment, NoCard, run_card
-from course_utils.experiment_card_setup import plan_of, random_model
+from course_utils.experiment_card import NoCard, run_card
+from course_utils.experiment_card_setup import CardExperiment, plan_of, random_model
+from course_utils.experiment_lists import LESSON_RUNS
 from course_utils.experiment_lists_07 import ALL, PREFIX, card_cases
-from course_utils.experiments import LESSON_RUNS, record_family
+from course_utils.experiments import record_family
 from course_utils.memory import measure_memory, model_config
 
 SMALL = {

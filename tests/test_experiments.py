@@ -15,9 +15,10 @@ from course_utils import (
     records,
 )
 from course_utils.data import data_hash, load_examples
+from course_utils.experiment_lists import LESSON_RUNS, best_rate
 from course_utils.experiment_lists_08 import sweep
 from course_utils.experiment_setup import Experiment, make_model, make_records
-from course_utils.experiments import LESSON_RUNS, best_rate, record_family
+from course_utils.experiments import record_family
 from course_utils.runtime import Profile
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from course_utils import files
+from course_utils import runtime as files
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def refuse(monkeypatch, times, system):
 
 def test_a_file_takes_the_place_of_another(pair):
     source, target = pair
-    files.replace(source, target)
+    files.replace_file(source, target)
     assert target.read_text() == "new" and not source.exists()
 
 
 def test_windows_is_asked_again(pair, monkeypatch):
     source, target = pair
     calls = refuse(monkeypatch, 5, "nt")
-    files.replace(str(source), str(target))
+    files.replace_file(str(source), str(target))
     monkeypatch.undo()
     assert len(calls) == 6 and target.read_text() == "new"
 
@@ -48,7 +48,7 @@ def test_windows_is_asked_again(pair, monkeypatch):
 def test_other_systems_mean_it(pair, monkeypatch):
     calls = refuse(monkeypatch, 5, "posix")
     with pytest.raises(PermissionError):
-        files.replace(*map(str, pair))
+        files.replace_file(*map(str, pair))
     assert len(calls) == 1
 
 
@@ -56,4 +56,4 @@ def test_patience_ends(pair, monkeypatch):
     refuse(monkeypatch, 10**9, "nt")
     monkeypatch.setattr(files, "PATIENCE_S", 0.0)
     with pytest.raises(PermissionError, match="denied"):
-        files.replace(*map(str, pair))
+        files.replace_file(*map(str, pair))

@@ -19,7 +19,7 @@ from tokenizers import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from course_utils import layout
+from course_utils import templates as layout
 from course_utils.formatting import (
     TEMPLATES,
     CompletionCollator,

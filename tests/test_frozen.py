@@ -16,7 +16,7 @@ import pytest
 from course_utils import records, runtime
 from course_utils.data import _hash_split, data_hash, list_bundled
 from course_utils.evaluation import stratified
-from course_utils.experiments import LESSON_RUNS
+from course_utils.experiment_lists import LESSON_RUNS
 from course_utils.training_speed import SeededBatches
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "Makefile").exists())
@@ -73,14 +73,14 @@ def used_names(paths) -> dict[str, list[str]]:
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and node.module == "course_utils":
                 modules |= {a.asname or a.name: a.name for a in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                if node.module.startswith("course_utils."):
-                    module = node.module.removeprefix("course_utils.")
+            elif isinstance(node, ast.ImportFrom):
+                package, _, module = (node.module or "").partition(".")
+                if package == "course_utils":
                     names.setdefault(module, set()).update(a.name for a in node.names)
         for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if module := modules.get(node.value.id):
-                    names.setdefault(module, set()).add(node.attr)
+            of_module = isinstance(node, ast.Attribute) and ast.unparse(node.value)
+            if of_module in modules:
+                names.setdefault(modules[of_module], set()).add(node.attr)
     return {module: sorted(names[module]) for module in sorted(names)}
 
 

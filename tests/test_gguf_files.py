@@ -7,8 +7,8 @@ import pytest
 from gguf import GGUFWriter
 from transformers import AutoTokenizer
 
-from course_utils import bundled
-from course_utils.gguf_files import gguf_tokenizer
+from course_utils import models as bundled
+from course_utils.models import gguf_tokenizer
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "h", "i", "Ġ", "hi", "Ġhi"]
 

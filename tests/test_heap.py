@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from course_utils import heap
+from course_utils import runtime as heap
 
 needs_glibc = pytest.mark.skipif(heap._glibc() is None, reason="there is no glibc here")
 
 # Takes, fills and frees a block three times; prints the page faults of the last time.
 CHILD = """
 import ctypes, json, resource, sys
-from course_utils import heap
+from course_utils import runtime as heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -36,7 +36,7 @@ for _ in range(3):
     last = faults() - before
 kept = resident()
 if "give" in sys.argv:
-    heap.give_back()
+    heap.give_back_memory()
 print(json.dumps({"faults": last, "given": 1024 * (kept - resident()) / size}))
 """
 
@@ -81,7 +81,7 @@ def test_an_older_glibc_gets_the_most_that_it_accepts(monkeypatch):
 def test_elsewhere_nothing_is_done(monkeypatch, capsys, system):
     monkeypatch.setattr(heap.sys, "platform", system)
     assert heap.keep_freed_memory() is False
-    heap.give_back()
+    heap.give_back_memory()
     assert capsys.readouterr() == ("", "")
 
 
@@ -89,7 +89,7 @@ def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
     monkeypatch.setattr(heap.sys, "platform", "linux")
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     assert heap.keep_freed_memory() is False
-    heap.give_back()
+    heap.give_back_memory()
 
 
 def test_what_a_process_holds_is_read_where_linux_says_it(monkeypatch):
@@ -108,7 +108,7 @@ def test_a_long_training_gives_back_what_is_too_much(monkeypatch):
 
     held, given = [], []
     monkeypatch.setattr(heap, "resident_bytes", lambda: held[-1])
-    monkeypatch.setattr(heap, "give_back", lambda: given.append(held[-1]))
+    monkeypatch.setattr(heap, "give_back_memory", lambda: given.append(held[-1]))
     callback, state = BoundedMemory(), SimpleNamespace(global_step=10)  # resumed
     callback.on_train_begin(None, state, None)
     for held_now in (50, 100, 80, 150, 151, 90, 149, 200):

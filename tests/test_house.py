@@ -4,7 +4,6 @@ A rule for a lesson stands in `notebook_rules.py`. Here each is first shown to f
 a small bad notebook, then applied to every lesson.
 """
 
-import ast
 import copy
 import json
 import re
@@ -15,11 +14,12 @@ import tomllib
 import notebook_rules as rules
 import pytest
 import yaml
-from notebook_rules import PACKAGE, ROOT, Lesson
+from notebook_rules import ROOT, Lesson
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from course_utils import exercises, links, runtime
+from course_utils import lessons as exercises
+from course_utils import links, runtime
 
 # The exact lessons of this stage: a folder with fewer or other ones fails.
 LESSONS = (
@@ -33,174 +33,6 @@ LESSONS = (
     "07_qlora",
     "08_choosing_a_method",
 )
-MAX_MODULE_LINES = 300
-IMPORT_LIMIT_S = 0.050
-HEAVY = {
-    *("torch", "transformers", "peft", "trl", "datasets", "accelerate", "gguf"),
-    *("bitsandbytes", "numpy", "pandas", "matplotlib", "ipywidgets", "safetensors"),
-}
-
-# Who may import whom. A module that is not here may not exist; every module may import
-# `runtime`. Modules of one family share a public face and a test file.
-ARROWS = {
-    "files": set(),
-    "runtime": set(),
-    "heap": set(),
-    "links": set(),
-    "exercises": set(),
-    "lessons": {"exercises"},
-    "course": {"lessons", "models"},
-    "gguf_files": set(),
-    "bundled": {"gguf_files"},
-    "pooling": set(),
-    "models": {"bundled", "heap", "pooling"},
-    "data_errors": set(),
-    "data_json": {"data_errors"},
-    "data_files": {"data_errors", "data_json"},
-    "data_schemas": {"data_errors"},
-    "data": {"data_errors", "data_files", "data_schemas"},
-    "templates": set(),
-    "layout": {"templates"},
-    "encoding": {"layout", "templates"},
-    "batching": {"encoding"},
-    "formatting": {"batching", "encoding", "layout", "templates"},
-    "targets": set(),
-    "closed_forms": {"targets"},
-    "parameter_rows": set(),
-    "parameters": {"closed_forms", "parameter_rows", "targets"},
-    "lora": set(),
-    "pissa": set(),
-    "nf4": set(),
-    "loftq": {"nf4"},
-    "soft_prompts": set(),
-    "prefix": set(),
-    "classification": set(),
-    "memory_request": {"targets", "parameters"},
-    "memory_static": {"memory_request", "targets", "parameters"},
-    "memory_formula": {"memory_request", "memory_static"},
-    "memory_fakes": {"memory_static", "memory_formula"},
-    "memory_exact": {"memory_fakes", "memory_request", "memory_static"},
-    "memory_answer": {"memory_request", "memory_formula", "memory_exact"},
-    "memory_measure": {"heap", "memory_request"},
-    "memory": {"memory_answer", "memory_measure", "memory_request", "parameters"},
-    "figure_style": set(),
-    "figure_confusion": {"figure_style"},
-    "figure_curves": {"figure_style"},
-    "figure_map": {"figure_style"},
-    "figure_predicted": {"figure_style"},
-    "figure_prefix": {"figure_style"},
-    "figure_own": {"figure_style"},
-    "figure_scores": {"figure_own", "figure_style"},
-    "figure_methods": {"figure_own", "figure_scores", "figure_style"},
-    "figure_text": set(),
-    "figure_tokens": {"figure_style", "figure_text"},
-    "plotting": {
-        *("figure_style", "figure_tokens", "figure_confusion", "figure_prefix"),
-        "figure_predicted",
-        *("figure_curves", "figure_map", "figure_scores"),
-        *("figure_methods", "figure_own"),
-    },
-    "decoding": set(),
-    "comparison": set(),
-    "inference": {"comparison", "decoding", "formatting"},
-    "scoring": set(),
-    "selection": set(),
-    "likelihood": {"decoding", "formatting", "selection"},
-    "forgetting": {"inference", "likelihood", "selection"},
-    "evaluation": {
-        *("scoring", "inference", "formatting"),
-        *("forgetting", "likelihood", "selection"),
-    },
-    "packed_batches": {"formatting"},
-    "training_speed": {"formatting", "packed_batches"},
-    "training_callbacks": {"heap", "training_speed"},
-    "training_memory": {"heap", "memory", "memory_answer", "training_callbacks"},
-    "training": {
-        *("formatting", "evaluation", "heap", "memory", "packed_batches"),
-        *("training_callbacks", "training_memory", "training_speed"),
-    },
-    "record_metrics": {"classification", "scoring"},
-    "records": {"record_metrics"},
-    "prose_figures": {"records"},
-    "widget_figures": {"parameters", "memory", "plotting"},
-    "experiment_setup": {"data", "formatting", "loftq", "models"},
-    "experiment_rounding": {
-        *("experiment_setup", "data", "evaluation", "formatting", "models", "nf4"),
-    },
-    "experiment_classifier": {
-        *("classification", "data", "models", "parameters"),
-        *("training", "training_callbacks", "experiment_costs"),
-    },
-    "experiment_costs": {"memory"},
-    "experiment_weights": set(),
-    "experiment_card_setup": {"data", "formatting", "memory", "models", "targets"},
-    "experiment_card": {
-        *("experiment_card_setup", "experiment_costs", "formatting", "memory"),
-        *("models", "training", "training_callbacks"),
-    },
-    "experiment_lists_08": {"experiment_setup", "records"},
-    "experiment_lists_07": {"experiment_card_setup", "experiment_setup"},
-    "experiment_lists_06": {"experiment_classifier", "experiment_setup"},
-    "experiment_lists_02": {"experiment_setup"},
-    "experiment_lists": {
-        *("experiment_lists_02", "experiment_lists_06", "experiment_lists_07"),
-        *("experiment_lists_08", "experiment_setup", "records"),
-    },
-    "experiment_run": {
-        *("experiment_setup", "experiment_rounding", "experiment_classifier"),
-        "experiment_weights",
-        *("experiment_card", "data", "evaluation", "formatting", "models"),
-        *("parameters", "training", "training_callbacks", "experiment_costs"),
-    },
-    "widgets": {"widget_figures", "parameters", "memory", "plotting"},
-    "method_runs": {"experiment_lists_08", "figure_style", "records"},
-    "method_table": {"experiment_lists_08", "figure_style", "method_runs"},
-    "method_compare": {
-        *("experiment_lists", "experiment_lists_08", "experiment_run"),
-        *("experiment_setup", "data", "evaluation", "models", "parameters"),
-        *("method_runs", "method_table", "records"),
-    },
-    "method_results": {
-        *("figure_style", "method_compare", "method_runs", "method_table"),
-    },
-}
-EVERYONE_MAY = {"files", "runtime"}
-# Tops that run the others: they may import any module, and none imports them.
-TOPS = {"experiments", "picture"}
-# These subclass a heavy library's classes, so they import it; only inside functions
-# may the others import them.
-LAZY = {
-    *("lora", "loftq", "memory_exact", "memory_fakes", "nf4", "pissa", "prefix"),
-    *("pooling", "soft_prompts"),
-    *("training_callbacks", "experiment_costs"),
-}
-FAMILIES = {
-    "data": {"data_errors", "data_files", "data_json", "data_schemas"},
-    "formatting": {"batching", "encoding", "layout", "templates"},
-    "inference": {"comparison", "decoding"},
-    "evaluation": {"forgetting", "likelihood", "selection"},
-    "parameters": {"closed_forms", "parameter_rows", "targets"},
-    "memory": {
-        *("memory_answer", "memory_exact", "memory_fakes", "memory_formula"),
-        *("memory_measure", "memory_request", "memory_static"),
-    },
-    "training": {
-        *("packed_batches", "training_callbacks", "training_memory", "training_speed"),
-    },
-    "experiments": {
-        *("experiment_classifier", "experiment_lists", "experiment_lists_02"),
-        *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
-        *("experiment_card", "experiment_card_setup"),
-        *("experiment_costs", "experiment_rounding"),
-        *("experiment_run", "experiment_setup", "experiment_weights"),
-    },
-    "method_results": {"method_compare", "method_runs", "method_table"},
-    "plotting": {module for module in ARROWS if module.startswith("figure_")},
-    "records": {"record_metrics", "prose_figures"},
-    "widgets": {"widget_figures"},
-    "exercises": {path.stem for path in PACKAGE.glob("exercises_[0-9][0-9].py")},
-}
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 
 
 # --- the lessons -----------------------------------------------------------------
@@ -429,163 +261,6 @@ def test_saved_cells_may_differ_in_docstrings_and_annotations():
     assert rules.definitions(bare) != rules.definitions(bare.replace("+", "-"))
 
 
-# --- the package -----------------------------------------------------------------
-
-
-def imported(tree, *, module_level_only):
-    """Return (top-level package, module of ours or None) of a module's imports."""
-    found, stack = [], list(tree.body)
-    while stack:
-        node = stack.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        inner = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if module_level_only and inner:
-            continue
-        if isinstance(node, ast.Import):
-            for name in (alias.name for alias in node.names):
-                ours = name.split(".")[1:2] if name.startswith("course_utils.") else []
-                found.append((name.split(".")[0], ours[0] if ours else None))
-        elif isinstance(node, ast.ImportFrom):
-            source = "course_utils" if node.level else (node.module or "")
-            for name in (alias.name for alias in node.names):
-                parts = [*source.split("."), name]
-                is_ours = parts[0] == "course_utils"
-                found.append((parts[0], parts[1] if is_ours else None))
-        stack.extend(ast.iter_child_nodes(node))
-    return found
-
-
-def tree_of(module):
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-
-
-def allowed(module):
-    if module in TOPS or module in FAMILIES["exercises"]:
-        return set(ARROWS)
-    return ARROWS[module] | EVERYONE_MAY
-
-
-def test_imports_are_read_from_the_tree():
-    code = (
-        "from __future__ import annotations\nimport re\nfrom course_utils import data\n"
-        "if TYPE_CHECKING:\n    import torch\n"
-        "def f():\n    import peft\n    from course_utils.models import load_model\n"
-    )
-    tree = ast.parse(code)
-    level = {name for name, _ in imported(tree, module_level_only=True)}
-    assert level == {"__future__", "re", "course_utils"}
-    ours = {name for _, name in imported(tree, module_level_only=False) if name}
-    assert ours == {"data", "models"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_arrows_between_modules(module):
-    known = set(ARROWS) | TOPS | FAMILIES["exercises"]
-    assert module in known, f"add {module} to ARROWS in tests/test_house.py"
-    tree = tree_of(module)
-    ours = {name for _, name in imported(tree, module_level_only=False) if name}
-    assert ours <= allowed(module), f"{module} may not import {ours - allowed(module)}"
-    at_top = {name for _, name in imported(tree, module_level_only=True)}
-    assert not at_top & LAZY, f"import {at_top & LAZY} inside a function"
-
-
-def test_the_table_of_arrows_has_no_cycle():
-    seen = set()
-    while len(seen) < len(ARROWS):
-        ready = {
-            m for m, targets in ARROWS.items() if m not in seen and targets <= seen
-        }
-        assert ready, f"a cycle among {set(ARROWS) - seen}"
-        seen |= ready
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in LAZY])
-def test_nothing_heavy_is_imported_at_the_top(module):
-    found = {name for name, _ in imported(tree_of(module), module_level_only=True)}
-    outside = found - set(sys.stdlib_module_names) - {"course_utils"}
-    assert not outside, f"{module} imports {outside} before anyone asks for it"
-
-
-def test_importing_every_module_loads_nothing_heavy():
-    names = ", ".join(f"course_utils.{m}" for m in MODULES if m not in LAZY)
-    code = f"import sys\nimport {names}\nprint(*{HEAVY!r}.intersection(sys.modules))"
-    assert run_python(code).split() == []
-
-
-def test_importing_the_package_takes_no_time():
-    code = "import time; t = time.process_time(); import course_utils\n"
-    code += "print(time.process_time() - t)"
-    times = [float(run_python(code)) for _ in range(5)]
-    assert min(times) <= IMPORT_LIMIT_S, times
-
-
-def run_python(code, *, cwd=ROOT, arguments=()):
-    run = subprocess.run(
-        [sys.executable, *arguments, "-c", code],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_modules_are_short(module):
-    lines = (PACKAGE / f"{module}.py").read_text(encoding="utf-8").count("\n")
-    assert lines <= MAX_MODULE_LINES, f"{module}: {lines} lines; about 250 are meant"
-
-
-def test_no_drawer_for_odds_and_ends():
-    assert not {"utils", "helpers", "common", "misc", "base"} & set(MODULES)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_each_module_has_its_tests(module):
-    face = next((f for f, members in FAMILIES.items() if module in members), module)
-    files = [ROOT / "tests" / f"test_{name}.py" for name in (module, face)]
-    assert any(file.exists() for file in files), f"no {files[0].name}"
-
-
-def public_functions(tree):
-    """Yield (name, node) of a module's public functions and public methods.
-
-    The methods of a subclass are described where its base is.
-    """
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name[0] != "_" and not node.bases:
-            for inner in node.body:
-                if isinstance(inner, ast.FunctionDef) and inner.name[0] != "_":
-                    yield f"{node.name}.{inner.name}", inner
-        elif isinstance(node, ast.FunctionDef) and node.name[0] != "_":
-            yield node.name, node
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if m[:10] != "exercises_"])
-def test_what_is_public_is_described_and_typed(module):
-    tree, bad = tree_of(module), []
-    faces = set(MODULES) - set().union(*FAMILIES.values())
-    if not ast.get_docstring(tree):
-        bad.append("the module has no docstring")
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name[0] != "_":
-            bad += [] if ast.get_docstring(node) else [f"{node.name}: no docstring"]
-    for name, node in public_functions(tree):
-        text = ast.get_docstring(node) or ""
-        if not text:
-            bad.append(f"{name}: no docstring")
-        if node.returns is None:
-            bad.append(f"{name}: its result has no type")
-        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        own = [a for a in every if a.arg not in ("self", "cls")]
-        bad += [f"{name}({a.arg}): no type" for a in own if a.annotation is None]
-        if "." not in name and module in faces:
-            words = set(re.findall(r"\w+", text))
-            bad += [f"{name}: {a.arg} not described" for a in own if a.arg not in words]
-    assert not bad, "\n".join([f"course_utils.{module}", *bad])
-
-
 # --- the repository --------------------------------------------------------------
 
 
@@ -733,6 +408,17 @@ def test_pytest_runs_doctests_and_leaves_slow_tests_out():
 
 
 # --- the wheel -------------------------------------------------------------------
+
+
+def run_python(code, *, cwd=ROOT, arguments=()):
+    run = subprocess.run(
+        [sys.executable, *arguments, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 @pytest.fixture(scope="module")

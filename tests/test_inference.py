@@ -19,10 +19,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from course_utils import decoding
-from course_utils.decoding import decodes
+from course_utils import inference as decoding
 from course_utils.formatting import end_of_turn_ids, generation_prompt
-from course_utils.inference import _picker, compare_generations, generate, stream
+from course_utils.inference import (
+    _picker,
+    compare_generations,
+    decodes,
+    generate,
+    stream,
+)
 
 PROMPTS = [
     "Turn on the light",

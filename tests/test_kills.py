@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from course_utils import bundled, records
+from course_utils import models as bundled
+from course_utils import records
 from course_utils.training import find_checkpoint
 
 HERE = Path(__file__).parent

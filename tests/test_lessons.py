@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from course_utils import exercises, lessons, runtime
+from course_utils import lessons, runtime
+from course_utils import lessons as exercises
 
 
 @pytest.fixture(autouse=True)

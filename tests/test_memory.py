@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from course_utils import heap, memory, memory_measure, parameters
+from course_utils import memory, parameters
+from course_utils import runtime as heap
 from course_utils.memory import GIB, estimate_memory, measure_memory, model_config
-from course_utils.memory_static import optimizer_state_bytes, quantization_constants
+from course_utils.memory import estimate as memory_measure
+from course_utils.memory.formula import optimizer_state_bytes, quantization_constants
 
 ALL = {"r": 8, "target_modules": "all-linear"}
 VIRTUAL = {"num_virtual_tokens": 16}
@@ -279,8 +281,8 @@ def test_the_trainer_keeps_an_embeddings_moments_in_float32(method, tmp_path):
     from trl import SFTTrainer
 
     from course_utils.formatting import CompletionCollator
+    from course_utils.parameters import peft_config
     from course_utils.runtime import Profile
-    from course_utils.targets import peft_config
     from course_utils.training import sft_config
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}

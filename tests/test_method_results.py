@@ -12,17 +12,16 @@ from course_utils import experiment_run, experiment_setup, method_compare, recor
 from course_utils.data import DataError
 from course_utils.experiment_lists import LORA, PROMPT
 from course_utils.experiment_lists_08 import BUDGET, SEEDS, comparison_runs
-from course_utils.method_compare import ZERO_SHOT, known_methods, plan, split_sizes
-from course_utils.method_results import (
-    MethodResult,
-    agreement,
+from course_utils.method_compare import (
+    ZERO_SHOT,
     compare_on,
-    long_runs,
-    methods_table,
-    recorded_methods,
+    known_methods,
+    plan,
+    split_sizes,
 )
-from course_utils.method_runs import path_of
-from course_utils.method_table import percent, readme_section, size
+from course_utils.method_results import agreement
+from course_utils.method_runs import MethodResult, long_runs, path_of, recorded_methods
+from course_utils.method_table import methods_table, percent, readme_section, size
 from course_utils.prose_figures import check_text
 from course_utils.runtime import Profile
 

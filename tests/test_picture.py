@@ -7,7 +7,7 @@ import re
 import pytest
 
 from course_utils import picture, records
-from course_utils.method_results import MethodResult
+from course_utils.method_runs import MethodResult
 from course_utils.prose_figures import check_text
 
 README = picture.ROOT / "README.md"

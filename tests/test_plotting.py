@@ -19,9 +19,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 
 from course_utils import plotting
-from course_utils.figure_text import token_texts, visible
-from course_utils.figure_tokens import LEARNED, PROMPT
 from course_utils.plotting import METHOD_COLOURS, METHOD_STYLES, line_styles
+from course_utils.plotting.tokens import LEARNED, PROMPT, token_texts, visible
 
 METHODS = list(METHOD_COLOURS)[:10]
 SLICES = [f"slice_number_{i}" for i in range(10)]

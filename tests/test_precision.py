@@ -207,7 +207,7 @@ def test_a_card_keeps_the_librarys_kernels_and_never_builds_all_logits(t4, tmp_p
     trainer = make_trainer(model, t4, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         pretend_device(patch, "cuda")
-        patch.setattr("course_utils.heap.keep_freed_memory", pytest.fail)
+        patch.setattr("course_utils.runtime.keep_freed_memory", pytest.fail)
         prepare_trainer(trainer)
     assert model.config._attn_implementation == "sdpa"
     kinds = {type(c) for c in trainer.callback_handler.callbacks}

@@ -14,12 +14,11 @@ from small_models import byte_tokenizer, random_llama
 from trl import SFTTrainer
 
 from course_utils import experiment_setup
-from course_utils.closed_forms import adapter_parameters
 from course_utils.experiment_lists import LESSON_RUNS
 from course_utils.experiment_setup import make_model
 from course_utils.formatting import CompletionCollator
 from course_utils.inference import generate
-from course_utils.parameters import count_parameters
+from course_utils.parameters import adapter_parameters, count_parameters
 from course_utils.prefix import (
     PrefixMLP,
     from_peft_rows,

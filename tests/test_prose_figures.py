@@ -3,7 +3,7 @@
 import pytest
 
 from course_utils.prose_figures import check_marker, check_text, find_markers, shows
-from course_utils.records import RecordError
+from course_utils.record_metrics import RecordError
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,11 @@ import pytest
 
 from course_utils import record_metrics, records
 from course_utils.data import data_hash
+from course_utils.record_metrics import RecordError, differences, recompute
 from course_utils.records import (
-    RecordError,
-    differences,
     list_records,
     load_record,
     lookup,
-    recompute,
     save_record,
     validate_record,
 )

@@ -12,7 +12,8 @@ import notebook_rules as rules
 import pytest
 from test_house import project_files
 
-from course_utils import bundled, links
+from course_utils import links
+from course_utils import models as bundled
 
 # Modules whose loading runs code that the file brings along.
 PICKLING = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}

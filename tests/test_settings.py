@@ -16,7 +16,6 @@ import torch
 from small_models import byte_tokenizer, random_llama
 
 from course_utils import (
-    bundled,
     data,
     evaluation,
     formatting,
@@ -29,6 +28,7 @@ from course_utils import (
     runtime,
     training,
 )
+from course_utils import models as bundled
 from course_utils.models import ModelUnavailable
 
 TOKENIZER = byte_tokenizer()

@@ -26,7 +26,6 @@ from trl import SFTTrainer
 
 from course_utils import training_callbacks as callbacks
 from course_utils.formatting import CompletionCollator
-from course_utils.packed_batches import PACKABLE, shared_beginning, without_padding
 from course_utils.runtime import Profile
 from course_utils.training import (
     LossHistory,
@@ -37,7 +36,12 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from course_utils.training_speed import SeededBatches
+from course_utils.training_speed import (
+    PACKABLE,
+    SeededBatches,
+    shared_beginning,
+    without_padding,
+)
 
 HERE = Path(__file__).parent
 FP32 = Profile("cpu", "cpu", torch.float32, 0)
@@ -203,7 +207,10 @@ def test_an_evaluation_after_training_computes_as_one_within(
 
 def test_freed_memory_is_kept_while_a_cpu_trains(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("course_utils.heap.keep_freed_memory", lambda: asked.append(1))
+    target = "course_utils.runtime.keep_freed_memory"
+    monkeypatch.setattr(target, lambda: asked.append(1))
+        "course_utils.runtime.keep_freed_memory", lambda: asked.append(1)
+    )
     prepare_trainer(build(SFTTrainer, tmp_path, random_llama()), fast=False)
     assert asked == [1]
 

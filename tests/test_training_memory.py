@@ -11,12 +11,18 @@ from training_child import records
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from trl import SFTTrainer
 
-from course_utils import training_memory
+from course_utils import training as training_memory
 from course_utils.formatting import CompletionCollator
 from course_utils.memory import GIB, t4_plan
 from course_utils.runtime import Profile
-from course_utils.training import prepare_trainer, sft_config, training_arguments
-from course_utils.training_memory import OutOfMemory, plan_settings, trainer_estimate
+from course_utils.training import (
+    OutOfMemory,
+    plan_settings,
+    prepare_trainer,
+    sft_config,
+    trainer_estimate,
+    training_arguments,
+)
 
 FP32 = Profile("cpu", "cpu", torch.float32, 0)
 T4 = Profile("t4", "cuda", torch.float16, 0)
@@ -240,7 +246,7 @@ def test_free_memory_is_what_the_system_says():
 def test_what_the_process_has_freed_and_kept_counts_as_free(monkeypatch):
     pytest.importorskip("psutil")
     asked = []
-    monkeypatch.setattr(training_memory, "give_back", lambda: asked.append(1))
+    monkeypatch.setattr(training_memory, "give_back_memory", lambda: asked.append(1))
     training_memory.free_bytes("cpu")
     assert asked
 

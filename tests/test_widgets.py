@@ -187,7 +187,7 @@ def test_a_tool_where_widgets_are(tool, live):
 
 
 def test_a_card_may_be_written_in_small_letters():
-    from course_utils import widget_figures
+    from course_utils import widgets as widget_figures
 
     size = {"batch_size": 1, "sequence_length": 512}
     small, large = (

@@ -12,7 +12,8 @@ import time
 
 import torch
 
-from course_utils import decoding, records
+from course_utils import inference as decoding
+from course_utils import records
 from course_utils.data import load_examples
 from course_utils.evaluation import evaluate
 from course_utils.formatting import CompletionCollator, tokenize_dataset

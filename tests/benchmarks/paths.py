@@ -26,14 +26,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from course_utils.bundled import SMOLLM2, prepare
 from course_utils.formatting import (
     IGNORE,
     CompletionCollator,
     pack_examples,
     tokenize_dataset,
 )
-from course_utils.models import load_model, release
+from course_utils.models import SMOLLM2, load_model, prepare, release
 from course_utils.runtime import build_folder, get_profile
 from course_utils.training import prepare_trainer, sft_config
 from course_utils.training_speed import cast_lora_inputs, set_attention

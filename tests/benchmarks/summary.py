@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from course_utils.records import summary_of
+from course_utils.record_metrics import summary_of
 
 UNIT = "real tokens a second"
 # The first pattern that an operator's name contains decides; the order matters.

@@ -21,7 +21,8 @@ from unittest.mock import patch
 
 import torch
 
-from course_utils import packed_batches, training_callbacks, training_speed
+from course_utils import training_callbacks, training_speed
+from course_utils import training_speed as packed_batches
 from course_utils.data import load_examples
 from course_utils.formatting import IGNORE
 from course_utils.models import load_tokenizer

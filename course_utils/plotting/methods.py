@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from course_utils.figure_own import OWN_COLOUR
-from course_utils.figure_scores import pareto_front, place_labels
-from course_utils.figure_style import (
+from course_utils.plotting.runs import OWN_COLOUR, pareto_front, place_labels
+from course_utils.plotting.style import (
     HEIGHT,
     WIDTH,
     display_name,

@@ -7,21 +7,21 @@ figure reads in grey. No display is needed.
 
 from __future__ import annotations
 
-from course_utils.figure_confusion import plot_confusion
-from course_utils.figure_curves import plot_loss, plot_memory, plot_spectrum
-from course_utils.figure_map import plot_method_map
-from course_utils.figure_methods import plot_rate_panels, plot_trade_off
-from course_utils.figure_own import plot_own_points
-from course_utils.figure_predicted import plot_predicted
-from course_utils.figure_prefix import plot_prefix
-from course_utils.figure_scores import (
+from course_utils.plotting.methods import plot_rate_panels, plot_trade_off
+from course_utils.plotting.runs import (
     pareto_front,
     plot_by_slice,
     plot_comparison,
+    plot_confusion,
     plot_learning_rates,
+    plot_loss,
+    plot_memory,
+    plot_own_points,
+    plot_predicted,
     plot_scatter,
+    plot_spectrum,
 )
-from course_utils.figure_style import (
+from course_utils.plotting.style import (
     METHOD_COLOURS,
     METHOD_NAMES,
     METHOD_STYLES,
@@ -31,7 +31,12 @@ from course_utils.figure_style import (
     method_of,
     new_axes,
 )
-from course_utils.figure_tokens import plot_attention_mask, plot_mask
+from course_utils.plotting.tokens import (
+    plot_attention_mask,
+    plot_mask,
+    plot_method_map,
+    plot_prefix,
+)
 
 __all__ = [
     "METHOD_COLOURS",

@@ -1,0 +1,25 @@
+"""The memory of a training step, predicted and measured."""
+
+from course_utils.memory.estimate import (
+    PARTS,
+    Measurement,
+    MemoryEstimate,
+    estimate_memory,
+    measure_memory,
+    t4_plan,
+)
+from course_utils.memory.formula import GIB, GPUS, KNOWN_MODELS, gpu_gib, model_config
+
+__all__ = [
+    "GIB",
+    "GPUS",
+    "KNOWN_MODELS",
+    "PARTS",
+    "Measurement",
+    "MemoryEstimate",
+    "estimate_memory",
+    "gpu_gib",
+    "measure_memory",
+    "model_config",
+    "t4_plan",
+]
