@@ -17,6 +17,7 @@ from course_utils.evaluation import stratified
 from course_utils.experiment_setup import Experiment, quantized_start
 from course_utils.formatting import CompletionCollator, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer
+from course_utils.rounding_starts import levels_of, round_4bit, round_blocks
 from course_utils.runtime import set_seed
 
 ALPHA = 16  # cancels out: an adapter's start does not depend on it
@@ -32,22 +33,13 @@ def rounding_of(name: str) -> Callable[[Any], Any]:
     Raises:
         ValueError: an unknown name.
     """
-    from course_utils import nf4
-
     if name == "int8":
-
-        def rows(weight: Any) -> Any:
-            levels = nf4.int_levels(8)
-            parts = nf4.quantize_blocks(weight, levels, weight.shape[1])
-            return nf4.dequantize_blocks(*parts, levels).reshape(weight.shape)
-
-        return rows
+        levels = levels_of("int8")
+        return lambda weight: round_blocks(weight, levels, weight.shape[1])
     kind, _, double = name.partition("+")
-    if kind not in nf4.LEVELS or double not in ("", "dq"):
+    if kind not in ("int4", "fp4", "nf4") or double not in ("", "dq"):
         raise ValueError(f"rounding {name!r}: expected int8, int4, fp4, nf4 or nf4+dq")
-    return lambda weight: nf4.quantize_4bit(
-        weight, kind, double_quant=bool(double)
-    ).dequantize()
+    return functools.partial(round_4bit, kind=kind, double_quant=bool(double))
 
 
 def rounded_weight(weight: Any, method: str, start: str | None) -> Any:

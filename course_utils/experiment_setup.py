@@ -10,6 +10,7 @@ from typing import Any
 from course_utils.data import load_examples
 from course_utils.formatting import IGNORE, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, model_name
+from course_utils.rounding_starts import loftq_init, qpissa_init, set_start
 from course_utils.runtime import data_folder
 
 # Younger than the first records, which know nothing of them.
@@ -58,7 +59,7 @@ class Experiment:
         spectra: weights whose change ΔW is taken apart into singular values.
         quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
         start: `"qpissa"`, or `"loftq:k"` with k rounds: how adapters on 4-bit weights
-            begin (`course_utils.loftq`); None begins as PEFT does.
+            begin (`course_utils.rounding_starts`); None begins as PEFT does.
         prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
             `schema.txt`, set as a system turn; None starts as PEFT does.
         costs: measure the most that tensors take in the second step, and the bytes of
@@ -132,8 +133,6 @@ def make_model(experiment: Experiment) -> Any:
     if isinstance(method, dict):
         from peft import get_peft_config, get_peft_model
 
-        from course_utils.loftq import set_start
-
         if method.get("prompt_tuning_init") == "TEXT":  # a record holds no paths
             folder = load_tokenizer(name).name_or_path
             method = {"tokenizer_name_or_path": folder, **method}
@@ -174,13 +173,11 @@ def make_model(experiment: Experiment) -> Any:
 
 
 def quantized_start(name: str) -> Any:
-    """The function of `course_utils.loftq` that an experiment's `start` names.
+    """The function of `rounding_starts` that an experiment's `start` names.
 
     Raises:
         ValueError: there is no such start.
     """
-    from course_utils.loftq import loftq_init, qpissa_init
-
     kind, _, rounds = name.partition(":")
     if name == "qpissa":
         return qpissa_init

@@ -209,8 +209,6 @@ def test_freed_memory_is_kept_while_a_cpu_trains(tmp_path, monkeypatch):
     asked = []
     target = "course_utils.runtime.keep_freed_memory"
     monkeypatch.setattr(target, lambda: asked.append(1))
-        "course_utils.runtime.keep_freed_memory", lambda: asked.append(1)
-    )
     prepare_trainer(build(SFTTrainer, tmp_path, random_llama()), fast=False)
     assert asked == [1]
 
