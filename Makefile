@@ -31,10 +31,10 @@ test-colab:
 	$(PYTHON) -m venv .venv-colab
 	$(COLAB) pip install $(subst constraints,constraints-colab,$(PIP_ARGS)) -e ".[dev]"
 	$(COLAB) pytest -q
-	$(COLAB) pytest -q -m slow tests/test_colab.py
+	$(COLAB) pytest -q -m slow tests/platforms/test_colab.py
 
 lessons: $(STAMP)
-	$(RUN) pytest -q tests/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
+	$(RUN) pytest -q tests/lessons/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
 
 bench: $(STAMP) build/litgpt
 	COURSE_DEVICE=cpu $(RUN) tests.benchmarks

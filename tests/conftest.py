@@ -15,9 +15,9 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 # Put on the path of child processes; two of them bear the same name on purpose.
-collect_ignore = ["fake_colab", "network_guard"]
+collect_ignore = ["platforms/fake_colab", "platforms/network_guard"]
 
-GUARD = Path(__file__).parent / "network_guard"
+GUARD = Path(__file__).parent / "platforms" / "network_guard"
 LOG = pytest.StashKey[Path]()
 # Without this signal, on Windows, a test beyond its limit ends the whole session.
 TEST_LIMIT_S = 300 if hasattr(signal, "SIGALRM") else 1800
@@ -76,7 +76,7 @@ def pytest_collection_finish(session):
     log = Path(tempfile.mkdtemp(prefix="blocked-")) / "log"
     session.config.stash[LOG] = log
     os.environ["COURSE_BLOCKED_LOG"] = str(log)
-    paths = [str(GUARD), os.environ.get("PYTHONPATH", "")]
+    paths = [str(GUARD), str(GUARD.parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     runpy.run_path(str(GUARD / "sitecustomize.py"))
 

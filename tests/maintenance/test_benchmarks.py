@@ -13,7 +13,7 @@ from course_utils import records
 from tests.benchmarks import summary
 from tests.benchmarks.summary import kind_of, shares, speed, spread, summarise, table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def training(name, number, seconds, method="lora", part="training", loss=(2.0, 1.0)):

@@ -323,7 +323,7 @@ def test_a_model_with_code_of_its_own_asks_nobody_and_runs_nothing(saved, tmp_pa
     shutil.copytree(saved, folder)
     own_code(folder)
     code = "from course_utils.models import load_model\nload_model('model')"
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -16,7 +16,7 @@ from builders import load_file
 
 from course_utils.data import load_examples
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "reviews"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "reviews"
 SPLITS = ("train", "validation", "test")
 LABELS = {"negative", "mixed", "positive"}
 KINDS = {"plain", "mixed_feelings", "irony", "negation", "understatement"}

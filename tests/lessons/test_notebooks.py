@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from lesson_copies import BrokenExercise, check_call, execute, make_copy, solution_code
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FOLDER = ROOT / "build" / "lesson_tests"
 LESSON_LIMIT_S = 1800

@@ -11,7 +11,7 @@ import pytest
 
 from course_utils import course, lessons, runtime
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture

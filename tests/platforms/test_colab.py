@@ -29,9 +29,9 @@ from course_utils import lessons, runtime
 from course_utils.runtime import Profile
 from course_utils.training import LossHistory, find_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
-FAKE = ROOT / "tests" / "fake_colab"
+FAKE = ROOT / "tests" / "platforms" / "fake_colab"
 FROZEN = DATA / "colab_packages_2026-08-19.txt"
 # Colab's Python; markers of requirements are read for it.
 COLAB = {"python_version": "3.13", "sys_platform": "linux", "extra": ""}

@@ -65,7 +65,7 @@ def real_cases(size):
 def compare_with_allocator(cases, layers):
     child = Path(__file__).with_name("memory_child.py")
     command = [sys.executable, str(child), str(layers), json.dumps(cases)]
-    path = os.pathsep.join([str(child.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(child.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -20,7 +20,7 @@ from lesson_copies import BrokenExercise, check_call, solution_code
 from course_utils import lessons as exercises
 from course_utils import links, prose_figures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "course_utils"
 REQUIRED = [
     "title",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from builders import load_file, read_lines
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 SMALL, LARGE = DATA / "home_commands", DATA / "home_commands_large"
 SPLITS = ("train", "validation", "test")
 

@@ -262,7 +262,8 @@ def project_files():
 
 # These hold the patterns and the planted examples.
 OWN_EXAMPLES = {
-    *("tests/notebook_rules.py", "tests/test_house.py", "tests/test_security.py"),
+    *("tests/lessons/notebook_rules.py", "tests/lessons/test_house.py"),
+    "tests/platforms/test_security.py",
 }
 
 

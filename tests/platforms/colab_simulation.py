@@ -2,8 +2,8 @@
 
 Everything but Colab itself is real: an empty folder, `git clone` (github.com stands for
 a copy of this checkout's last commit), pip in the Python given, an IPython kernel of
-it. As a program: `python tests/colab_simulation.py PYTHON`, and packages of that Python
-move as they would on Colab.
+it. As a program: `python tests/platforms/colab_simulation.py PYTHON`, and packages of
+that Python move as they would on Colab.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parents[1]
-FAKE = ROOT / "tests" / "fake_colab"
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = ROOT / "tests" / "platforms" / "fake_colab"
 LAST_CELL = "questions"
 LIST = """
 import json

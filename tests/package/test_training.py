@@ -43,7 +43,7 @@ from course_utils.training_speed import (
     without_padding,
 )
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 FP32 = Profile("cpu", "cpu", torch.float32, 0)
 BF16 = Profile("cpu", "cpu", torch.bfloat16, 0)
 

@@ -1,8 +1,8 @@
 """Real kills at random moments: what goes on afterwards ends as if nothing had been.
 
 SIGKILL cannot be caught, so nothing is tidied up. Slow: `pytest -m slow -s
-tests/test_kills.py` prints how often each job was killed. Some kills of each kind are
-in the ordinary tests too (test_training, test_bundled).
+tests/platforms/test_kills.py` prints how often each job was killed. Some kills of each
+kind are in the ordinary tests too (test_training, test_bundled).
 """
 
 import contextlib

@@ -17,7 +17,7 @@ from statistics import median
 import pytest
 from builders import load_file, read_lines
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 FOLDER = DATA / "home_commands_second_test"
 
 

@@ -14,7 +14,7 @@ from statistics import median
 import pytest
 from builders import load_file
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "home_commands"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "home_commands"
 SPLITS = ("train", "validation", "test")
 SLICES = {
     "unseen_phrasing",

@@ -53,7 +53,7 @@ def bundle(tmp_path, monkeypatch):
 
 CHILD = """
 import hashlib, sys
-from tests.test_bundled import WEIGHTS, convert
+from tests.package.test_bundled import WEIGHTS, convert
 from course_utils import models as bundled
 bundle = bundled.Bundle("small", "small-model-package", "1.0", "weights.gguf",
     "weights.gguf", hashlib.sha256(WEIGHTS).hexdigest(), convert, "org/small", 1, "")
@@ -62,7 +62,7 @@ print(bundled.prepare(bundle, say=lambda line: None))
 
 
 def start_child(tmp_path, slow_s):
-    root = str(bundled.Path(__file__).resolve().parents[1])
+    root = str(bundled.Path(__file__).resolve().parents[2])
     path = os.pathsep.join([str(tmp_path / "site"), root, os.environ["PYTHONPATH"]])
     environment = os.environ | {"PYTHONPATH": path, "SLOW_S": str(slow_s)}
     return subprocess.Popen(

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import nbformat
 
-ROOT = Path(__file__).resolve().parents[1]
-GUARD = ROOT / "tests" / "network_guard"
+ROOT = Path(__file__).resolve().parents[2]
+GUARD = ROOT / "tests" / "platforms" / "network_guard"
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SAVE = "_course_saved = dict(globals())"
 RESTORE = """\

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +68,7 @@ PLANTED = (
 def test_a_session_that_tries_in_secret_fails(tmp_path):
     """A test that passes, in a session of its own with the same conftest."""
     (tmp_path / "test_planted.py").write_text(PLANTED, encoding="utf-8")
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parents[1])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path)]
     done = subprocess.run(
