@@ -18,7 +18,7 @@ COLAB = .venv-colab/bin/python -m
 .PHONY: course lab test test-colab lessons bench runs picture links clean install
 
 course: $(STAMP)
-	$(RUN) course_utils.course --profile $(PROFILE) $(if $(LESSON),--lesson $(LESSON))
+	$(RUN) maintenance.course --profile $(PROFILE) $(if $(LESSON),--lesson $(LESSON))
 
 lab: $(STAMP)
 	$(RUN) jupyterlab $(LAB_ARGS) notebooks/00_start_here.ipynb
@@ -37,9 +37,9 @@ lessons: $(STAMP)
 	$(RUN) pytest -q tests/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
 
 bench: $(STAMP) build/litgpt
-	COURSE_DEVICE=cpu $(RUN) tests.benchmarks
+	COURSE_DEVICE=cpu $(RUN) maintenance.benchmarks
 
-build/litgpt: tests/benchmarks/litgpt.txt
+build/litgpt: maintenance/benchmarks/litgpt.txt
 	rm -rf $@ && $(PYTHON) -m venv $@
 	$@/bin/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
 	@touch $@
@@ -48,7 +48,7 @@ runs: $(STAMP)
 	$(RUN) course_utils.experiments $(LESSON)
 
 picture: $(STAMP)
-	$(RUN) course_utils.picture
+	$(RUN) maintenance.readme
 
 links: $(STAMP)
 	$(RUN) course_utils.links $(REPO)

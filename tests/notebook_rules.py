@@ -17,7 +17,8 @@ from pathlib import Path
 
 from lesson_copies import BrokenExercise, check_call, solution_code
 
-from course_utils import exercises, links, prose_figures
+from course_utils import exercises, links
+from maintenance import prose_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "course_utils"

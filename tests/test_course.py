@@ -9,7 +9,8 @@ import nbformat
 import psutil
 import pytest
 
-from course_utils import course, lessons, runtime
+from course_utils import lessons, runtime
+from maintenance import course
 
 DATA = Path(__file__).parent / "data"
 

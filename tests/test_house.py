@@ -49,7 +49,6 @@ ARROWS = {
     "links": set(),
     "exercises": set(),
     "lessons": {"exercises"},
-    "course": {"lessons", "models"},
     "gguf_files": set(),
     "bundled": {"gguf_files"},
     "pooling": set(),
@@ -121,7 +120,6 @@ ARROWS = {
     },
     "record_metrics": {"classification", "scoring"},
     "records": {"record_metrics"},
-    "prose_figures": {"records"},
     "widget_figures": {"parameters", "memory", "plotting"},
     "experiment_setup": {"data", "formatting", "loftq", "models"},
     "experiment_rounding": {
@@ -166,7 +164,7 @@ ARROWS = {
 }
 EVERYONE_MAY = {"files", "runtime"}
 # Tops that run the others: they may import any module, and none imports them.
-TOPS = {"experiments", "picture"}
+TOPS = {"experiments"}
 # These subclass a heavy library's classes, so they import it; only inside functions
 # may the others import them.
 LAZY = {
@@ -196,7 +194,7 @@ FAMILIES = {
     },
     "method_results": {"method_compare", "method_runs", "method_table"},
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
-    "records": {"record_metrics", "prose_figures"},
+    "records": {"record_metrics"},
     "widgets": {"widget_figures"},
     "exercises": {path.stem for path in PACKAGE.glob("exercises_[0-9][0-9].py")},
 }

@@ -2,8 +2,8 @@
 
 import pytest
 
-from course_utils.prose_figures import check_marker, check_text, find_markers, shows
 from course_utils.records import RecordError
+from maintenance.prose_figures import check_marker, check_text, find_markers, shows
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Run the course: every lesson in order, one plain line each, a table at the end.
 
-    python -m course_utils.course --profile cpu [--lesson 02] [--out build]
+    python -m maintenance.course --profile cpu [--lesson 02] [--out build]
 
 Each lesson runs in a kernel of this same Python. The executed notebooks, with their
 outputs, are left under `<out>/notebooks/`.
@@ -220,7 +220,7 @@ def fetch_model(say: Callable[[str], None] = print) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `python -m course_utils.course`.
+    """Run `python -m maintenance.course`.
 
     Args:
         arguments: the words after the command; None reads the command line.
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if a lesson failed, or 2 if there is no such lesson.
     """
-    parser = argparse.ArgumentParser(prog="course_utils.course", description=__doc__)
+    parser = argparse.ArgumentParser(prog="maintenance.course", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--profile", choices=runtime.PROFILES, help="default: by hardware"

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from course_utils import picture, records
+from course_utils import records
 from course_utils.method_results import MethodResult
-from course_utils.prose_figures import check_text
+from maintenance import readme as picture
+from maintenance.prose_figures import check_text
 
 README = picture.ROOT / "README.md"
 

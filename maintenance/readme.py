@@ -1,7 +1,7 @@
 """The README's pictures and its two tables, made from the recorded runs.
 
-python -m course_utils.picture            draw data/pictures/, fill the tables
-python -m course_utils.picture --times    keep the last full run's seconds first
+python -m maintenance.readme            draw data/pictures/, fill the tables
+python -m maintenance.readme --times    keep the last full run's seconds first
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `python -m course_utils.picture`.
+    """Run `python -m maintenance.readme`.
 
     Args:
         arguments: the words after the command; None reads the command line.
