@@ -2,7 +2,7 @@
 # make lab      install, then JupyterLab at lesson 00
 # make test     install, then ruff, unit tests, and every lesson with its exercises
 # make test-colab  the same on the packages of Colab's image (.venv-colab)
-# make lessons  the lessons' tests alone · make runs LESSON=02 · make picture
+# make lessons  the lessons' tests alone · make runs LESSON=02 · make readme
 # make bench    20 minutes on a quiet machine; LitGPT in an environment of its own
 # make links REPO=owner/name   name the repository everywhere · make clean
 PYTHON ?= python3
@@ -15,7 +15,7 @@ PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDE
 RUN = $(VENV)/bin/python -m
 STAMP = $(VENV)/.installed
 COLAB = .venv-colab/bin/python -m
-.PHONY: course lab test test-colab lessons bench runs picture links clean install
+.PHONY: course lab test test-colab lessons bench runs readme links clean install
 
 course: $(STAMP)
 	$(RUN) maintenance.course --profile $(PROFILE) $(if $(LESSON),--lesson $(LESSON))
@@ -47,7 +47,7 @@ build/litgpt: maintenance/benchmarks/litgpt.txt
 runs: $(STAMP)
 	$(RUN) course_utils.experiments $(LESSON)
 
-picture: $(STAMP)
+readme: $(STAMP)
 	$(RUN) maintenance.readme
 
 links: $(STAMP)

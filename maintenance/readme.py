@@ -1,7 +1,12 @@
-"""The README's pictures and its two tables, made from the recorded runs.
+"""The numbers of the README and the lessons, and the README's pictures.
 
-python -m maintenance.readme            draw data/pictures/, fill the tables
-python -m maintenance.readme --times    keep the last full run's seconds first
+    python -m maintenance.readme           draw data/pictures/, write every number
+    python -m maintenance.readme --times   first record the seconds of the last full run
+
+A number carries its source and its form in a comment that no reader sees, as in
+`93 %<!-- run:03_lora:exact_match.LoRA as .0% -->`: a path of `records.lookup`, then a
+Python format and, after a space, a unit that is printed and divided by. `plan:lora` in
+the place of a record is the memory predicted for a training step on a T4.
 """
 
 from __future__ import annotations
@@ -9,216 +14,192 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
-from course_utils.links import ROOT
 from course_utils.method_results import recorded_methods
-from course_utils.method_runs import FAMILIES, SPEED, path_of
-from course_utils.method_table import order, readme_section
+from course_utils.method_runs import FAMILIES, SPEED
+from course_utils.method_table import readme_section
 
+ROOT = Path(__file__).resolve().parents[1]
 TIMES = "course_cpu"
 BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the README show
-PROPER = {
-    "Lora": "LoRA",
-    "Pissa": "PiSSA",
-    "Qlora": "QLoRA",
-    "Text to": "From text to",
-    "fine tuning": "fine-tuning",
+# Units of bytes and of seconds, in which the records count.
+UNITS = {
+    "s": 1.0,
+    "minutes": 60.0,
+    "kB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "MiB": 2.0**20,
+    "GiB": 2.0**30,
 }
-BEST = "best of the sweep"  # in the place of a figure's path
-# Lesson; what it builds; the figure of its recorded result; the run to predict on a T4.
-LESSONS: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
-    (
-        "00_start_here",
-        "a baseline: the best prompt we can write",
-        "{00_prompting:exact_match.few-shot} exact match",
-        None,
-    ),
-    (
-        "01_text_to_tensors",
-        "templates, label masks and the loss, equal to TRL's",
-        "every number equal",
-        None,
-    ),
-    (
-        "02_full_fine_tuning",
-        "a training loop, equal to `Trainer` and `SFTTrainer`",
-        "{02_full:exact_match.full} exact match after 150 steps; "
-        f"{{{BEST_RUN}:runs.0.metrics.exact_match|1}} with more sentences, "
-        "embeddings frozen",
-        {"method": "full", "batch_size": 16, "sequence_length": 128},
-    ),
-    (
-        "03_lora",
-        "LoRA, equal to PEFT's; save, merge, switch adapters",
-        "{03_lora:exact_match.LoRA} exact match",
-        {"method": "lora", "batch_size": 16, "sequence_length": 128}
-        | {"r": 8, "target_modules": "all-linear"},
-    ),
-    (
-        "04_pissa",
-        "PiSSA by SVD, equal to PEFT's; convert it to LoRA",
-        "B·A and residual equal to PEFT's",
-        {"method": "lora", "batch_size": 16, "sequence_length": 128}
-        | {"r": 8, "target_modules": "all-linear"},
-    ),
-    (
-        "05_prompt_tuning",
-        "prompt tuning and P-tuning, equal to PEFT's; load a trained prompt",
-        "{05_long:exact_match.prompt} exact match",
-        {"method": "prompt_tuning", "batch_size": 16, "sequence_length": 128}
-        | {"num_virtual_tokens": 20},
-    ),
-    (
-        "06_prefix_tuning",
-        "prefix tuning, equal to PEFT's; seven methods on a small classifier",
-        "{06_prefix:exact_match.prefix} exact match",
-        {"method": "prefix_tuning", "batch_size": 16, "sequence_length": 128}
-        | {"num_virtual_tokens": 20},
-    ),
-    (
-        "07_qlora",
-        "NF4, equal to bitsandbytes'; QLoRA; a 7B model planned for a T4",
-        "after 24 steps {07_qlora:exact_match.QLoRA, NF4}, LoRA "
-        "{07_qlora:exact_match.LoRA}",
-        {"method": "qlora", "batch_size": 16, "sequence_length": 128}
-        | {"r": 8, "target_modules": "all-linear"},
-    ),
-    (
-        "08_choosing_a_method",
-        "a fair experiment with eleven methods; the same on your own data",
-        f"{{{BEST}}}",
-        {"method": "lora", "batch_size": 16, "sequence_length": 128}
-        | {"r": 8, "target_modules": "all-linear"},
-    ),
-)
+# Training steps of 16 × 128 tokens of the built-in model, whose memory is predicted.
+LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
+PLANS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": LORA,
+    "prompt_tuning": {"num_virtual_tokens": 20},
+    "prefix_tuning": {"num_virtual_tokens": 20},
+    "qlora": LORA,
+}
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+_MARKER = re.compile(r"<!--\s*(?P<source>run|plan):(?P<rest>[^>]*?)\s*-->")
+_NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?$")
+_EMPHASIS = "*_` \n"
 
 
-def share(path: str, digits: int = 0) -> str:
-    """Show a recorded share as a percentage that carries its source.
+def lookup(source: str, path: str) -> Any:
+    """Return what a marker names.
 
     Args:
-        path: as in `records.lookup`.
-        digits: after the point.
-    """
-    return f"{100 * records.lookup(path):.{digits}f} %<!-- run:{path} -->"
-
-
-def best_recorded() -> str:
-    """Name the best trained method of lesson 8's sweep, its score with the source."""
-    results = [r for r in recorded_methods() if r.learning_rate and r.complete]
-    if not results:
-        return "the sweep is being recorded"
-    best = order(results)[0]
-    name = plotting.display_name(best.name)
-    return f"{name} best, {share(path_of(best))} exact match"
-
-
-def shown(result: str) -> str:
-    """A lesson's recorded result, its figures put in.
-
-    Args:
-        result: text with `{path}` or `{path|digits}` of figures, or with `{BEST}`.
-    """
-
-    def figure(found: re.Match[str]) -> str:
-        path, digits = found[1], int(found[2] or 0)
-        return best_recorded() if path == BEST else share(path, digits)
-
-    return re.sub(r"\{([^}|]+)(?:\|(\d))?\}", figure, result)
-
-
-def predicted_gib(plan: dict[str, Any] | None) -> str:
-    """Predict the peak of the built-in model's run on a T4, in GiB.
-
-    Args:
-        plan: arguments of `memory.t4_plan`; None where nothing is trained.
-    """
-    if plan is None:
-        return "–"
-    return f"{memory.t4_plan('smollm2-135m', **plan).total_gib:.1f}"
-
-
-def table(stems: Sequence[str]) -> str:
-    """Make the README's table of lessons, in Markdown.
-
-    Args:
-        stems: the lessons that exist, such as `"00_start_here"`.
-    """
-    lines = [
-        "| lesson | you will build | recorded result | on a laptop's CPU |"
-        " predicted on a T4 |",
-        "|---|---|---|---:|---:|",
-    ]
-    seconds = {}
-    if TIMES in records.list_records():
-        runs = records.load_record(TIMES)["runs"]
-        seconds = {run["label"]: run["seconds"] for run in runs}
-    for stem, builds, result, plan in LESSONS:
-        if stem not in stems:
-            continue
-        number, _, words = stem.partition("_")
-        title = f"{int(number)} · {words.replace('_', ' ').capitalize()}"
-        for plain, proper in PROPER.items():
-            title = title.replace(plain, proper)
-        took = f"{seconds[stem]:.0f} s" if stem in seconds else "not recorded"
-        gib = predicted_gib(plan)
-        lines.append(
-            f"| [{title}](notebooks/{stem}.ipynb) | {builds} | {shown(result)} |"
-            f" {took} | {gib if plan is None else gib + ' GiB'} |"
-        )
-    return "\n".join(lines)
-
-
-def fill(readme: str, stems: Sequence[str]) -> str:
-    """Return the README with its tables made anew.
-
-    Args:
-        readme: the README's text.
-        stems: the lessons that exist.
+        source: `"run"` for a record, `"plan"` for a prediction in bytes.
+        path: of `records.lookup`, or a key of `PLANS`.
 
     Raises:
-        ValueError: the markers around a table are missing.
+        RecordError: there is no such record, key or plan.
     """
-    lesson = f"notebooks/{LESSONS[-1][0]}.ipynb"
-    there = {*FAMILIES, SPEED} <= {*records.list_records()}
-    swept = recorded_methods() if there else []
-    made = records.load_record(SPEED)["hardware"] if swept else {}
-    parts = {
-        "lessons": table(stems) + "\n",
-        "methods": readme_section(swept, lesson=lesson, threads=made.get("threads", 1)),
-    }
-    for name, text in parts.items():
-        first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        before, begin, rest = readme.partition(first)
-        _, end, after = rest.partition(last)
-        if not (begin and end):
-            raise ValueError(f"README.md has no {first} … {last}")
-        readme = f"{before}{first}\n{text}{last}{after}"
-    return readme
+    if source == "run":
+        return records.lookup(path)
+    if path not in PLANS:
+        raise records.RecordError(f"no plan {path!r}; there are {', '.join(PLANS)}")
+    size: dict[str, Any] = {"batch_size": 16, "sequence_length": 128}
+    return memory.t4_plan("smollm2-135m", path, **size, **PLANS[path]).total
 
 
-def lesson_stems() -> list[str]:
-    """Return the stems of the lessons in this checkout, in order."""
-    folder = ROOT / "notebooks"
-    return sorted(path.stem for path in folder.glob("[0-9][0-9]_*.ipynb"))
+def show(value: float, form: str) -> str:
+    """Write a number in the form that its marker gives.
+
+    Args:
+        value: a share, seconds, bytes or a plain number.
+        form: a Python format, then perhaps a space and one of `UNITS`.
+
+    Raises:
+        ValueError: there is no such format or unit.
+
+    >>> show(0.9312, ".0%"), show(134515008, ",d"), show(95, ".1f minutes")
+    ('93 %', '134,515,008', '1.6 minutes')
+    """
+    spec, space, unit = form.partition(" ")
+    if space and unit not in UNITS:
+        raise ValueError(f"no unit {unit!r}; there are {', '.join(UNITS)}")
+    text = format(value / UNITS[unit] if space else value, spec)
+    return text.replace("%", " %").replace("-", "−") + space + unit
 
 
-def keep_times(path: Path) -> None:
+def rewrite(
+    text: str, find: Callable[[str, str], Any] = lookup
+) -> tuple[str, list[str], list[str]]:
+    """Write each marked number of a text anew.
+
+    Markers in code, where they are only shown, do not count.
+
+    Args:
+        text: Markdown.
+        find: gives the value for a marker's source and path.
+
+    Returns:
+        The new text, sentences about the numbers that were wrong, and sentences about
+        the markers that name nothing or have no number before them.
+    """
+    parts, last, wrong, broken = [], 0, [], []
+    masked = _CODE.sub(lambda code: " " * len(code[0]), text)
+    for marker in _MARKER.finditer(masked):
+        name = f"{marker['source']}:{marker['rest']}"
+        path, _, form = marker["rest"].rpartition(" as ")
+        shown = text[last : marker.start()].rstrip(_EMPHASIS)
+        try:
+            if not path:
+                raise ValueError("the form is missing, such as 'as .0%'")
+            value = find(marker["source"], path)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"it is {value!r}, not a number")
+            right = show(value, form)
+        except (ValueError, records.RecordError) as error:
+            broken.append(f"{name}: {error}")
+            continue
+        unit = " " + right.partition(" ")[2] if " " in right else ""
+        number = _NUMBER.search(shown.removesuffix(unit))
+        if number is None or not shown.endswith(unit):
+            broken.append(f"{name}: no figure such as {right!r} stands before it")
+        elif shown[number.start() :] != right:
+            wrong.append(f"{shown[number.start() :]}: {name} is {right}")
+            parts += [shown[: number.start()], right]
+            last += len(shown)
+    return "".join([*parts, text[last:]]), wrong, broken
+
+
+def check_text(text: str, find: Callable[[str, str], Any] = lookup) -> list[str]:
+    """Return a sentence for each marked number that its record does not give."""
+    _, wrong, broken = rewrite(text, find)
+    return wrong + broken
+
+
+def write_page(path: Path) -> None:
+    """Write the numbers of a page or of a lesson anew.
+
+    Args:
+        path: Markdown or a notebook.
+
+    Raises:
+        ValueError: a marker names nothing, or no number stands before it.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        notebook, broken = json.loads(text), []
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                new, _, more = rewrite("".join(cell["source"]))
+                cell["source"] = new.splitlines(True)
+                broken += [f"{cell['id']}: {sentence}" for sentence in more]
+        new = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    else:
+        new, _, broken = rewrite(text)
+    if broken:
+        raise ValueError("\n".join([path.name, *broken]))
+    if new != text:
+        path.write_text(new, encoding="utf-8")
+
+
+def write_methods(readme: str) -> str:
+    """Return the README with its comparison of methods made anew.
+
+    Raises:
+        ValueError: the markers around the table are missing.
+    """
+    complete = {*FAMILIES, SPEED} <= {*records.list_records()}
+    swept = recorded_methods() if complete else []
+    machine = records.load_record(SPEED)["hardware"] if swept else {}
+    lesson, threads = "notebooks/08_choosing_a_method.ipynb", machine.get("threads", 1)
+    section = readme_section(swept, lesson=lesson, threads=threads)
+    first, last = "<!-- methods:begin -->", "<!-- methods:end -->"
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
+    if not (begin and end):
+        raise ValueError(f"README.md has no {first} … {last}")
+    return f"{before}{first}\n{section}{last}{after}"
+
+
+def lesson_paths(root: Path = ROOT) -> list[Path]:
+    """Return the lessons of this checkout, in order."""
+    return sorted(root.glob("notebooks/[0-9][0-9]_*.ipynb"))
+
+
+def keep_times(path: Path, stems: Iterable[str]) -> None:
     """Record the seconds of a full run of the course, as `make course` left them.
 
     Args:
         path: `build/results/course.json`.
+        stems: the lessons that there are.
 
     Raises:
         ValueError: it was another profile, a lesson failed, or one is missing.
     """
     course = json.loads(path.read_text(encoding="utf-8"))
     ran = {line["lesson"]: line for line in course["lessons"] if line["ok"]}
-    if course["profile"] != "cpu" or list(ran) != lesson_stems():
+    if course["profile"] != "cpu" or list(ran) != list(stems):
         raise ValueError(
             f"{path.name} holds {course['profile']}: {', '.join(ran)}; run `make "
             "course` on the cpu profile, all lessons, without a failure"
@@ -273,17 +254,15 @@ PICTURES: dict[str, Callable[[], Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `python -m maintenance.readme`.
-
-    Args:
-        arguments: the words after the command; None reads the command line.
-    """
+    """Run `python -m maintenance.readme`."""
     import matplotlib
 
     matplotlib.use("Agg")
-    asked = sys.argv[1:] if arguments is None else arguments
-    if "--times" in asked:
-        keep_times(runtime.build_folder() / "results" / "course.json")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    lessons = lesson_paths()
+    if "--times" in arguments:
+        results = runtime.build_folder() / "results" / "course.json"
+        keep_times(results, [path.stem for path in lessons])
     folder = runtime.data_folder() / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
@@ -292,8 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
         print(folder / f"{name}.png")
     readme = ROOT / "README.md"
-    text = fill(readme.read_text(encoding="utf-8"), lesson_stems())
+    text = write_methods(readme.read_text(encoding="utf-8"))
     readme.write_text(text, encoding="utf-8")
+    for path in (readme, *lessons):
+        write_page(path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from lesson_copies import BrokenExercise, check_call, solution_code
 
 from course_utils import exercises, links
-from maintenance import prose_figures
+from maintenance import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "course_utils"
@@ -483,17 +483,8 @@ def numbers_have_sources(lesson: Lesson) -> list[str]:
     """A number with a `run:` marker is the number of that record."""
     bad = []
     for name, text in lesson.of_kind("markdown"):
-        bad += [f"{name}: {complaint}" for complaint in marker_complaints(text)]
+        bad += [f"{name}: {complaint}" for complaint in readme.check_text(text)]
     return bad
-
-
-def marker_complaints(text: str) -> list[str]:
-    """Compare each `<!-- run:... -->` marker of a text with its record.
-
-    Markers in code, where they are only shown, do not count.
-    """
-    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
-    return prose_figures.check_text(text)
 
 
 def pyproject() -> dict:

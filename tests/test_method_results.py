@@ -24,7 +24,7 @@ from course_utils.method_results import (
 from course_utils.method_runs import path_of
 from course_utils.method_table import percent, readme_section, size
 from course_utils.runtime import Profile
-from maintenance.prose_figures import check_text
+from maintenance.readme import check_text
 
 RIGHT = ['{"a": 1}', '{"a": 2}', '{"a": 3}', '{"a": 4}']
 

@@ -296,7 +296,7 @@ def test_committed_records_were_made_with_the_data_that_lies_here():
 
 def test_records_import_nothing_heavy():
     code = (
-        "import sys, course_utils.records, maintenance.prose_figures\n"
+        "import sys, course_utils.records, maintenance.readme\n"
         "heavy = {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )
