@@ -330,6 +330,7 @@ def lengthen(lesson):
             c["source"] += "\nx = 1" * 6
 
 
+MARKER = "<!-- run:99_none:x as .0% -->"
 PYTHON = "```python\nx = 1\n```\n"
 SAVED = "# Saved in course_utils.links\ndef repository(root=ROOT):\n    return 1"
 BAD = [
@@ -389,10 +390,10 @@ BAD = [
     ("headings_once", put("words", "## Words"), None),
     (
         "numbers_have_sources",
-        put("words", "9 %<!-- run:99_none:x as .0% -->"),
+        put("words", f"9 %{MARKER}"),
         "99_none",
     ),
-    ("numbers_have_sources", put("words", "`9 %<!-- run:99_none:x as .0% -->`"), None),
+    ("numbers_have_sources", put("words", f"`9 %{MARKER}`"), None),
     ("saved_cells_match", put("first", SAVED), "repository differs"),
     (
         "saved_cells_match",

@@ -1,4 +1,4 @@
-"""Numbers in the README and the lessons are what the records say; pictures are there."""
+"""Numbers of the README and the lessons are those of the records; pictures exist."""
 
 import json
 import math
