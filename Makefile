@@ -50,8 +50,10 @@ runs: $(STAMP)
 readme: $(STAMP)
 	$(RUN) maintenance.readme
 
-links: $(STAMP)
-	$(RUN) course_utils.links $(REPO)
+links: export OLD = $(shell sed -n 's/^repository = "\(.*\)"/\1/p' pyproject.toml)
+links:
+	@perl -e 'exit $$ENV{REPO} !~ m#^[\w.-]+/[\w.-]+\z#' || { echo "usage: make links REPO=owner/name"; exit 2; }
+	git grep -lF "$$OLD" | xargs perl -pi -e 's#\Q$$ENV{OLD}\E#$$ENV{REPO}#g'
 
 install: $(STAMP)
 

@@ -1,4 +1,4 @@
-"""Settings for every pytest run, `pytest --nbmake notebooks/` included."""
+"""Settings for every pytest run."""
 
 import os
 
