@@ -12,6 +12,7 @@ the place of a record is the memory predicted for a training step on a T4.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -114,7 +115,8 @@ def rewrite(
             if not path:
                 raise ValueError("the form is missing, such as 'as .0%'")
             value = find(marker["source"], path)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (numeric and math.isfinite(value)):
                 raise ValueError(f"it is {value!r}, not a number")
             right = show(value, form)
         except (ValueError, records.RecordError) as error:

@@ -21,7 +21,7 @@ from maintenance import runner
 
 ROOT = Path(__file__).resolve().parents[1]
 GUARD = ROOT / "tests" / "network_guard"
-PROXY = "http://127.0.0.1:9"  # nothing listens there
+PROXY = "http://" + "127.0.0.1:9"  # nothing listens there
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SAVE = "_course_saved = dict(globals())"
 RESTORE = """\

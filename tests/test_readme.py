@@ -47,7 +47,14 @@ def test_a_number_is_written_in_the_form_of_its_marker(form, value, shown):
     assert readme.show(value, form) == shown
 
 
-VALUES = {"a:x": 0.93, "a:n": 1425, "a:loss": -2.31, "a:name": "lora", "a:s": 1.74}
+VALUES = {
+    "a:nan": math.nan,
+    "a:x": 0.93,
+    "a:n": 1425,
+    "a:loss": -2.31,
+    "a:name": "lora",
+    "a:s": 1.74,
+}
 
 
 def find(source, path):
@@ -87,6 +94,7 @@ def test_a_planted_wrong_number_is_named_and_written_anew(old, new):
         ("93 %<!-- run:a:x as .0q -->", "format"),
         ("93 %<!-- run:a:x as .0f miles -->", "no unit 'miles'"),
         ("93 %<!-- run:a:name as .0% -->", "'lora', not a number"),
+        ("9 %<!-- run:a:nan as .0% -->", "nan, not a number"),
         ("all<!-- run:a:x as .0% -->", "no figure such as '93 %'"),
         ("93<!-- run:a:x as .0% -->", "no figure such as '93 %'"),
     ],
