@@ -2,7 +2,7 @@
 # make lab      install, then JupyterLab at lesson 00
 # make test     install, then ruff, unit tests, and every lesson with its exercises
 # make test-colab  the same on the packages of Colab's image (.venv-colab)
-# make lessons  the lessons' tests alone · make runs LESSON=02 · make picture
+# make lessons  the lessons' tests alone · make runs LESSON=02 · make readme
 # make bench    20 minutes on a quiet machine; LitGPT in an environment of its own
 # make links REPO=owner/name   name the repository everywhere · make clean
 PYTHON ?= python3
@@ -15,10 +15,10 @@ PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDE
 RUN = $(VENV)/bin/python -m
 STAMP = $(VENV)/.installed
 COLAB = .venv-colab/bin/python -m
-.PHONY: course lab test test-colab lessons bench runs picture links clean install
+.PHONY: course lab test test-colab lessons bench runs readme links clean install
 
 course: $(STAMP)
-	$(RUN) course_utils.course --profile $(PROFILE) $(if $(LESSON),--lesson $(LESSON))
+	$(RUN) maintenance.course --profile $(PROFILE) $(if $(LESSON),--lesson $(LESSON))
 
 lab: $(STAMP)
 	$(RUN) jupyterlab $(LAB_ARGS) notebooks/00_start_here.ipynb
@@ -37,9 +37,9 @@ lessons: $(STAMP)
 	$(RUN) pytest -q tests/lessons/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
 
 bench: $(STAMP) build/litgpt
-	COURSE_DEVICE=cpu $(RUN) tests.benchmarks
+	COURSE_DEVICE=cpu $(RUN) maintenance.benchmarks
 
-build/litgpt: tests/benchmarks/litgpt.txt
+build/litgpt: maintenance/benchmarks/litgpt.txt
 	rm -rf $@ && $(PYTHON) -m venv $@
 	$@/bin/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
 	@touch $@
@@ -47,11 +47,13 @@ build/litgpt: tests/benchmarks/litgpt.txt
 runs: $(STAMP)
 	$(RUN) course_utils.experiments $(LESSON)
 
-picture: $(STAMP)
-	$(RUN) course_utils.picture
+readme: $(STAMP)
+	$(RUN) maintenance.readme
 
-links: $(STAMP)
-	$(RUN) course_utils.links $(REPO)
+links: export OLD = $(shell sed -n 's/^repository = "\(.*\)"/\1/p' pyproject.toml)
+links:
+	@perl -e 'exit $$ENV{REPO} !~ m#^[\w.-]+/[\w.-]+\z#' || { echo "usage: make links REPO=owner/name"; exit 2; }
+	git grep -lF "$$OLD" | xargs perl -pi -e 's#\Q$$ENV{OLD}\E#$$ENV{REPO}#g'
 
 install: $(STAMP)
 

@@ -8,6 +8,7 @@ card. The dtype is decided here, once, and nowhere else in the course.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,18 +123,6 @@ def _glibc() -> ctypes.CDLL | None:
 
 PROFILES = ("smoke", "cpu", "t4")
 DEFAULT_SEED = 0
-PACKAGES = {
-    "torch": "2.6",
-    "transformers": "5.15",
-    "peft": "0.20",
-    "trl": "1.10",
-    "datasets": "4.7",
-    "accelerate": "1.10",
-    "bitsandbytes": "0.49",
-    "gguf": "0.17",
-    "matplotlib": "3.10",
-    "ipywidgets": "7.7",
-}
 
 
 @dataclass(frozen=True)
@@ -307,10 +297,24 @@ def build_folder() -> Path:
     return folder
 
 
+@functools.cache
+def version_floors() -> dict[str, str]:
+    """Return the least version of each library, as this checkout or package asks."""
+    from packaging.requirements import Requirement
+
+    if root := checkout_folder():
+        text = (root / "pyproject.toml").read_text(encoding="utf-8")
+        lines = tomllib.loads(text)["project"]["dependencies"]
+    else:
+        lines = importlib.metadata.requires("course-utils") or []
+    asked = [r for r in map(Requirement, lines) if r.marker is None]  # of no extra
+    return {r.name: next(iter(r.specifier)).version for r in asked}
+
+
 def versions() -> dict[str, str]:
     """Return the installed version of each library the course stands on."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in version_floors():
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -360,7 +364,7 @@ def readiness(profile: Profile | None = None) -> list[Finding]:
     for package, version in versions().items():
         if package == "python":
             continue
-        floor = PACKAGES[package]
+        floor = version_floors()[package]
         new = version != "absent" and Version(version) >= Version(floor)
         cure = f'Run `pip install "{package}>={floor}"` and restart the kernel.'
         findings.append(Finding(new, f"{package} {version}", cure))

@@ -1,6 +1,6 @@
 """Why the course's runs are fast on a CPU: the same loss and gradients, less work.
 
-Four things, each measured in `tests/benchmarks`: no logits where nothing is learned;
+Four things, each measured by `make bench`: no logits where nothing is learned;
 examples side by side in fewer rows, without padding, and what they all begin with read
 once a row (`course_utils.packed_batches`); plain attention instead of the fused kernel
 (whose backward pass is slow for short sequences on a CPU); and no cast of a LoRA

@@ -1,4 +1,4 @@
-"""Make the copy of a lesson that CI executes, and execute it with pytest --nbmake.
+"""Make the copy of a lesson that CI executes, and execute it without a network.
 
 In the copy every check cell must first say "unanswered"; then each wrong answer of
 the exercise's metadata and the solution take the exercise's place and the check runs
@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import ast
 import copy
-import json
 import os
 import re
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 
+from maintenance import runner
+
 ROOT = Path(__file__).resolve().parents[2]
 GUARD = ROOT / "tests" / "platforms" / "network_guard"
+PROXY = "http://" + "127.0.0.1:9"  # nothing listens there
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SAVE = "_course_saved = dict(globals())"
 RESTORE = """\
@@ -91,64 +90,52 @@ def make_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One execution: pytest's verdict, its output, blocked connections, seconds."""
+class GuardedRun:
+    """One execution without a network.
 
-    ok: bool
-    output: str
-    blocked: list[str]
-    seconds: float
+    Attributes:
+        notebook: as far as it was executed.
+        seconds: of the execution.
+        failure: which cell failed and why, with the traceback; else empty.
+        blocked: the outward connections that were tried, caught errors too.
+    """
+
     notebook: nbformat.NotebookNode
+    seconds: float
+    failure: str
+    blocked: list[str]
 
     @property
     def complaint(self) -> str:
         """Why this run is no success, or the empty string."""
         if self.blocked:
             return "tried to connect outward:\n" + "\n".join(self.blocked)
-        return "" if self.ok else self.output[-6000:]
+        return self.failure[-6000:]
 
 
-def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> Run:
-    """Execute a notebook with pytest --nbmake, this Python as kernel, no network.
+def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> GuardedRun:
+    """Execute a notebook as `make course` does, but with outward connections blocked.
 
     Args:
         notebook: what to run; its executed form is left in `folder`.
         name: file name without suffix.
-        folder: where the copy goes.
+        folder: where the copy goes, and where the kernel stands.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, log = folder / f"{name}.ipynb", folder / f"{name}.blocked"
+    log = folder / f"{name}.blocked"
     log.unlink(missing_ok=True)
-    nbformat.write(notebook, path)
-    kernel = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
-    kernel.parent.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
-    kernel.write_text(json.dumps(spec), encoding="utf-8")
-    proxy = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "127.0.0.1:9")
     (folder / f"{name}.start").touch()
-    environment = (
-        {k: v for k, v in os.environ.items() if k.lower() not in (*proxy, "no_proxy")}
-        | {k: f"http://{v}" for k, v in proxy.items()}
-        | {k.upper(): f"http://{v}" for k, v in proxy.items()}
-        | {
-            "no_proxy": "localhost,127.0.0.1",
-            "PYTHONPATH": os.pathsep.join([str(GUARD), str(ROOT)]),
-            "COURSE_BLOCKED_LOG": str(log),
-            "JUPYTER_PATH": str(folder / "jupyter"),
-        }
-    )
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "-q"]
-    started = time.perf_counter()
-    run = subprocess.run(
-        [*command, "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(path)],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    seconds = time.perf_counter() - started
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), PROXY)
+    environment = {
+        key: value
+        for key, value in runner.kernel_environment().items()
+        if key.lower() not in (*proxies, "no_proxy")
+    }
+    environment |= proxies | {key.upper(): PROXY for key in proxies}
+    environment["no_proxy"] = "localhost,127.0.0.1"
+    environment["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT)])
+    environment["COURSE_BLOCKED_LOG"] = str(log)
+    run = runner.execute(notebook, folder, environment)
+    nbformat.write(run.notebook, folder / f"{name}.ipynb")
     blocked = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    executed = nbformat.read(path, as_version=4)
-    return Run(run.returncode == 0, run.stdout + run.stderr, blocked, seconds, executed)
+    return GuardedRun(run.notebook, run.seconds, run.details, blocked)

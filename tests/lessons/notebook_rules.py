@@ -18,7 +18,7 @@ from pathlib import Path
 from lesson_copies import BrokenExercise, check_call, solution_code
 
 from course_utils import lessons as exercises
-from course_utils import links, prose_figures
+from maintenance import readme
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "course_utils"
@@ -108,6 +108,26 @@ def source(cell: dict) -> str:
 def held_lines(text: str) -> list[str]:
     """Return the lines that hold something."""
     return [line for line in text.splitlines() if line.strip()]
+
+
+def repository() -> str:
+    """Return the `owner/name` that `pyproject.toml` gives."""
+    return pyproject()["tool"]["course"]["repository"]
+
+
+def badge(stem: str) -> str:
+    """Return the Markdown of a lesson's *Open in Colab* badge."""
+    colab = "https://colab.research.google.com"
+    return (
+        f"[![Open in Colab]({colab}/assets/colab-badge.svg)]"
+        f"({colab}/github/{repository()}/blob/main/notebooks/{stem}.ipynb)"
+    )
+
+
+def setup_cell() -> str:
+    """Return the set-up cell of lesson 0, which every lesson repeats."""
+    path = ROOT / "notebooks" / "00_start_here.ipynb"
+    return Lesson.read(path, ()).text("setup")
 
 
 def prose(markdown: str) -> str:
@@ -238,7 +258,7 @@ def title_and_navigation(lesson: Lesson) -> list[str]:
     bad = []
     if not re.match(rf"# {number} · \S", text):
         bad.append(f"title does not begin '# {number} · '")
-    if links.badge(links.repository(), f"{lesson.stem}.ipynb") not in text:
+    if badge(lesson.stem) not in text:
         bad.append("title has no Colab badge of this lesson")
     place = lesson.order.index(lesson.stem)
     before, after = lesson.order[:place][-1:], lesson.order[place + 1 :][:1]
@@ -272,13 +292,15 @@ def goals(lesson: Lesson) -> list[str]:
 
 @rule
 def set_up(lesson: Lesson) -> list[str]:
-    """The set-up cell is the course's own, folded."""
+    """The set-up cell is lesson 0's, names the repository, and is folded."""
     cell = lesson.cell("setup")
     if cell is None:
         return ["no set-up cell"]
     bad = []
-    if source(cell) != links.setup_cell(links.repository()):
-        bad.append("setup: differs from course_utils.links.SETUP_CELL")
+    if source(cell) != setup_cell():
+        bad.append("setup: differs from lesson 0's")
+    if f'repository = "{repository()}"' not in source(cell):
+        bad.append(f"setup: does not clone {repository()}; see `make links`")
     if not cell["metadata"].get("jupyter", {}).get("source_hidden"):
         bad.append("setup: not folded")
     return bad
@@ -419,17 +441,8 @@ def numbers_have_sources(lesson: Lesson) -> list[str]:
     """A number with a `run:` marker is the number of that record."""
     bad = []
     for name, text in lesson.of_kind("markdown"):
-        bad += [f"{name}: {complaint}" for complaint in marker_complaints(text)]
+        bad += [f"{name}: {complaint}" for complaint in readme.check_text(text)]
     return bad
-
-
-def marker_complaints(text: str) -> list[str]:
-    """Compare each `<!-- run:... -->` marker of a text with its record.
-
-    Markers in code, where they are only shown, do not count.
-    """
-    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
-    return prose_figures.check_text(text)
 
 
 def pyproject() -> dict:

@@ -14,12 +14,12 @@ import tomllib
 import notebook_rules as rules
 import pytest
 import yaml
-from notebook_rules import ROOT, Lesson
+from notebook_rules import PACKAGE, ROOT, Lesson
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from course_utils import lessons as exercises
-from course_utils import links, runtime
+from maintenance import readme
 
 # The exact lessons of this stage: a folder with fewer or other ones fails.
 LESSONS = (
@@ -72,7 +72,7 @@ def exercise_cells(m):
 
 def small_lesson():
     """Return the smallest lesson that keeps every rule, between 02 and 04."""
-    badge = links.badge(links.repository(), "03_small.ipynb")
+    badge = rules.badge("03_small")
     title = (
         "[Previous: 2 · Before](02_before.ipynb) · [Next: 4 · After](04_after.ipynb)"
     )
@@ -85,7 +85,7 @@ def small_lesson():
         cell("goals", will + table, "markdown"),
         cell(
             "setup",
-            links.setup_cell(links.repository()),
+            rules.setup_cell(),
             jupyter={"source_hidden": True},
         ),
         cell("words", "We import.", "markdown"),
@@ -163,6 +163,7 @@ def lengthen(lesson):
             c["source"] += "\nx = 1" * 6
 
 
+MARKER = "<!-- run:99_none:x as .0% -->"
 PYTHON = "```python\nx = 1\n```\n"
 BAD = [
     ("stored_clean", mark("first", outputs=[{"output_type": "stream"}]), "outputs"),
@@ -194,6 +195,7 @@ BAD = [
     ("goals", swap("goals", "- see\n", ""), "2 points"),
     ("goals", swap("goals", "`t4`", "T4"), "`t4`"),
     ("set_up", swap("setup", "peft>=0.20", "peft>=0.19"), "differs"),
+    ("set_up", swap("setup", rules.repository(), "other/course"), "does not clone"),
     ("set_up", mark("setup", metadata={}), "folded"),
     ("imports_and_settings", put("imports", "import re\n" * 11), "11 lines"),
     ("imports_and_settings", put("imports", "x = 1"), "not an import"),
@@ -219,8 +221,12 @@ BAD = [
     ("nothing_private", put("words", "Use torch==2.1."), "pin"),
     ("headings_once", put("words", "## Twice\n\n## Twice"), "second time"),
     ("headings_once", put("words", "## Words"), None),
-    ("numbers_have_sources", put("words", "9 %<!-- run:99_none:x -->"), "99_none"),
-    ("numbers_have_sources", put("words", "`9 %<!-- run:99_none:x -->`"), None),
+    (
+        "numbers_have_sources",
+        put("words", f"9 %{MARKER}"),
+        "99_none",
+    ),
+    ("numbers_have_sources", put("words", f"`9 %{MARKER}`"), None),
 ]
 
 
@@ -283,12 +289,6 @@ def test_exact_versions_stand_in_constraints_alone():
     for requirement in map(Requirement, every):
         operators = {s.operator for s in requirement.specifier}
         assert operators == {">="}, f"{requirement}: a lower bound and nothing else"
-
-
-def test_runtime_and_pyproject_ask_for_the_same_versions():
-    asked = map(Requirement, rules.pyproject()["project"]["dependencies"])
-    floors = {r.name: str(r.specifier).removeprefix(">=") for r in asked}
-    assert floors == runtime.PACKAGES
 
 
 def constraints():
@@ -362,17 +362,9 @@ def test_no_file_is_large():
     assert not large
 
 
-def test_repository_name_stands_where_links_changes_it():
-    name = links.repository()
-    lessons = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("notebooks/*.ipynb")}
-    allowed_names = {*links.FILES, *lessons}
-    for path in project_files():
-        if name in path.read_text(encoding="utf-8"):
-            assert path.relative_to(ROOT).as_posix() in allowed_names
-
-
 def test_pages_keep_to_plain_words_and_sourced_numbers():
-    for name in ("README.md", "CONTRIBUTING.md", "data/README.md"):
+    pages = ("README.md", "CONTRIBUTING.md", "data/README.md", "maintenance/README.md")
+    for name in pages:
         path = ROOT / name
         if path.exists():
             text = path.read_text(encoding="utf-8")
@@ -381,7 +373,7 @@ def test_pages_keep_to_plain_words_and_sourced_numbers():
             allowed_quotes = rules.prose(text).count("“simply”")
             words = rules.RULES["plain_words"](lesson)
             assert len(words) <= allowed_quotes, words
-            assert not rules.marker_complaints(text)
+            assert not readme.check_text(text)
 
 
 def test_pytest_runs_doctests_and_leaves_slow_tests_out():
@@ -389,7 +381,7 @@ def test_pytest_runs_doctests_and_leaves_slow_tests_out():
         options = tomllib.load(file)["tool"]["pytest"]["ini_options"]
     assert "--doctest-modules" in options["addopts"]
     assert "not slow" in options["addopts"]
-    assert "course_utils" in options["testpaths"]
+    assert {"course_utils", "maintenance"} <= set(options["testpaths"])
 
 
 # --- the wheel -------------------------------------------------------------------
@@ -414,7 +406,7 @@ def installed_wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("wheel")
     sources, site = tmp / "sources", tmp / "site"
     skip = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("course_utils", "data"):
+    for name in ("course_utils", "data", "maintenance"):
         shutil.copytree(ROOT / name, sources / name, ignore=skip)
     for name in ("pyproject.toml", "LICENSE", "LICENSE-docs", "README.md"):
         if (ROOT / name).exists():
@@ -437,6 +429,16 @@ def test_the_wheel_carries_every_data_file(installed_wheel):
     for name in data:
         assert (there / name).read_bytes() == (ROOT / "data" / name).read_bytes()
     assert (installed_wheel / "course_utils" / "py.typed").exists()
+    for path in PACKAGE.rglob("*.py"):
+        assert (installed_wheel / path.relative_to(ROOT)).exists(), "see pyproject.toml"
+
+
+def test_the_wheel_carries_nothing_of_the_maintainers(installed_wheel):
+    top = {path.name for path in installed_wheel.iterdir() if path.is_dir()}
+    assert {name for name in top if "-" not in name} == {"course_utils"}
+    data = installed_wheel / "course_utils" / "_data"
+    assert not [p.name for p in data.rglob("*") if p.suffix in (".py", ".pyc")]
+    assert not (data / "home_commands" / "skeletons.txt").exists()
 
 
 def test_the_wheel_loads_every_set_with_no_checkout_around(installed_wheel, tmp_path):

@@ -41,14 +41,13 @@ def test_a_lesson_in_order_passes_and_may_use_loopback(tmp_path):
 
 def test_an_outward_connection_fails(tmp_path):
     run = canary("canary_network", tmp_path)
-    assert not run.ok
-    assert "outward connection blocked: socket" in run.output
+    assert "outward connection blocked: socket" in run.failure
     assert run.blocked[0].endswith(" to 192.0.2.1:80")
 
 
 def test_a_swallowed_connection_of_a_child_process_fails_too(tmp_path):
     run = canary("canary_swallowed", tmp_path)
-    assert run.ok, "the notebook itself raises nothing"
+    assert not run.failure, "the notebook itself raises nothing"
     assert run.blocked[0].endswith(" to the proxy")
     assert "tried to connect outward" in run.complaint
 

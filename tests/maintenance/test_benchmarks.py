@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from course_utils import records
-from tests.benchmarks import summary
-from tests.benchmarks.summary import kind_of, shares, speed, spread, summarise, table
+from maintenance.benchmarks import summary
+from maintenance.benchmarks.summary import (
+    kind_of,
+    shares,
+    speed,
+    spread,
+    summarise,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,7 +151,7 @@ def test_every_second_of_a_profile_has_one_kind():
 
 
 def test_each_round_begins_with_another_task():
-    main = importlib.import_module("tests.benchmarks.turns")
+    main = importlib.import_module("maintenance.benchmarks.turns")
     task = main.Task("training", "a", dict, {"method": "lora"})
     tasks = [dataclasses.replace(task, name=name) for name in "abc"]
     tasks[2] = dataclasses.replace(tasks[2], once=True)
@@ -157,14 +164,14 @@ def test_each_round_begins_with_another_task():
 
 
 def test_what_the_benchmark_takes_away_is_there():
-    training = importlib.import_module("tests.benchmarks.training")
+    training = importlib.import_module("maintenance.benchmarks.training")
     taken = [patch for patches, _ in training.ABLATION.values() for patch in patches]
     for owner, name, replacement in taken:
         assert callable(getattr(owner, name)) and callable(replacement), name
 
 
 def test_the_environment_of_litgpt_is_pinned():
-    lines = (ROOT / "tests/benchmarks/litgpt.txt").read_text().split()
+    lines = (ROOT / "maintenance/benchmarks/litgpt.txt").read_text().split()
     assert all("==" in line for line in lines)
     pins = dict(line.split("==") for line in lines)
     assert "litgpt" in pins

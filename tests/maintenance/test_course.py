@@ -9,7 +9,8 @@ import nbformat
 import psutil
 import pytest
 
-from course_utils import course, lessons, runtime
+from course_utils import lessons, runtime
+from maintenance import course, runner
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -124,11 +125,11 @@ def test_kernels_find_folders_named_from_where_the_command_was_given(
     monkeypatch.setenv("COURSE_CACHE", "cache")
     monkeypatch.setenv("COURSE_BUILD", "out")
     monkeypatch.setenv("COURSE_MODEL", "mine")
-    found = course.kernel_environment()
+    found = runner.kernel_environment()
     assert found["COURSE_CACHE"] == str(tmp_path / "cache")
     assert found["COURSE_BUILD"] == str(tmp_path / "out")
     assert found["COURSE_MODEL"] == str(tmp_path / "mine")
     monkeypatch.setenv("COURSE_MODEL", "org/name")
     monkeypatch.delenv("COURSE_BUILD")
-    assert course.kernel_environment()["COURSE_MODEL"] == "org/name"
-    assert "COURSE_BUILD" not in course.kernel_environment()
+    assert runner.kernel_environment()["COURSE_MODEL"] == "org/name"
+    assert "COURSE_BUILD" not in runner.kernel_environment()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -14,7 +15,9 @@ from statistics import median
 import pytest
 from builders import load_file
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "home_commands"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "data" / "home_commands"
+SOURCES = ROOT / "maintenance" / "data_sets" / "home_commands"
 SPLITS = ("train", "validation", "test")
 SLICES = {
     "unseen_phrasing",
@@ -26,7 +29,7 @@ SLICES = {
 }
 
 
-build = load_file(FOLDER / "build.py", "home_commands_build")
+build = load_file(SOURCES / "build.py", "home_commands_build")
 RECORDS = {
     split: [
         json.loads(line)
@@ -320,12 +323,13 @@ def test_the_builder_makes_these_files(rebuilt):
 
 
 def test_check_option_sees_a_changed_file(tmp_path):
-    for path in FOLDER.iterdir():
-        if path.is_file():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    command = [sys.executable, str(tmp_path / "build.py"), "--check"]
+    sources = tmp_path / "maintenance" / "data_sets" / "home_commands"
+    built = tmp_path / "data" / "home_commands"
+    shutil.copytree(SOURCES, sources)
+    shutil.copytree(FOLDER, built)
+    command = [sys.executable, str(sources / "build.py"), "--check"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    changed = tmp_path / "validation.jsonl"
+    changed = built / "validation.jsonl"
     changed.write_bytes(changed.read_bytes()[:-2] + b" \n")
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from builders import load_file, read_lines
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+ROOT = Path(__file__).resolve().parents[2]
+DATA, SOURCES = ROOT / "data", ROOT / "maintenance" / "data_sets"
 SMALL, LARGE = DATA / "home_commands", DATA / "home_commands_large"
 SPLITS = ("train", "validation", "test")
 
@@ -24,7 +25,7 @@ SPLITS = ("train", "validation", "test")
 checks = load_file(
     Path(__file__).with_name("test_home_commands.py"), "small_set_checks"
 )
-build = load_file(LARGE / "build.py", "home_commands_large_build")
+build = load_file(SOURCES / LARGE.name / "build.py", "home_commands_large_build")
 OTHERS = {split: read_lines(SMALL / f"{split}.jsonl") for split in SPLITS}
 
 
@@ -66,7 +67,8 @@ class TrainingSet:
         self.folder, self.bounds = DATA / name, BOUNDS[name]
         self.train = read_lines(self.folder / "train.jsonl")
         self.prompts = {record["prompt"] for record in self.train}
-        self.module = load_file(self.folder / "build.py", f"{name}_build_to_check")
+        path = SOURCES / name / "build.py"
+        self.module = load_file(path, f"{name}_build_to_check")
         self.tools = getattr(self.module, "large", self.module)
         self.files, self.builder = self.module.build()
 
@@ -137,7 +139,8 @@ def test_free_text_is_copied_from_the_sentence(ours):
 
 def test_many_patterns_by_hand(ours):
     small, written = ours.tools.small, defaultdict(set)
-    for line in small.read_skeletons(ours.folder / "skeletons.txt", every=0):
+    path = SOURCES / ours.folder.name / "skeletons.txt"
+    for line in small.read_skeletons(path, every=0):
         single = line.kind == "single"
         written[line.action if single else line.kind].add(line.text)
     least = dict(ours.bounds.patterns)
@@ -248,7 +251,8 @@ def test_spoken_durations():
 def test_invented_words_are_words_to_copy():
     import random
 
-    wide = load_file(DATA / "home_commands_wide" / "build.py", "wide_build_to_invent")
+    path = SOURCES / "home_commands_wide" / "build.py"
+    wide = load_file(path, "wide_build_to_invent")
     rng = random.Random(0)
     words = {wide.invent(rng) for _ in range(2000)}
     assert len(words) > 1500

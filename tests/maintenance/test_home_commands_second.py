@@ -17,7 +17,8 @@ from statistics import median
 import pytest
 from builders import load_file, read_lines
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+ROOT = Path(__file__).resolve().parents[2]
+DATA, SOURCES = ROOT / "data", ROOT / "maintenance" / "data_sets"
 FOLDER = DATA / "home_commands_second_test"
 
 
@@ -43,7 +44,7 @@ EARLIER = {
 
 @pytest.fixture(scope="module")
 def rebuilt():
-    return load_file(FOLDER / "build.py", "second_test_build").build()
+    return load_file(SOURCES / FOLDER.name / "build.py", "second_test_build").build()
 
 
 # --- shape ----------------------------------------------------------------------------
@@ -122,7 +123,8 @@ def test_patterns_are_no_training_patterns(rebuilt):
     used = {tools.anonymous(t) for r in RECORDS for t in builder.meta[r["prompt"]]}
     assert len(used) > 300
     for ending in ("", "_large", "_wide"):
-        text = (DATA / f"home_commands{ending}" / "skeletons.txt").read_text("utf-8")
+        path = SOURCES / f"home_commands{ending}" / "skeletons.txt"
+        text = path.read_text("utf-8")
         lines = [line[2:] for line in text.splitlines() if line[:2] in ("+ ", "- ")]
         known = {tools.anonymous(one) for t in lines for one in tools.variants(t)}
         assert len(known) > 600 and used & known == set(), ending
@@ -181,7 +183,7 @@ def test_data_card_has_the_hash_and_the_counts(rebuilt):
     digest = hashlib.sha256((FOLDER / "test.jsonl").read_bytes()).hexdigest()
     row = re.search(r"`test\.jsonl` \| (\d[\d,]*) \| `([0-9a-f]{64})`", card)
     assert (int(row[1]), row[2]) == (len(RECORDS), digest)
-    values = json.loads((FOLDER / "values.json").read_text("utf-8"))
+    values = json.loads((SOURCES / FOLDER.name / "values.json").read_text("utf-8"))
     patterns = len(builder.skeletons) + len(builder.refused)
     for said in (
         f"{patterns} patterns",

@@ -257,7 +257,7 @@ def test_recompute_leaves_its_argument_alone(folder):
 
 
 def committed():
-    import tests.benchmarks.summary  # noqa: F401, the summary of `bench`
+    import maintenance.benchmarks.summary  # noqa: F401, the summary of `bench`
 
     try:  # the summaries of the course's own records are registered there
         import course_utils.experiments  # noqa: F401
@@ -294,7 +294,7 @@ def test_committed_records_were_made_with_the_data_that_lies_here():
 
 def test_records_import_nothing_heavy():
     code = (
-        "import sys, course_utils.records, course_utils.prose_figures\n"
+        "import sys, course_utils.records, maintenance.readme\n"
         "heavy = {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )

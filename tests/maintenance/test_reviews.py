@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -16,13 +17,15 @@ from builders import load_file
 
 from course_utils.data import load_examples
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "reviews"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "data" / "reviews"
+SOURCES = ROOT / "maintenance" / "data_sets" / "reviews"
 SPLITS = ("train", "validation", "test")
 LABELS = {"negative", "mixed", "positive"}
 KINDS = {"plain", "mixed_feelings", "irony", "negation", "understatement"}
 
 
-build = load_file(FOLDER / "build.py", "reviews_build")
+build = load_file(SOURCES / "build.py", "reviews_build")
 RECORDS = {
     split: [
         json.loads(line)
@@ -223,12 +226,13 @@ def test_the_builder_makes_these_files():
 
 
 def test_check_option_sees_a_changed_file(tmp_path):
-    for path in FOLDER.iterdir():
-        if path.is_file():
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    command = [sys.executable, str(tmp_path / "build.py"), "--check"]
+    sources = tmp_path / "maintenance" / "data_sets" / "reviews"
+    built = tmp_path / "data" / "reviews"
+    shutil.copytree(SOURCES, sources)
+    shutil.copytree(FOLDER, built)
+    command = [sys.executable, str(sources / "build.py"), "--check"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    changed = tmp_path / "validation.jsonl"
+    changed = built / "validation.jsonl"
     changed.write_bytes(changed.read_bytes()[:-2] + b" \n")
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1

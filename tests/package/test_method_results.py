@@ -22,8 +22,8 @@ from course_utils.method_compare import (
 from course_utils.method_results import agreement
 from course_utils.method_runs import MethodResult, long_runs, path_of, recorded_methods
 from course_utils.method_table import methods_table, percent, readme_section, size
-from course_utils.prose_figures import check_text
 from course_utils.runtime import Profile
+from maintenance.readme import check_text
 
 RIGHT = ['{"a": 1}', '{"a": 2}', '{"a": 3}', '{"a": 4}']
 

@@ -1,5 +1,6 @@
 """The profile and its dtype are right for each kind of machine, faked."""
 
+import importlib.metadata
 import random
 
 import numpy
@@ -161,7 +162,10 @@ def test_build_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_readiness_names_the_cure(machine, monkeypatch):
     machine()
-    old = dict.fromkeys(runtime.PACKAGES, "99.0") | {"trl": "0.9", "gguf": "absent"}
+    old = dict.fromkeys(runtime.version_floors(), "99.0") | {
+        "trl": "0.9",
+        "gguf": "absent",
+    }
     monkeypatch.setattr(runtime, "versions", lambda: old)
     bad = [str(f) for f in runtime.readiness() if not f.ok]
     assert len(bad) == 2
@@ -169,20 +173,25 @@ def test_readiness_names_the_cure(machine, monkeypatch):
     assert "gguf absent" in bad[1]
 
 
-def test_floors_equal_those_of_the_project_file():
-    import tomllib
+@pytest.fixture
+def fresh_floors():
+    runtime.version_floors.cache_clear()
+    yield
+    runtime.version_floors.cache_clear()
 
-    from packaging.requirements import Requirement
 
-    project = tomllib.loads(
-        (runtime.checkout_folder() / "pyproject.toml").read_text(encoding="utf-8")
-    )
-    asked = {
-        r.name: next(iter(r.specifier)).version
-        for r in map(Requirement, project["project"]["dependencies"])
-        if r.specifier
-    }
-    assert {name: asked.get(name) for name in runtime.PACKAGES} == runtime.PACKAGES
+def test_floors_of_an_installed_package_are_those_of_its_metadata(
+    monkeypatch, fresh_floors
+):
+    in_checkout = runtime.version_floors()
+    assert in_checkout["torch"] == "2.6" and len(in_checkout) == 10
+    runtime.version_floors.cache_clear()
+    lines = [f"{name}>={floor}" for name, floor in in_checkout.items()]
+    lines += ['ruff>=0.14; extra == "dev"']
+    known = {"course-utils": lines}
+    monkeypatch.setattr(importlib.metadata, "requires", known.__getitem__)
+    monkeypatch.setattr(runtime, "checkout_folder", lambda: None)
+    assert runtime.version_floors() == in_checkout
 
 
 def test_versions_and_hardware_are_plain_data():

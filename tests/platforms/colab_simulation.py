@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -49,10 +50,8 @@ def simulate(python: str, folder: Path) -> dict:
         `outputs` by cell id (text), `moved` packages as {name: [before, after]}, the
         text of `where`, `seconds`.
     """
-    sys.path.insert(0, str(ROOT))
-    from course_utils import links
-
-    name = links.repository()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    name = project["tool"]["course"]["repository"]
     hub, content = folder / "github", folder / "content"
     content.mkdir(parents=True)
     clone = ["git", "clone", "-q", "--bare", str(ROOT), str(hub / name)]

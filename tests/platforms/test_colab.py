@@ -23,7 +23,7 @@ from notebook_rules import Lesson
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from test_links import run_setup
+from test_setup_cell import run_setup
 
 from course_utils import lessons, runtime
 from course_utils.runtime import Profile

@@ -12,7 +12,6 @@ import notebook_rules as rules
 import pytest
 from test_house import project_files
 
-from course_utils import links
 from course_utils import models as bundled
 
 # Modules whose loading runs code that the file brings along.
@@ -111,7 +110,7 @@ FINE = [
 ]
 # Where such a thing is what is tested, or runs our own words.
 ALLOWED = {
-    "tests/maintenance/test_links.py": "exec",  # the set-up cell, whose text is ours
+    "tests/maintenance/test_setup_cell.py": "exec",  # the set-up cell, ours
     "tests/lessons/cells.py": "exec",  # cells of our lessons
     "tests/platforms/test_colab.py": "exec",  # the code that lesson 0 shows
     "tests/package/test_training_memory.py": "eval",  # numbers of our own message
@@ -167,10 +166,3 @@ def test_each_model_that_is_downloaded_has_its_hash():
     assert {bundle.name for bundle in bundles} >= {"SmolLM2-135M-Instruct"}
     for bundle in bundles:
         assert re.fullmatch(r"[0-9a-f]{64}", bundle.sha256), bundle.name
-
-
-@pytest.mark.parametrize("name", ['a/b"; import os #', "a/$(id)", "a/b;id", "a/`id`"])
-def test_a_repository_name_cannot_become_code(name):
-    """It is written into a cell that readers run."""
-    with pytest.raises(ValueError, match="owner/name"):
-        links.rewrite(name)

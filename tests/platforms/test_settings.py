@@ -21,7 +21,6 @@ from course_utils import (
     formatting,
     inference,
     lessons,
-    links,
     memory,
     models,
     parameters,
@@ -248,10 +247,6 @@ BROKEN = {
     "a result that is not finite": (
         lambda: lessons.save_result("02", "x", loss=float("nan")),
         *(ValueError, ["lesson 02: loss is nan"]),
-    ),
-    "a repository without an owner": (
-        lambda: links.rewrite("me"),
-        *(ValueError, ["expected owner/name", "'me'"]),
     ),
 }
 

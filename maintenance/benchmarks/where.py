@@ -15,9 +15,9 @@ from course_utils.training_speed import (
     set_attention,
     without_padding,
 )
-from tests.benchmarks import paths
-from tests.benchmarks.training import _data
-from tests.benchmarks.turns import Task
+from maintenance.benchmarks import paths
+from maintenance.benchmarks.training import _data
+from maintenance.benchmarks.turns import Task
 
 
 def profiled(method: str) -> dict:

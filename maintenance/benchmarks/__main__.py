@@ -1,6 +1,6 @@
 """`make bench`: how fast the course is; writes data/runs/bench.json, prints a table.
 
-    python -m tests.benchmarks [--only training answers] [--methods lora]
+    python -m maintenance.benchmarks [--only training answers] [--methods lora]
                                [--rounds 3] [--steps 3] [--fresh]
 
 Nothing else should run meanwhile: each run keeps the load it met. Each finished run is
@@ -23,8 +23,8 @@ from course_utils import records
 from course_utils.data import data_hash
 from course_utils.models import load_model, release
 from course_utils.runtime import build_folder, hardware, versions
-from tests.benchmarks import everyday, paths, summary, training, where
-from tests.benchmarks.turns import Task, in_turn
+from maintenance.benchmarks import everyday, paths, summary, training, where
+from maintenance.benchmarks.turns import Task, in_turn
 
 PARTS = (
     *("start", "training", "pairs", "ablation", "threads"),

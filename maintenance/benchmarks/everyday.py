@@ -21,9 +21,9 @@ from course_utils.inference import stream
 from course_utils.models import load_tokenizer
 from course_utils.runtime import build_folder, get_profile, set_seed
 from course_utils.training_speed import SeededBatches, completion_loss, without_padding
-from tests.benchmarks import paths
-from tests.benchmarks.training import ROOT, _without
-from tests.benchmarks.turns import Task
+from maintenance.benchmarks import paths
+from maintenance.benchmarks.training import ROOT, _without
+from maintenance.benchmarks.turns import Task
 
 PROMPTS = 200
 PRACTICE = 24  # steps of training before the answers are timed, so that they end

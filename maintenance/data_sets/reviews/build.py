@@ -1,7 +1,8 @@
 """Build the reviews data set: a short review in, one of three verdicts out.
 
-    python data/reviews/build.py           writes the files
-    python data/reviews/build.py --check   compares them with what it would write
+    python maintenance/data_sets/reviews/build.py [--check]
+
+It writes the files; with --check it compares them with what it would write.
 
 The reviews are hand-written, in threes of one topic and one kind (negative, mixed,
 positive), in written.txt and written_test.txt. This script sorts them into splits. It
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
+DATA = FOLDER.parents[2] / "data" / FOLDER.name
 SEED = 20261122
 LABELS = {"-": "negative", "~": "mixed", "+": "positive"}
 VALIDATION_EVERY = 4  # of each kind, every fourth three is validation
@@ -75,7 +77,7 @@ def build() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     different = []
     for name, text in build().items():
-        path = FOLDER / name
+        path = DATA / name
         if "--check" in arguments:
             if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
                 different.append(name)

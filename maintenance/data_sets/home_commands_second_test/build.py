@@ -1,10 +1,11 @@
 """Build the second test set of the home commands.
 
-    python data/home_commands_second_test/build.py           writes test.jsonl
-    python data/home_commands_second_test/build.py --check   compares it with a rebuild
+    python maintenance/data_sets/home_commands_second_test/build.py [--check]
+
+It writes test.jsonl; with --check it compares the file with its rebuild.
 
 The task, the forms, the slices and their sizes are those of the first test set, whose
-builder data/home_commands/build.py this script loads as it is. Here stand other
+builder home_commands/build.py this script loads as it is. Here stand other
 patterns (skeletons.txt) and other held-out values (values.json). What any of the
 training sets, the validation split or the first test split says already is refused by
 code. Standard library only; always the same bytes.
@@ -23,6 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 SMALL, LARGE, WIDE = (
     FOLDER.parent / f"home_commands{ending}" for ending in ("", "_large", "_wide")
 )
+DATA = FOLDER.parents[2] / "data"
 SEED = 20261129
 SIZES = dict.fromkeys(
     (
@@ -71,8 +73,11 @@ class Said:
     """
 
     def __init__(self) -> None:
-        files = [SMALL / f"{split}.jsonl" for split in ("train", "validation", "test")]
-        files += [folder / "train.jsonl" for folder in (LARGE, WIDE)]
+        files = [
+            DATA / SMALL.name / f"{split}.jsonl"
+            for split in ("train", "validation", "test")
+        ]
+        files += [DATA / folder.name / "train.jsonl" for folder in (LARGE, WIDE)]
         records = [json.loads(line) for path in files for line in lines_of(path)]
         self.sentences = {large.sentence_key(r["prompt"]) for r in records}
         self.stripped = {large.stripped(r["prompt"], r["completion"]) for r in records}
@@ -159,4 +164,4 @@ def build() -> tuple[dict[str, str], SecondBuilder]:
 
 
 if __name__ == "__main__":
-    sys.exit(small.main(sys.argv[1:], FOLDER, build))
+    sys.exit(small.main(sys.argv[1:], DATA / FOLDER.name, build))

@@ -27,8 +27,8 @@ from course_utils.data import load_examples
 from course_utils.formatting import IGNORE
 from course_utils.models import load_tokenizer
 from course_utils.runtime import Profile, get_profile, set_seed
-from tests.benchmarks import paths
-from tests.benchmarks.turns import Task
+from maintenance.benchmarks import paths
+from maintenance.benchmarks.turns import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,7 +191,7 @@ def run_processes(processes: int, count: int, steps: int) -> dict:
     Each waits until all are ready; `step_seconds` and `tokens` are lists of lists.
     """
     code = (
-        "import sys; from tests.benchmarks import training; "
+        "import sys; from maintenance.benchmarks import training; "
         "training.child(int(sys.argv[1]), int(sys.argv[2]))"
     )
     words = [sys.executable, "-c", code, str(count), str(steps)]

@@ -1,55 +1,67 @@
-"""The repository's name: one place, and one command that changes it everywhere."""
+"""The set-up cell of every lesson, and `make links`, which names its repository."""
 
-import json
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
 
+import notebook_rules as rules
 import pytest
 
-from course_utils import links
-
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = rules.repository().split("/")[1]
+LESSON = "notebooks/03_lora.ipynb"
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    name = links.repository()
-    cells = [links.badge(name, "03_lora.ipynb"), links.setup_cell(name)]
-    text = json.dumps({"cells": [{"source": [c]} for c in cells]})
-    (tmp_path / "notebooks" / "03_lora.ipynb").write_text(text, encoding="utf-8")
-    return tmp_path
+def make_links(tmp_path):
+    """A function that runs `make links` in a small checkout; and the checkout."""
+    if not (shutil.which("make") and shutil.which("perl")):
+        pytest.skip("no make, or no perl")
+    for name in ("pyproject.toml", "Makefile", "CITATION.cff", "README.md", LESSON):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+
+    def run(*words):
+        command = ["make", "links", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    return run, tmp_path
 
 
-def test_rewriting_changes_every_place(checkout):
-    changed = links.rewrite("me/my-course", checkout)
-    assert [p.name for p in changed] == ["pyproject.toml", "03_lora.ipynb"]
-    assert links.repository(checkout) == "me/my-course"
-    notebook = json.loads((checkout / "notebooks" / "03_lora.ipynb").read_text())
-    badge, setup = (cell["source"][0] for cell in notebook["cells"])
-    assert badge == links.badge("me/my-course", "03_lora.ipynb")
-    assert setup == links.setup_cell("me/my-course")
-    assert links.rewrite("me/my-course", checkout) == []
+def test_make_links_names_the_repository_everywhere(make_links):
+    run, checkout = make_links
+    old = rules.repository()
+    before = {p: p.read_text("utf-8") for p in checkout.rglob("*.*") if p.is_file()}
+    before = {p: t for p, t in before.items() if ".git/" not in p.as_posix()}
+    assert run("REPO=me/my-course").returncode == 0
+    for path, text in before.items():
+        assert path.read_text("utf-8") == text.replace(old, "me/my-course"), path
+    assert old not in (checkout / LESSON).read_text("utf-8")
+    assert 'repository = "me/my-course"' in (checkout / "pyproject.toml").read_text()
+    assert run("REPO=other/name").returncode == 0, "and once more"
+    assert "other/name/blob" in (checkout / LESSON).read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["", "me", "me/a/b", 'me/"a', "me /a"])
-def test_what_is_no_repository_is_refused(name, checkout):
-    with pytest.raises(ValueError, match="owner/name"):
-        links.rewrite(name, checkout)
-
-
-def test_the_command_needs_one_name(capsys):
-    assert links.main([]) == 2
-    assert "REPO=owner/name" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "name",
+    ["", "me", "me/a/b", 'me/"a', "me /a", 'a/b"; import os #', "a/$(id)", "a/$$(id)"]
+    + ["a/b;id", "a/`id`", "a/b\nc/d"],
+)
+def test_what_is_no_repository_is_refused_and_nothing_changed(name, make_links):
+    """The name is written into a cell that readers run."""
+    run, checkout = make_links
+    done = run(f"REPO={name}")
+    assert done.returncode != 0 and "REPO=owner/name" in done.stdout + done.stderr
+    assert (checkout / LESSON).read_text("utf-8") == (ROOT / LESSON).read_text("utf-8")
 
 
 def run_setup(monkeypatch, tmp_path, packages):
     """Run the set-up cell on a pretended Colab; return the commands it would run."""
     import importlib.metadata
-    import subprocess
 
     commands = []
     found = [types.SimpleNamespace(name=n, version=v) for n, v in packages.items()]
@@ -60,8 +72,8 @@ def run_setup(monkeypatch, tmp_path, packages):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.chdir(tmp_path)
-    exec(links.setup_cell("me/my-course"), {})
-    assert sys.path[0] == str(tmp_path / "my-course")
+    exec(rules.setup_cell(), {})
+    assert sys.path[0] == str(tmp_path / FOLDER)
     return [" ".join(words) for words in commands]
 
 
@@ -71,7 +83,7 @@ def test_on_colab_it_fetches_the_course_and_leaves_torch_alone(monkeypatch, tmp_
         sys.modules, "pyarrow", types.SimpleNamespace(__version__="24.0.0")
     )
     clone, install, uninstall = run_setup(monkeypatch, tmp_path, packages)
-    assert clone.startswith("git clone -q https://github.com/me/my-course ")
+    assert clone.startswith(f"git clone -q https://github.com/{rules.repository()} ")
     assert "uninstall -q -y torchao" in uninstall
     names = [word.split(">")[0].split("<")[0] for word in install.split()[5:]]
     assert {"transformers", "peft", "trl", "bitsandbytes", "gguf"} <= set(names)
@@ -83,7 +95,7 @@ def test_on_colab_a_new_enough_torchao_stays(monkeypatch, tmp_path, capsys):
     packages = {"torchao": "0.16.0", "pyarrow": "24.0.0"}
     old = types.SimpleNamespace(__version__="18.1.0")
     monkeypatch.setitem(sys.modules, "pyarrow", old)
-    (tmp_path / "my-course").mkdir()
+    (tmp_path / FOLDER).mkdir()
     (install,) = run_setup(monkeypatch, tmp_path, packages)
     assert "pip install -q transformers" in install
     assert "Restart session" in capsys.readouterr().out
@@ -93,17 +105,14 @@ def test_elsewhere_the_set_up_cell_does_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     names = {}
-    exec(links.setup_cell("me/my-course"), names)
+    exec(rules.setup_cell(), names)
     assert set(names) == {"sys", "__builtins__"} and sys.path == before
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
 def test_its_floors_are_those_of_pyproject():
-    import tomllib
-
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        wanted = set(tomllib.load(file)["project"]["dependencies"])
-    cell = links.setup_cell("a/b")
+    wanted = set(rules.pyproject()["project"]["dependencies"])
+    cell = rules.setup_cell()
     lines = [line for line in cell.splitlines() if "floors =" in line or "+=" in line]
     floors = set(" ".join(line.split('"')[1] for line in lines).split())
     assert floors - wanted == {"huggingface_hub<2"}

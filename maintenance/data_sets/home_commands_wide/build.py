@@ -1,7 +1,8 @@
 """Build the wide training set of the home commands.
 
-    python data/home_commands_wide/build.py           writes train.jsonl
-    python data/home_commands_wide/build.py --check   compares it with its rebuild
+    python maintenance/data_sets/home_commands_wide/build.py [--check]
+
+It writes train.jsonl; with --check it compares the file with its rebuild.
 
 The task, the forms and the way in which a sentence is made are those of the small and
 of the large set, whose builders this script loads. Here stand more patterns
@@ -22,6 +23,7 @@ from types import ModuleType
 
 FOLDER = Path(__file__).resolve().parent
 LARGE = FOLDER.parent / "home_commands_large"
+DATA = FOLDER.parents[2] / "data"
 SEED = 20261128
 SIZES = {
     "unseen_phrasing": 6000,
@@ -124,7 +126,8 @@ class WideBuilder(large.LargeBuilder):
     def __init__(self) -> None:
         super().__init__()
         self.admit(small.read_skeletons(FOLDER / "skeletons.txt", every=0))
-        for line in (LARGE / "train.jsonl").read_text(encoding="utf-8").splitlines():
+        text = (DATA / LARGE.name / "train.jsonl").read_text(encoding="utf-8")
+        for line in text.splitlines():
             self.prompts.add(large.sentence_key(json.loads(line)["prompt"]))
 
     def join(self, kind: str, split: str, parts: list):
@@ -147,4 +150,4 @@ def build() -> tuple[dict[str, str], WideBuilder]:
 
 
 if __name__ == "__main__":
-    sys.exit(small.main(sys.argv[1:], FOLDER, build))
+    sys.exit(small.main(sys.argv[1:], DATA / FOLDER.name, build))

@@ -1,10 +1,11 @@
 """Build the large training set of the home commands.
 
-    python data/home_commands_large/build.py           writes train.jsonl
-    python data/home_commands_large/build.py --check   compares it with its rebuild
+    python maintenance/data_sets/home_commands_large/build.py [--check]
+
+It writes train.jsonl; with --check it compares the file with its rebuild.
 
 The task, the schema and the way in which a sentence is filled, wrapped and joined are
-those of data/home_commands/build.py, which this script loads. Here stand what is wider:
+those of home_commands/build.py, which this script loads. Here stand what is wider:
 the patterns of skeletons.txt, the values of values.json, more spoken forms of times and
 numbers, more slips of the finger. What the validation and test splits of home_commands
 keep for themselves (patterns, wrappers, joining words, values) is refused by code.
@@ -24,6 +25,7 @@ from types import ModuleType
 
 FOLDER = Path(__file__).resolve().parent
 SMALL = FOLDER.parent / "home_commands"
+DATA = FOLDER.parents[2] / "data"
 SEED = 20261123
 SIZES = {
     "unseen_phrasing": 6000,
@@ -337,7 +339,7 @@ class Reserved:
         ]
         self.sentences, self.stripped = set(), set()
         for split in ("train", "validation", "test"):
-            path = SMALL / f"{split}.jsonl"
+            path = DATA / SMALL.name / f"{split}.jsonl"
             for line in path.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
                 self.sentences.add(sentence_key(record["prompt"]))
@@ -468,4 +470,4 @@ def build() -> tuple[dict[str, str], LargeBuilder]:
 
 
 if __name__ == "__main__":
-    sys.exit(small.main(sys.argv[1:], FOLDER, build))
+    sys.exit(small.main(sys.argv[1:], DATA / FOLDER.name, build))

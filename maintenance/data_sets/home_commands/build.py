@@ -1,7 +1,7 @@
 """Build the home-commands data set: one spoken sentence, one JSON object.
 
-    python data/home_commands/build.py           writes the files
-    python data/home_commands/build.py --check   compares them with what it would write
+    python maintenance/data_sets/home_commands/build.py           writes the files
+    python maintenance/data_sets/home_commands/build.py --check   compares them
 
 The sentences are hand-written in skeletons.txt, the values in values.json. This script
 fills them, wraps and joins them, adds typing errors, and deals out the splits. It uses
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+DATA = FOLDER.parents[2] / "data" / FOLDER.name
 VALUES = json.loads((FOLDER / "values.json").read_text(encoding="utf-8"))
 SEED = 20261122
 
@@ -754,7 +755,7 @@ def build() -> tuple[dict[str, str], Builder]:
     return files, builder
 
 
-def main(arguments: list[str], folder: Path = FOLDER, make=build) -> int:
+def main(arguments: list[str], folder: Path = DATA, make=build) -> int:
     files, _ = make()
     different = []
     for name, text in files.items():

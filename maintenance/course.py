@@ -1,0 +1,154 @@
+"""Run the course: every lesson in order, one plain line each, a table at the end.
+
+    python -m maintenance.course --profile cpu [--lesson 02] [--out build]
+
+Each lesson runs in a kernel of this same Python. The executed notebooks, with their
+outputs, are left under `<out>/notebooks/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from course_utils import lessons, runtime
+from maintenance import runner
+
+NOTEBOOKS = runner.ROOT / "notebooks"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one lesson went: `result` is its headline, or where and why it failed."""
+
+    lesson: str
+    ok: bool
+    seconds: float
+    result: str
+
+
+def find_lessons(folder: Path = NOTEBOOKS, only: str | None = None) -> list[Path]:
+    """Return the lessons' notebooks in order.
+
+    Args:
+        folder: where the notebooks are.
+        only: two digits (or the start of a name) of one lesson; None means all.
+
+    Raises:
+        FileNotFoundError: there is no such lesson, or no lesson at all.
+    """
+    wanted = only.zfill(2) if only and only.isdigit() else only or ""
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    chosen = [path for path in paths if path.stem.startswith(wanted)]
+    if not chosen:
+        stems = ", ".join(path.stem for path in paths) or "none"
+        raise FileNotFoundError(f"no lesson {wanted!r} in {folder}; there are: {stems}")
+    return chosen
+
+
+def run_lesson(path: Path, out: Path) -> Outcome:
+    """Execute one lesson and keep it in `out/notebooks/`, also after a failure."""
+    import nbformat
+
+    number = path.stem[:2]
+    if lessons.load_result(number):
+        (runtime.build_folder() / "results" / f"{number}.json").unlink()
+    run = runner.execute(nbformat.read(path, as_version=4), path.parent)
+    target = out / "notebooks" / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(run.notebook, target)
+    result = run.failure or lessons.headline(number) or "ran; it saved no result"
+    return Outcome(path.stem, run.failure is None, run.seconds, result)
+
+
+def run_course(
+    paths: Sequence[Path], out: Path, say: Callable[[str], None] = print
+) -> list[Outcome]:
+    """Run the lessons in order, saying one line for each as it ends."""
+    outcomes = []
+    for path in paths:
+        outcome = run_lesson(path, out)
+        outcomes.append(outcome)
+        sign = "✓" if outcome.ok else "✗"
+        say(f"{sign} {outcome.lesson:<22} {outcome.seconds:6.0f} s  {outcome.result}")
+    return outcomes
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return the closing table, in Markdown, with the total time.
+
+    >>> print(table([Outcome("02_x", True, 61.0, "0 % to 91 %")]))
+    | lesson | seconds | result |
+    |---|---:|---|
+    | 02_x | 61 | 0 % to 91 % |
+    | 1 of 1 ran | 61 | 1.0 minutes |
+    """
+    lines = ["| lesson | seconds | result |", "|---|---:|---|"]
+    for o in outcomes:
+        result = o.result if o.ok else f"FAILED: {o.result}"
+        cell = result.replace("|", "\\|")
+        lines.append(f"| {o.lesson} | {o.seconds:.0f} | {cell} |")
+    total, good = sum(o.seconds for o in outcomes), sum(o.ok for o in outcomes)
+    ran = f"{good} of {len(outcomes)} ran"
+    lines.append(f"| {ran} | {total:.0f} | {total / 60:.1f} minutes |")
+    return "\n".join(lines)
+
+
+def save_outcomes(outcomes: Sequence[Outcome], out: Path) -> Path:
+    """Write how the lessons went to `out/results/course.json`, and return the file."""
+    path = out / "results" / "course.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [asdict(outcome) for outcome in outcomes]
+    course = {"profile": runtime.get_profile().name, "lessons": lines}
+    path.write_text(json.dumps(course, indent=1, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def fetch_model(say: Callable[[str], None] = print) -> None:
+    """Make sure that the model is at hand before the first lesson needs it."""
+    from course_utils import models
+
+    started = time.perf_counter()
+    models.release(models.load_model())
+    say(f"Model ready: {models.model_name()} ({time.perf_counter() - started:.0f} s)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 if a lesson failed, 2 if there is no such lesson."""
+    parser = argparse.ArgumentParser(prog="maintenance.course", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--profile", choices=runtime.PROFILES, help="default: by hardware"
+    )
+    parser.add_argument("--lesson", help="two digits: run this one only")
+    parser.add_argument("--out", type=Path, help="default: build")
+    options = parser.parse_args(arguments)
+    # On Windows a redirected output has an encoding that knows no check mark.
+    sys.stdout.reconfigure(line_buffering=True, encoding="utf-8", errors="replace")
+    # Nor has its event loop what zmq asks for first, and does without.
+    warnings.filterwarnings("ignore", "Proactor event loop", RuntimeWarning)
+    if options.profile:
+        os.environ["COURSE_PROFILE"] = options.profile
+    try:
+        paths = find_lessons(only=options.lesson)
+    except FileNotFoundError as error:
+        print(error)
+        return 2
+    out = options.out or runtime.build_folder()
+    print(f"Lessons: {len(paths)} · {runtime.get_profile()} · results go to {out}")
+    fetch_model()
+    outcomes = run_course(paths, out)
+    save_outcomes(outcomes, out)
+    print(f"\n{table(outcomes)}")
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The numbers of the README and the lessons, and the README's pictures.
+
+    python -m maintenance.readme           draw data/pictures/, write every number
+    python -m maintenance.readme --times   first record the seconds of the last full run
+
+A number carries its source and its form in a comment that no reader sees, as in
+`93 %<!-- run:03_lora:exact_match.LoRA as .0% -->`: a path of `records.lookup`, then a
+Python format and, after a space, a unit that is printed and divided by. `plan:lora` in
+the place of a record is the memory predicted for a training step on a T4.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from course_utils import memory, plotting, records, runtime, widgets
+from course_utils.method_runs import FAMILIES, SPEED, recorded_methods
+from course_utils.method_table import readme_section
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = "course_cpu"
+BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the README show
+# Units of bytes and of seconds, in which the records count.
+UNITS = {
+    "s": 1.0,
+    "minutes": 60.0,
+    "kB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "MiB": 2.0**20,
+    "GiB": 2.0**30,
+}
+# Training steps of 16 × 128 tokens of the built-in model, whose memory is predicted.
+LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
+PLANS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": LORA,
+    "prompt_tuning": {"num_virtual_tokens": 20},
+    "prefix_tuning": {"num_virtual_tokens": 20},
+    "qlora": LORA,
+}
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+_MARKER = re.compile(r"<!--\s*(?P<source>run|plan):(?P<rest>[^>]*?)\s*-->")
+_NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?$")
+_EMPHASIS = "*_` \n"
+
+
+def lookup(source: str, path: str) -> Any:
+    """Return what a marker names.
+
+    Args:
+        source: `"run"` for a record, `"plan"` for a prediction in bytes.
+        path: of `records.lookup`, or a key of `PLANS`.
+
+    Raises:
+        RecordError: there is no such record, key or plan.
+    """
+    if source == "run":
+        return records.lookup(path)
+    if path not in PLANS:
+        raise records.RecordError(f"no plan {path!r}; there are {', '.join(PLANS)}")
+    size: dict[str, Any] = {"batch_size": 16, "sequence_length": 128}
+    return memory.t4_plan("smollm2-135m", path, **size, **PLANS[path]).total
+
+
+def show(value: float, form: str) -> str:
+    """Write a number in the form that its marker gives.
+
+    Args:
+        value: a share, seconds, bytes or a plain number.
+        form: a Python format, then perhaps a space and one of `UNITS`.
+
+    Raises:
+        ValueError: there is no such format or unit.
+
+    >>> show(0.9312, ".0%"), show(134515008, ",d"), show(95, ".1f minutes")
+    ('93 %', '134,515,008', '1.6 minutes')
+    """
+    spec, space, unit = form.partition(" ")
+    if space and unit not in UNITS:
+        raise ValueError(f"no unit {unit!r}; there are {', '.join(UNITS)}")
+    text = format(value / UNITS[unit] if space else value, spec)
+    return text.replace("%", " %").replace("-", "−") + space + unit
+
+
+def rewrite(
+    text: str, find: Callable[[str, str], Any] = lookup
+) -> tuple[str, list[str], list[str]]:
+    """Write each marked number of a text anew.
+
+    Markers in code, where they are only shown, do not count.
+
+    Args:
+        text: Markdown.
+        find: gives the value for a marker's source and path.
+
+    Returns:
+        The new text, sentences about the numbers that were wrong, and sentences about
+        the markers that name nothing or have no number before them.
+    """
+    parts, last, wrong, broken = [], 0, [], []
+    masked = _CODE.sub(lambda code: " " * len(code[0]), text)
+    for marker in _MARKER.finditer(masked):
+        name = f"{marker['source']}:{marker['rest']}"
+        path, _, form = marker["rest"].rpartition(" as ")
+        shown = text[last : marker.start()].rstrip(_EMPHASIS)
+        try:
+            if not path:
+                raise ValueError("the form is missing, such as 'as .0%'")
+            value = find(marker["source"], path)
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (numeric and math.isfinite(value)):
+                raise ValueError(f"it is {value!r}, not a number")
+            right = show(value, form)
+        except (ValueError, records.RecordError) as error:
+            broken.append(f"{name}: {error}")
+            continue
+        unit = " " + right.partition(" ")[2] if " " in right else ""
+        number = _NUMBER.search(shown.removesuffix(unit))
+        if number is None or not shown.endswith(unit):
+            broken.append(f"{name}: no figure such as {right!r} stands before it")
+        elif shown[number.start() :] != right:
+            wrong.append(f"{shown[number.start() :]}: {name} is {right}")
+            parts += [shown[: number.start()], right]
+            last += len(shown)
+    return "".join([*parts, text[last:]]), wrong, broken
+
+
+def check_text(text: str, find: Callable[[str, str], Any] = lookup) -> list[str]:
+    """Return a sentence for each marked number that its record does not give."""
+    _, wrong, broken = rewrite(text, find)
+    return wrong + broken
+
+
+def write_page(path: Path) -> None:
+    """Write the numbers of a page or of a lesson anew.
+
+    Args:
+        path: Markdown or a notebook.
+
+    Raises:
+        ValueError: a marker names nothing, or no number stands before it.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        notebook, broken = json.loads(text), []
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                new, _, more = rewrite("".join(cell["source"]))
+                cell["source"] = new.splitlines(True)
+                broken += [f"{cell['id']}: {sentence}" for sentence in more]
+        new = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    else:
+        new, _, broken = rewrite(text)
+    if broken:
+        raise ValueError("\n".join([path.name, *broken]))
+    if new != text:
+        path.write_text(new, encoding="utf-8")
+
+
+def write_methods(readme: str) -> str:
+    """Return the README with its comparison of methods made anew.
+
+    Raises:
+        ValueError: the markers around the table are missing.
+    """
+    complete = {*FAMILIES, SPEED} <= {*records.list_records()}
+    swept = recorded_methods() if complete else []
+    machine = records.load_record(SPEED)["hardware"] if swept else {}
+    lesson, threads = "notebooks/08_choosing_a_method.ipynb", machine.get("threads", 1)
+    section = readme_section(swept, lesson=lesson, threads=threads)
+    first, last = "<!-- methods:begin -->", "<!-- methods:end -->"
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
+    if not (begin and end):
+        raise ValueError(f"README.md has no {first} … {last}")
+    return f"{before}{first}\n{section}{last}{after}"
+
+
+def lesson_paths(root: Path = ROOT) -> list[Path]:
+    """Return the lessons of this checkout, in order."""
+    return sorted(root.glob("notebooks/[0-9][0-9]_*.ipynb"))
+
+
+def keep_times(path: Path, stems: Iterable[str]) -> None:
+    """Record the seconds of a full run of the course, as `make course` left them.
+
+    Args:
+        path: `build/results/course.json`.
+        stems: the lessons that there are.
+
+    Raises:
+        ValueError: it was another profile, a lesson failed, or one is missing.
+    """
+    course = json.loads(path.read_text(encoding="utf-8"))
+    ran = {line["lesson"]: line for line in course["lessons"] if line["ok"]}
+    if course["profile"] != "cpu" or list(ran) != list(stems):
+        raise ValueError(
+            f"{path.name} holds {course['profile']}: {', '.join(ran)}; run `make "
+            "course` on the cpu profile, all lessons, without a failure"
+        )
+    runs = [
+        {
+            "label": stem,
+            "settings": {"profile": "cpu", "result": line["result"]},
+            "seed": runtime.DEFAULT_SEED,
+            "loss": [],
+            "metrics": [],
+            "seconds": line["seconds"],
+        }
+        for stem, line in ran.items()
+    ]
+    records.save_record(
+        TIMES,
+        {
+            "command": "make course",
+            "hardware": runtime.hardware(),
+            "versions": runtime.versions(),
+            "data": {"name": "all lessons", "sha256": ""},
+            "seconds": sum(run["seconds"] for run in runs),
+            "runs": runs,
+        },
+    )
+
+
+def _learning_curve() -> Any:
+    ax = plotting.plot_loss(records.load_record(BEST_RUN)["runs"][0], log=True)
+    ax.set_title("Every layer trained, embeddings frozen, recorded: loss by step")
+    return ax
+
+
+def _scores_by_slice() -> Any:
+    runs = {
+        "prompting, best prompt": records.load_record("00_prompting")["runs"][-1],
+        "frozen: embeddings": records.load_record(BEST_RUN)["runs"][0],
+    }
+    scores = {name: run["metrics"]["by_slice"] for name, run in runs.items()}
+    ax = plotting.plot_by_slice(scores)
+    ax.set_title("Exact match on held-out sentences, recorded")
+    return ax
+
+
+PICTURES: dict[str, Callable[[], Any]] = {
+    "methods": plotting.plot_method_map,
+    "learning_curve": _learning_curve,
+    "scores_by_slice": _scores_by_slice,
+    "memory_planner": widgets.planner_figure,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m maintenance.readme`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    lessons = lesson_paths()
+    if "--times" in arguments:
+        results = runtime.build_folder() / "results" / "course.json"
+        keep_times(results, [path.stem for path in lessons])
+    folder = runtime.data_folder() / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        drawn = draw()
+        figure = getattr(drawn, "figure", drawn)
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        print(folder / f"{name}.png")
+    readme = ROOT / "README.md"
+    text = write_methods(readme.read_text(encoding="utf-8"))
+    readme.write_text(text, encoding="utf-8")
+    for path in (readme, *lessons):
+        write_page(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Execute one notebook in a kernel of this same Python: for `make course` and tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CELL_TIMEOUT_S = 900
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a notebook.
+
+    Attributes:
+        notebook: the notebook as far as it was executed, with its outputs.
+        seconds: of the execution, the kernel's start included.
+        failure: which cell failed and why, in one line; None after a success.
+        details: the failure with its traceback; empty after a success.
+    """
+
+    notebook: Any
+    seconds: float
+    failure: str | None = None
+    details: str = ""
+
+
+def execute(
+    notebook: Any, folder: Path, environment: Mapping[str, str] | None = None
+) -> Run:
+    """Execute a notebook, and say how it went whatever it does.
+
+    Args:
+        notebook: an nbformat notebook; its metadata may hold `execution.timeout`,
+            seconds for one cell. It is changed in place.
+        folder: where its kernel stands.
+        environment: the kernel's; None takes `kernel_environment()`.
+    """
+    from nbclient import NotebookClient
+
+    timeout = notebook.metadata.get("execution", {}).get("timeout", CELL_TIMEOUT_S)
+    client = NotebookClient(
+        notebook,
+        km=kernel_manager(),
+        timeout=timeout,
+        shutdown_kernel="immediate",
+        resources={"metadata": {"path": str(folder)}},
+    )
+    started, failure, details = time.perf_counter(), None, ""
+    try:  # a kernel that is left keeps GBs: cleanup_kc
+        client.execute(env=dict(environment or kernel_environment()), cleanup_kc=True)
+    except Exception as error:  # whatever a lesson does, the next ones still run
+        failure = describe_failure(notebook, error)
+        details = f"{failure}\n{_COLOUR.sub('', str(error))}"
+    return Run(notebook, time.perf_counter() - started, failure, details)
+
+
+def kernel_manager() -> Any:
+    """Return a kernel manager whose kernels are this Python, whatever is installed."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+    class ThisPython(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            command = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR"]
+            return KernelSpec(
+                argv=[*command, "-f", "{connection_file}"],
+                display_name="this Python",
+                language="python",
+            )
+
+    return AsyncKernelManager(kernel_spec_manager=ThisPython())
+
+
+def kernel_environment() -> dict[str, str]:
+    """Return this process's environment, with this same course_utils on the path."""
+    path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    for name in ("COURSE_BUILD", "COURSE_CACHE", "COURSE_MODEL"):
+        place = environment.get(name)
+        if place and (name != "COURSE_MODEL" or Path(place).is_dir()):
+            environment[name] = os.path.abspath(place)  # kernels stand elsewhere
+    return environment
+
+
+def describe_failure(notebook: Any, error: Exception) -> str:
+    """Say which cell failed (its id and first line) and why, in one line.
+
+    Args:
+        notebook: the notebook as far as it was executed.
+        error: what nbclient raised.
+    """
+    where = "before the first cell"
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        where = f"cell {cell.id} ({cell.source.strip().splitlines()[0]})"
+        bad = [o for o in cell.outputs if o.output_type == "error"]
+        if bad:
+            return f"{where}: {bad[0].ename}: {_one_line(bad[0].evalue)}"
+        if cell.execution_count is None:
+            break
+    why = f"{type(error).__name__}: {_one_line(str(error))}"
+    if frames := traceback.extract_tb(error.__traceback__):  # not the lesson's fault
+        last = frames[-1]
+        why += f" ({Path(last.filename).name}, line {last.lineno}, {last.name})"
+    return f"{where}: {why}"
+
+
+def _one_line(text: str, width: int = 200) -> str:
+    line = " ".join(_COLOUR.sub("", text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
