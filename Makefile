@@ -45,7 +45,7 @@ build/litgpt: tests/benchmarks/litgpt.txt
 	@touch $@
 
 runs: $(STAMP)
-	$(RUN) course_utils.experiments $(LESSON)
+	$(RUN) maintenance.runs $(LESSON)
 
 picture: $(STAMP)
 	$(RUN) course_utils.picture

@@ -15,9 +15,15 @@ from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
 from course_utils.links import ROOT
-from course_utils.method_results import recorded_methods
-from course_utils.method_runs import FAMILIES, SPEED, path_of
-from course_utils.method_table import order, readme_section
+from course_utils.sweep.results import (
+    FAMILIES,
+    SPEED,
+    order,
+    path_of,
+    readme_section,
+    recorded_methods,
+)
+from maintenance.store import hardware, save_record
 
 TIMES = "course_cpu"
 BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the README show
@@ -234,11 +240,11 @@ def keep_times(path: Path) -> None:
         }
         for stem, line in ran.items()
     ]
-    records.save_record(
+    save_record(
         TIMES,
         {
             "command": "make course",
-            "hardware": runtime.hardware(),
+            "hardware": hardware(),
             "versions": runtime.versions(),
             "data": {"name": "all lessons", "sha256": ""},
             "seconds": sum(run["seconds"] for run in runs),

@@ -1,26 +1,185 @@
-"""Compute a record's figures from its data: metrics of a run, summary of all runs.
+"""The store of recorded runs: their schema, saving, and figures computed again.
 
-`records` offers these names and says what a record is.
+`course_utils.records` says what a record is, and reads them.
 """
 
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import math
+import os
+import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from course_utils import classification, scoring
+from course_utils import classification, records, scoring
+from course_utils.files import replace
+from course_utils.records import RecordError
+from course_utils.runtime import cpu_has_bf16, memory_gib
+from course_utils.sweep.experiment import METRICS as SWEEP_METRICS
+from course_utils.sweep.experiment import compute_metrics
+
+# --- the schema --------------------------------------------------------------------
+
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_LOSS = {"type": ["number", "null"]}
+_MACHINE = {
+    "type": "object",
+    "required": ["hardware", "versions"],
+    "properties": {"hardware": {"type": "object"}, "versions": {"type": "object"}},
+}
+_RUN = {
+    "type": "object",
+    "required": ["label", "settings", "seed", "loss", "metrics", "seconds"],
+    "properties": {
+        "label": {"type": "string"},
+        "settings": {"type": "object"},
+        "seed": {"type": "integer"},
+        "loss": {"type": "array", "items": _LOSS},
+        "eval_loss": {
+            "type": "array",
+            "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": _LOSS},
+        },
+        "predictions": _TEXTS,
+        "references": _TEXTS,
+        "slices": _TEXTS,
+        "metrics": {"type": "object"},
+        "measured": {"type": "object"},
+        "trainable_parameters": {"type": "integer"},
+        "tokens_per_s": {"type": "number"},
+        "seconds": {"type": "number"},
+        "machine": _MACHINE,
+    },
+}
+SCHEMA = {
+    "type": "object",
+    "required": [
+        *("schema", "name", "command", "created", "hardware", "versions", "data"),
+        *("seconds", "runs", "summary"),
+    ],
+    "additionalProperties": False,
+    "properties": {
+        "schema": {"const": 1},
+        "name": {"type": "string"},
+        "command": {"type": "string"},
+        "created": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
+        "hardware": {"type": "object"},
+        "versions": {"type": "object"},
+        "data": {
+            "type": "object",
+            "required": ["name", "sha256"],
+            "properties": {"name": {"type": "string"}, "sha256": {"type": "string"}},
+        },
+        "seconds": {"type": "number"},
+        "runs": {"type": "array", "minItems": 1, "items": _RUN},
+        "summary": {"type": "object"},
+    },
+}
 
 
-class RecordError(ValueError):
-    """A record is missing, malformed, or says what its data do not."""
+def validate_record(record: Any) -> None:
+    """Check a record against `SCHEMA`, and what a schema cannot say.
+
+    Raises:
+        RecordError: where in the record, and what was expected there.
+    """
+    from jsonschema import Draft202012Validator
+
+    name = record.get("name", "a record") if isinstance(record, dict) else "a record"
+    for error in Draft202012Validator(SCHEMA).iter_errors(record):
+        raise RecordError(f"{name}: {error.json_path}: {error.message}"[:500])
+    try:
+        datetime.date.fromisoformat(record["created"])
+    except ValueError:
+        raise RecordError(f"{name}: created {record['created']!r} is no date") from None
+    for position, run in enumerate(record["runs"]):
+        texts = ("predictions", "references", "slices")
+        lengths = {key: len(run[key]) for key in texts if key in run}
+        if len(set(lengths.values())) > 1:
+            raise RecordError(f"{name}: runs[{position}]: lengths differ: {lengths}")
+    try:
+        json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{name}: not JSON: {error}") from None
 
 
-def _last(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return known[-1] if known else None
+# --- saving ------------------------------------------------------------------------
+
+
+def save_record(name: str, record: Mapping[str, Any]) -> Path:
+    """Compute metrics and summary, validate, and write a record in one stroke.
+
+    A reader sees the old file or the new one, never half of one.
+
+    Args:
+        name: `<NN>_<what>`, the file's name without `.json`.
+        record: all fields but `schema`, `name` and `summary`, which are set here;
+            `created` defaults to today. Each run's `metrics`, values or mere names,
+            are computed again. Losses that are not finite become null.
+
+    Returns:
+        The path written.
+
+    Raises:
+        RecordError: as in `validate_record` and `recompute`.
+    """
+    today = datetime.date.today().isoformat()
+    record = {"schema": 1, "name": name, "created": today} | dict(record)
+    record |= {"schema": 1, "name": name, "summary": {}}
+    runs = [dict(run) for run in record.get("runs", [])]
+    for run in runs:
+        for key in run.keys() & {"loss", "eval_loss", "measured"}:
+            run[key] = _finite(run[key])
+        run["metrics"] = dict.fromkeys(run.get("metrics") or ())
+    record["runs"] = runs
+    validate_record(record)
+    record = recompute(record)
+    validate_record(record)
+    folder = records.runs_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(_as_text(record))
+        os.chmod(draft, 0o644)
+        replace(draft, folder / f"{name}.json")
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return folder / f"{name}.json"
+
+
+def _finite(value: Any) -> Any:
+    """The value, with null for what is NaN or infinite in it: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    bad = isinstance(value, float) and not math.isfinite(value)
+    return None if bad else value
+
+
+def _as_text(record: dict[str, Any]) -> str:
+    """JSON with one line a field and one line a run, so that a change shows."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    lines = []
+    for key, value in record.items():
+        if key == "runs":
+            body = "[\n  " + ",\n  ".join(map(dump, value)) + "\n ]"
+        else:
+            body = dump(value)
+        lines.append(f" {dump(key)}: {body}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+# --- figures that follow from a record ---
 
 
 def _by_text(run: dict, function: Callable[..., float]) -> dict[str, float]:
@@ -42,57 +201,24 @@ def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
     return math.sqrt(n / (n - 1) * math.fsum(x * x for x in left)) / sum(counts)
 
 
-def finite(value: Any) -> Any:
-    """The value, with null for what is NaN or infinite in it: JSON has neither.
-
-    Args:
-        value: lists and dicts of what JSON holds, to any depth.
-    """
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    bad = isinstance(value, float) and not math.isfinite(value)
-    return None if bad else value
-
-
 # How each metric of a run is computed from the run.
-METRICS: dict[str, Callable[[dict], Any]] = {
-    "exact_match": lambda run: scoring.exact_match(
-        run["predictions"], run["references"]
-    ),
-    "exact_text": lambda run: scoring.exact_text(run["predictions"], run["references"]),
-    "field_f1": lambda run: scoring.field_f1(run["predictions"], run["references"]),
-    "by_slice": lambda run: scoring.by_slice(
-        run["predictions"], run["references"], run["slices"]
-    ),
+METRICS: dict[str, Callable[[Mapping[str, Any]], Any]] = SWEEP_METRICS | {
     "field_f1_by_slice": lambda run: scoring.by_slice(
         run["predictions"], run["references"], run["slices"], scoring.field_f1
-    ),
-    "by_field": lambda run: scoring.by_field(run["predictions"], run["references"]),
-    "accuracy": lambda run: classification.accuracy(
-        run["predictions"], run["references"]
-    ),
-    "macro_f1": lambda run: classification.macro_f1(
-        run["predictions"], run["references"]
     ),
     "accuracy_by_slice": lambda run: scoring.by_slice(
         run["predictions"], run["references"], run["slices"], classification.accuracy
     ),
-    "validation_exact_match": lambda run: scoring.exact_match(
-        *(run["measured"]["validation"][key] for key in ("predictions", "references"))
+    # Of answers to other sets, which stand in `measured` as a run's own stand in it.
+    "validation_exact_match": lambda run: SWEEP_METRICS["exact_match"](
+        run["measured"]["validation"]
     ),
-    "also_test_exact_match": lambda run: scoring.exact_match(
-        *(run["measured"]["also_test"][key] for key in ("predictions", "references"))
+    "also_test_exact_match": lambda run: SWEEP_METRICS["exact_match"](
+        run["measured"]["also_test"]
     ),
-    "also_test_by_slice": lambda run: scoring.by_slice(
-        *(
-            run["measured"]["also_test"][key]
-            for key in ("predictions", "references", "slices")
-        )
+    "also_test_by_slice": lambda run: SWEEP_METRICS["by_slice"](
+        run["measured"]["also_test"]
     ),
-    "final_loss": lambda run: _last(run["loss"]),
-    "final_eval_loss": lambda run: _last([pair[1] for pair in run["eval_loss"]]),
     "weight_error": lambda run: math.sqrt(
         math.fsum(run["measured"]["squared_error"])
         / math.fsum(run["measured"]["squared_norm"])
@@ -119,6 +245,28 @@ METRICS: dict[str, Callable[[dict], Any]] = {
 }
 
 
+_summaries: dict[str, Callable[[list[dict]], dict]] = {}
+
+
+def summary_of(
+    name: str,
+) -> Callable[[Callable[[list[dict]], dict]], Callable[[list[dict]], dict]]:
+    """Decorator: the function computes the summary of the record `name` from its runs.
+
+    Raises:
+        ValueError: the record has a summary function already.
+    """
+    if name in _summaries:
+        raise ValueError(f"the record {name!r} has a summary already")
+
+    def register(function: Callable[[list[dict]], dict]) -> Callable:
+        _summaries[name] = function
+        return function
+
+    return register
+
+
+@summary_of("07_card")
 def _card_summary(runs: list[dict]) -> dict[str, Any]:
     """How near predictions came, over all cases and by label; failures in words."""
     cases = {run["label"]: run for run in runs if run["metrics"]}
@@ -152,43 +300,6 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
         key: {label: run["metrics"][key] for label, run in cases.items()}
         for key in keys
     }
-
-
-_summaries: dict[str, Callable[[list[dict]], dict]] = {"07_card": _card_summary}
-
-
-def metric(name: str) -> Callable[[Callable[[dict], Any]], Callable[[dict], Any]]:
-    """Decorator: the function computes the metric `name` from a run (a dict).
-
-    Raises:
-        ValueError: there is a metric of that name already.
-    """
-    if name in METRICS:
-        raise ValueError(f"there is a metric {name!r} already")
-
-    def register(function: Callable[[dict], Any]) -> Callable[[dict], Any]:
-        METRICS[name] = function
-        return function
-
-    return register
-
-
-def summary_of(
-    name: str,
-) -> Callable[[Callable[[list[dict]], dict]], Callable[[list[dict]], dict]]:
-    """Decorator: the function computes the summary of the record `name` from its runs.
-
-    Raises:
-        ValueError: the record has a summary function already.
-    """
-    if name in _summaries:
-        raise ValueError(f"the record {name!r} has a summary already")
-
-    def register(function: Callable[[list[dict]], dict]) -> Callable:
-        _summaries[name] = function
-        return function
-
-    return register
 
 
 def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
@@ -246,16 +357,15 @@ def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
     record = copy.deepcopy(dict(record))
     for position, run in enumerate(record["runs"]):
         where = f"{record['name']}: runs[{position}]"
-        for key in run["metrics"]:
-            if key not in METRICS:
-                raise RecordError(
-                    f"{where}: nothing computes the metric {key!r}; register it with "
-                    "`metric`, or put a measured number under 'measured'"
-                )
-            try:
-                run["metrics"][key] = METRICS[key](run)
-            except KeyError as error:
-                raise RecordError(f"{where}: {key} needs {error}") from None
+        if unknown := [key for key in run["metrics"] if key not in METRICS]:
+            raise RecordError(
+                f"{where}: nothing computes the metric {unknown[0]!r}; add it to "
+                "`METRICS`, or put a measured number under 'measured'"
+            )
+        try:
+            run["metrics"] = compute_metrics(run, run["metrics"], METRICS)
+        except KeyError as error:
+            raise RecordError(f"{where}: a metric needs {error}") from None
     summarise = _summaries.get(record["name"], default_summary)
     record["summary"] = json.loads(json.dumps(summarise(record["runs"])))
     return record
@@ -286,3 +396,35 @@ def _differ(stored: Any, computed: Any, path: str) -> Iterator[str]:
             yield f"{path}: {stored} stored, {computed} computed"
     elif stored != computed:
         yield f"{path}: {stored!r} stored, {computed!r} computed"
+
+
+# --- the machine ---
+
+
+def hardware() -> dict[str, Any]:
+    """Describe this machine: processor, cores, memory in GiB, card if any."""
+    import torch
+
+    described = {
+        "system": platform.system(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": memory_gib(),
+        "bf16": cpu_has_bf16(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+        total = torch.cuda.get_device_properties(0).total_memory
+        described["gpu_gib"] = round(total / 2**30, 2)
+    return described
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ import notebook_rules as rules
 import pytest
 from library_calls import ALLOWED, FORWARDS, complaints, find, read
 
-from course_utils.experiments import LESSON_RUNS
+from maintenance.runs.lists import LESSON_RUNS
 
 LESSONS = sorted((rules.ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(rules.PACKAGE.glob("*.py"))

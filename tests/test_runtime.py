@@ -185,8 +185,5 @@ def test_floors_equal_those_of_the_project_file():
     assert {name: asked.get(name) for name in runtime.PACKAGES} == runtime.PACKAGES
 
 
-def test_versions_and_hardware_are_plain_data():
-    import json
-
+def test_versions_are_those_installed():
     assert runtime.versions()["torch"] != "absent"
-    assert json.loads(json.dumps(runtime.hardware()))["cores"] >= 1

@@ -1,204 +1,242 @@
-"""What a recorded run is: its settings, its model, its training records."""
+"""What only recorded runs need of a training, beside what lesson 8's sweep has.
+
+Spoiled labels, further data sets and tests, singular values, LoRA+, adapters that start
+from what 4 bits lose, long runs that go on from a checkpoint.
+"""
 
 from __future__ import annotations
 
-import functools
+import gc
+import hashlib
 import random
-from dataclasses import asdict, dataclass, replace
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from course_utils.data import load_examples
+from course_utils.data import data_hash, load_examples
+from course_utils.evaluation import evaluate
 from course_utils.formatting import IGNORE, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, model_name
-from course_utils.runtime import data_folder
-
-# Younger than the first records, which know nothing of them.
-ABSENT_WHEN_UNSET = (
-    "quantization",
-    "keep_adapter",
-    "start",
-    "prefix_from",
-    "validation_answers",
-    "costs",
-    "also",
-    "also_test",
+from course_utils.runtime import build_folder, data_folder, set_seed
+from course_utils.sweep.experiment import (
+    Experiment,
+    answers_of,
+    make_model,
+    score,
+    template_for,
+    train,
 )
+from course_utils.training import find_checkpoint
+from maintenance.store import METRICS, compute_metrics
+
+LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
+# Younger than the first records, which know nothing of them.
+ABSENT_WHEN_UNSET = {
+    *("quantization", "keep_adapter", "start", "prefix_from", "validation_answers"),
+    *("costs", "also", "also_test"),
+}
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """One training run, described completely.
+class LoftQ:
+    """Adapters on 4-bit weights start as LoftQ's, after so many rounds."""
+
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"{self}: expected 1 or more rounds")
+
+    def stored(self) -> str:
+        """As a record names it."""
+        return f"loftq:{self.rounds}"
+
+    def __call__(self, weight: Any, r: int, alpha: float, rounding: Any) -> Any:
+        """As `course_utils.loftq.loftq_init`."""
+        from course_utils.loftq import loftq_init
+
+        return loftq_init(weight, r, alpha, rounding, rounds=self.rounds)
+
+
+@dataclass(frozen=True)
+class QPiSSA:
+    """Adapters on 4-bit weights start at the principal part; the rest is rounded."""
+
+    def stored(self) -> str:
+        """As a record names it."""
+        return "qpissa"
+
+    def __call__(self, weight: Any, r: int, alpha: float, rounding: Any) -> Any:
+        """As `course_utils.loftq.qpissa_init`."""
+        from course_utils.loftq import qpissa_init
+
+        return qpissa_init(weight, r, alpha, rounding)
+
+
+@dataclass(frozen=True)
+class RecordedExperiment(Experiment):
+    """A training that is recorded for a lesson, described completely.
 
     Attributes:
-        label: what a figure calls it; runs that differ in the seed alone share it.
-        method: `"full"`; `"head"` (the output layer alone); `"freeze:k"` (embeddings
-            and the first k layers stay); `"last:k"` (all but the last k layers stay);
-            the fields of a PEFT configuration, as
-            `{"peft_type": "LORA", "r": 8, "target_modules": "all-linear"}`; or,
-            without training, `"prompt:zero-shot"` and `"prompt:few-shot"`.
-        learning_rate: at its peak.
-        steps, batch_size: optimiser steps, and examples in each.
-        schedule: a name of transformers' schedules.
-        warmup: share of the steps in which the rate rises, 0 to 1.
+        method: besides the sweep's, `"head"` (the output layer alone) and `Rounding`.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        seed: orders the data, initialises adapters.
         train_examples: train on that many examples only; None takes all.
-        test_examples: answers generated and scored, chosen by slice; 0 for none, None
-            for the whole test set.
-        validation_answers: answers to validation sentences, which are of the training
-            set's kind, generated and scored too; None for none.
-        eval_every: validation loss every so many steps; 0 measures it at the end.
-        eval_examples: validation examples for that.
-        base_dtype: dtype of frozen weights; None takes the profile's. What is trained
-            is float32 always.
         loraplus_ratio: LoRA+'s ratio of the rates of B and A; None for one rate.
         shuffle_labels: give each prompt another's completion.
         wrong_mask: learn the prompt in place of the answer.
-        forgetting: measure the general questions before and after.
         spectra: weights whose change ΔW is taken apart into singular values.
-        quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
-        start: `"qpissa"`, or `"loftq:k"` with k rounds: how adapters on 4-bit weights
-            begin (`course_utils.loftq`); None begins as PEFT does.
-        prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
-            `schema.txt`, set as a system turn; None starts as PEFT does.
-        costs: measure the most that tensors take in the second step, and the bytes of
-            what a user of the method has to keep; None leaves both out.
+        start: how adapters on 4-bit weights begin; None begins as PEFT does.
+        validation_answers: answers to validation sentences, which are of the training
+            set's kind, generated and scored too; None for none.
         keep_adapter: keep the trained adapter in `data/adapters/` under this name.
         also: a second data set whose training sentences are mixed in; None for none.
         also_test: another data set whose whole test split is answered too and scored
             apart; None for none.
-        data, model: names of the data set and, None for the built-in one, the model.
     """
 
-    label: str
-    method: Any = "full"
-    learning_rate: float = 1e-4
-    steps: int = 60
-    batch_size: int = 8
-    schedule: str = "linear"
-    warmup: float = 0.1
     max_grad_norm: float = 1.0
-    seed: int = 0
     train_examples: int | None = None
-    test_examples: int | None = 120
-    eval_every: int = 0
-    eval_examples: int = 64
-    base_dtype: str | None = None
     loraplus_ratio: float | None = None
     shuffle_labels: bool = False
     wrong_mask: bool = False
-    forgetting: bool = False
     spectra: tuple[str, ...] = ()
-    quantization: str | None = None
-    keep_adapter: str | None = None
-    prefix_from: str | None = None
-    start: str | None = None
+    start: LoftQ | QPiSSA | None = None
     validation_answers: int | None = None
-    costs: bool | None = None
+    keep_adapter: str | None = None
     also: str | None = None
     also_test: str | None = None
-    data: str = "home_commands"
-    model: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """All fields but label and seed, as a record holds them (JSON types).
-
-        Fields of `ABSENT_WHEN_UNSET` stand in a record only where they are set.
-        """
-        fields = asdict(self)
-        fields["model"] = model_name(self.model)
-        fields["spectra"] = list(self.spectra)
-        unset = {name for name in ABSENT_WHEN_UNSET if fields[name] is None}
-        return {k: v for k, v in fields.items() if k not in {"label", "seed"} | unset}
-
-    def seeds(self, *seeds: int) -> list[Experiment]:
-        """The same experiment with each of these seeds.
-
-        >>> [e.seed for e in Experiment("full").seeds(0, 1, 2)]
-        [0, 1, 2]
-        """
-        return [replace(self, seed=seed) for seed in seeds]
+        """As a record holds them; a run that is found by them is not made again."""
+        values = super().settings() | {"spectra": list(self.spectra)}
+        if self.start:
+            values["start"] = self.start.stored()
+        unset = {name for name in ABSENT_WHEN_UNSET if values[name] is None}
+        return {key: value for key, value in values.items() if key not in unset}
 
 
-def make_model(experiment: Experiment) -> Any:
-    """Load the model and make trainable what the method trains.
+def run_training(
+    experiment: RecordedExperiment, *, progress: bool = True
+) -> dict[str, Any]:
+    """Train, measure, and return a run as `run_experiment` does.
+
+    A run of `LONG_RUN_STEPS` or more keeps a checkpoint under `build/runs/` at each
+    validation, until it is finished: called again after a kill, it goes on from there.
 
     Raises:
-        ValueError: the method is unknown, or there are fewer than k layers.
+        ValueError: as `make_model`.
+    """
+    if experiment.steps < LONG_RUN_STEPS or not experiment.eval_every:
+        with tempfile.TemporaryDirectory() as folder:
+            return _train_and_measure(experiment, Path(folder), progress, "no")
+    hashes = [data_hash(name) for name in (experiment.data, experiment.also) if name]
+    identity = (experiment, model_name(experiment.model), hashes)
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    folder = build_folder() / "runs" / key
+    run = _train_and_measure(experiment, folder, progress, "steps")
+    shutil.rmtree(folder, ignore_errors=True)  # the run itself is whole
+    return run
+
+
+def _train_and_measure(
+    experiment: RecordedExperiment, folder: Path, progress: bool, save: str
+) -> dict[str, Any]:
+    """The run itself; `save="steps"` keeps checkpoints, and goes on from the last."""
+    from maintenance.runs.costs import ElapsedSeconds, elapsed_seconds
+
+    begun = time.perf_counter()
+    set_seed(experiment.seed)
+    model = make_recorded_model(experiment)
+    before = {name: weight_of(model, name).clone() for name in experiment.spectra}
+    checkpoint = find_checkpoint(folder)
+    before_s = elapsed_seconds(checkpoint) if checkpoint else 0.0
+    run = train(
+        experiment,
+        model,
+        make_recorded_rows(experiment),
+        folder,
+        progress=progress,
+        optimizer=_loraplus(model, experiment),
+        callbacks=[ElapsedSeconds(before_s)],
+        resume_from=checkpoint,
+        before_s=before_s,
+        max_grad_norm=experiment.max_grad_norm,
+        save_strategy=save,
+        save_steps=experiment.eval_every or 1,
+    )
+    _keep(run, experiment, model, before)
+    score(run, experiment, model)
+    _add_other_tests(run, experiment, model)
+    del model
+    gc.collect()
+    return run | {"seconds": before_s + time.perf_counter() - begun}
+
+
+def _keep(
+    run: dict[str, Any], experiment: RecordedExperiment, model: Any, before: dict
+) -> None:
+    """Save the adapter, and take apart what training added to the weights `before`."""
+    from maintenance.runs.costs import keep_adapter
+
+    if experiment.keep_adapter:
+        folder = data_folder() / "adapters" / experiment.keep_adapter
+        size = keep_adapter(model, folder, model_name(experiment.model))
+        run["measured"]["adapter_bytes"] = size
+    if before:
+        run["measured"]["singular_values"] = {
+            name: singular_values(weight_of(model, name) - old)
+            for name, old in before.items()
+        }
+
+
+def _add_other_tests(
+    run: dict[str, Any], experiment: RecordedExperiment, model: Any
+) -> None:
+    """Put answers to a second test set and to validation sentences into the run."""
+    tokenizer, names = load_tokenizer(experiment.model), []
+    template = template_for(tokenizer)
+    if experiment.also_test:
+        test = load_examples(experiment.also_test, "test")
+        answers = answers_of(evaluate(model, tokenizer, test, template=template))
+        sha256 = data_hash(experiment.also_test)
+        run["measured"]["also_test"] = {"sha256": sha256, **answers}
+        names += ["also_test_exact_match", "also_test_by_slice"]
+    if limit := experiment.validation_answers:
+        test = load_examples(experiment.data, "validation")
+        scored = evaluate(model, tokenizer, test, template=template, limit=limit)
+        answers = answers_of(scored)
+        answers.pop("slices", None)
+        run["measured"]["validation"] = answers
+        names.append("validation_exact_match")
+    run["metrics"] |= compute_metrics(run, names, METRICS)
+
+
+def make_recorded_model(experiment: RecordedExperiment) -> Any:
+    """As `make_model`, with the head alone, and starts on 4-bit weights.
+
+    Raises:
+        ValueError: as `make_model`.
     """
     import torch
 
-    method, name = experiment.method, experiment.model
-    if isinstance(method, dict):
-        from peft import get_peft_config, get_peft_model
-
-        from course_utils.loftq import set_start
-
-        if method.get("prompt_tuning_init") == "TEXT":  # a record holds no paths
-            folder = load_tokenizer(name).name_or_path
-            method = {"tokenizer_name_or_path": folder, **method}
-        dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None
-        config = get_peft_config({"task_type": "CAUSAL_LM", **method})
-        base = load_model(name, dtype=dtype, quantization=experiment.quantization)
-        model = get_peft_model(base, config)
-        if experiment.start:
-            originals = load_model(name, dtype=torch.float32).state_dict()
-            set_start(model, originals, quantized_start(experiment.start))
-        if experiment.prefix_from:
-            from peft import initialize_kv_prefix_from_text
-
-            file = data_folder() / experiment.data / f"{experiment.prefix_from}.txt"
-            text, tokenizer = file.read_text(encoding="utf-8"), load_tokenizer(name)
-            initialize_kv_prefix_from_text(model, tokenizer, text=text)
-        return model
-    model = load_model(name, dtype=torch.float32)
-    if method == "full":
-        return model
-    kind, _, number = str(method).partition(":")
-    if kind == "head":
+    if experiment.method == "head":
+        model = make_model(replace(experiment, method="full"))
         model.requires_grad_(False)
         model.get_output_embeddings().requires_grad_(True)
         return model
-    layers = model.base_model.layers
-    if kind == "last" and number.isdigit():
-        kind, number = "freeze", str(len(layers) - int(number))
-    if kind != "freeze" or not number.isdigit() or int(number) > len(layers):
-        raise ValueError(
-            f"method {method!r}: expected 'full', 'head', 'freeze:k' or 'last:k' with "
-            f"k from 0 to {len(layers)}, or a dict with a PEFT configuration's fields"
-        )
-    model.get_input_embeddings().requires_grad_(False)
-    for layer in layers[: int(number)]:
-        layer.requires_grad_(False)
+    model = make_model(experiment)
+    if experiment.start:
+        from course_utils.loftq import set_start
+
+        originals = load_model(experiment.model, dtype=torch.float32).state_dict()
+        set_start(model, originals, experiment.start)
     return model
 
 
-def quantized_start(name: str) -> Any:
-    """The function of `course_utils.loftq` that an experiment's `start` names.
-
-    Raises:
-        ValueError: there is no such start.
-    """
-    from course_utils.loftq import loftq_init, qpissa_init
-
-    kind, _, rounds = name.partition(":")
-    if name == "qpissa":
-        return qpissa_init
-    if kind == "loftq" and rounds.isdigit() and int(rounds) > 0:
-        return functools.partial(loftq_init, rounds=int(rounds))
-    raise ValueError(f"start {name!r} is neither 'qpissa' nor 'loftq:k'")
-
-
-def template_for(tokenizer: Any) -> str:
-    """Name the layout: ChatML where its markers are known, else the tokenizer's own.
-
-    Args:
-        tokenizer: of the model.
-    """
-    return "chatml" if "<|im_end|>" in tokenizer.get_vocab() else "tokenizer"
-
-
-def make_records(experiment: Experiment) -> list[dict[str, Any]]:
+def make_recorded_rows(experiment: RecordedExperiment) -> list[dict[str, Any]]:
     """Tokenized training records, spoiled where the experiment says so."""
     tokenizer = load_tokenizer(experiment.model)
     limit, seed = experiment.train_examples, experiment.seed
@@ -208,10 +246,8 @@ def make_records(experiment: Experiment) -> list[dict[str, Any]]:
     if experiment.shuffle_labels:
         completions = [row["completion"] for row in rows]
         random.Random(seed).shuffle(completions)
-        rows = [
-            {**row, "completion": other}
-            for row, other in zip(rows, completions, strict=True)
-        ]
+        pairs = zip(rows, completions, strict=True)
+        rows = [row | {"completion": other} for row, other in pairs]
     template = template_for(tokenizer)
     tokenized = list(tokenize_dataset(rows, tokenizer, template=template))
     if experiment.wrong_mask:
@@ -219,3 +255,32 @@ def make_records(experiment: Experiment) -> list[dict[str, Any]]:
             pairs = zip(row["input_ids"], row["labels"], strict=True)
             row["labels"] = [i if label == IGNORE else IGNORE for i, label in pairs]
     return tokenized
+
+
+def weight_of(model: Any, name: str) -> Any:
+    """A parameter by its name in the base model, detached."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_parameter(name).detach()
+
+
+def singular_values(matrix: Any) -> list[float]:
+    """Of a (rows, columns) matrix, from the greatest down, to six digits."""
+    import torch
+
+    values = torch.linalg.svdvals(matrix.float().cpu())  # MPS has none
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _loraplus(model: Any, experiment: RecordedExperiment) -> Any:
+    if experiment.loraplus_ratio is None:
+        return None
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=experiment.learning_rate,
+        loraplus_lr_ratio=experiment.loraplus_ratio,
+        fused=True,
+    )

@@ -9,69 +9,73 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from course_utils.data import load_examples
 from course_utils.evaluation import stratified
-from course_utils.experiment_setup import Experiment, quantized_start
 from course_utils.formatting import CompletionCollator, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer
 from course_utils.runtime import set_seed
+from course_utils.sweep.experiment import new_run
+from maintenance.runs.experiment import LoftQ, QPiSSA, RecordedExperiment
+from maintenance.store import METRICS, compute_metrics
 
 ALPHA = 16  # cancels out: an adapter's start does not depend on it
 
 
-def rounding_of(name: str) -> Callable[[Any], Any]:
-    """The rounding that a name stands for.
+@dataclass(frozen=True)
+class Rounding:
+    """No training: each linear weight takes a trip through few bits.
 
-    Args:
-        name: `"int8"` (a row shares a scale), or `"int4"`, `"fp4"`, `"nf4"` in blocks
-            of 64, with `"+dq"` for double quantization.
-
-    Raises:
-        ValueError: an unknown name.
+    Attributes:
+        levels: `"int8"` (a row shares a scale), or `"int4"`, `"fp4"`, `"nf4"` in blocks
+            of 64.
+        double_quant: the scales of blocks are rounded too.
+        rank: of the adapter, where an experiment has a start.
     """
-    from course_utils import nf4
 
-    if name == "int8":
+    levels: str
+    double_quant: bool = False
+    rank: int | None = None
 
-        def rows(weight: Any) -> Any:
+    def __post_init__(self) -> None:
+        by_blocks = self.levels in ("int4", "fp4", "nf4")
+        if not by_blocks and (self.levels != "int8" or self.double_quant):
+            raise ValueError(
+                f"{self}: expected int8 without double quantization, int4, fp4 or nf4"
+            )
+
+    def stored(self, model: str | None) -> str:
+        """As a record names it."""
+        rank = "" if self.rank is None else f":{self.rank}"
+        return f"round:{self.levels}{'+dq' * self.double_quant}{rank}"
+
+    def __call__(self, weight: Any) -> Any:
+        """The (out, in) weight after its trip, in float32."""
+        from course_utils import nf4
+
+        if self.levels == "int8":
             levels = nf4.int_levels(8)
             parts = nf4.quantize_blocks(weight, levels, weight.shape[1])
             return nf4.dequantize_blocks(*parts, levels).reshape(weight.shape)
-
-        return rows
-    kind, _, double = name.partition("+")
-    if kind not in nf4.LEVELS or double not in ("", "dq"):
-        raise ValueError(f"rounding {name!r}: expected int8, int4, fp4, nf4 or nf4+dq")
-    return lambda weight: nf4.quantize_4bit(
-        weight, kind, double_quant=bool(double)
-    ).dequantize()
+        packed = nf4.quantize_4bit(weight, self.levels, double_quant=self.double_quant)
+        return packed.dequantize()
 
 
-def rounded_weight(weight: Any, method: str, start: str | None) -> Any:
-    """The weight that a start leaves: rounded, and the adapter's product added.
-
-    Args:
-        weight: (out, in).
-        method: `"round:nf4"`, or `"round:nf4:32"` with the rank of the adapter.
-        start: as in `Experiment`; None for no adapter.
-
-    Returns:
-        A weight of the same shape, in float32.
-    """
-    _, name, *rank = method.split(":")
-    rounding = rounding_of(name)
+def rounded_weight(
+    weight: Any, rounding: Rounding, start: LoftQ | QPiSSA | None = None
+) -> Any:
+    """The (out, in) weight that a start leaves: rounded, and the adapter's product."""
     if start is None:
         return rounding(weight)
-    r = int(rank[0]) if rank else 8
-    A, B, rounded = quantized_start(start)(weight, r, ALPHA, rounding)
+    r = rounding.rank or 8
+    A, B, rounded = start(weight, r, ALPHA, rounding)
     return rounded + ALPHA / r * B @ A
 
 
-def run_rounding(experiment: Experiment) -> dict[str, Any]:
-    """Measure an experiment whose method is `"round:..."`; see `rounded_weight`.
+def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
+    """Measure an experiment whose method is a `Rounding`; see `rounded_weight`.
 
     Errors of weights, by matrix; and by text, over the tokens after what all texts
     begin with (the template's system turn): the Kullback-Leibler divergence
@@ -101,20 +105,13 @@ def run_rounding(experiment: Experiment) -> dict[str, Any]:
     measured: dict[str, Any] = {"squared_error": errors, "squared_norm": norms}
     key = experiment.model, experiment.data, experiment.eval_examples
     for batch, original in zip(_batches(*key), _original(*key), strict=True):
-        found = _compare(original, _log_probabilities(model, batch), batch)
-        for what, values in found.items():
-            measured.setdefault(what, {}).setdefault(batch["set"], []).extend(values)
-    return {
-        "label": experiment.label,
-        "settings": experiment.settings(),
-        "seed": experiment.seed,
-        "loss": [],
-        "eval_loss": [],
-        "metrics": ["weight_error", "kl", "kl_standard_error", "loss_change"],
-        "measured": measured,
-        "trainable_parameters": 0,
-        "seconds": time.perf_counter() - begun,
-    }
+        sums = _compare(original, _log_probabilities(model, batch), batch)
+        for name, values in sums.items():
+            measured.setdefault(name, {}).setdefault(batch["set"], []).extend(values)
+    run = new_run(experiment) | {"measured": measured, "trainable_parameters": 0}
+    names = ("weight_error", "kl", "kl_standard_error", "loss_change")
+    run["metrics"] = compute_metrics(run, names, METRICS)
+    return run | {"seconds": time.perf_counter() - begun}
 
 
 @functools.cache
@@ -125,7 +122,7 @@ def _batches(model: str | None, data: str, count: int) -> list[dict[str, Any]]:
         data: stratified(load_examples(data, "validation"), count),
         "general_questions": load_examples("general_questions", "test"),
     }
-    found = []
+    batches = []
     for name, rows in sets.items():
         records = list(tokenize_dataset(rows, tokenizer))
         records.sort(key=lambda row: len(row["input_ids"]))
@@ -135,8 +132,8 @@ def _batches(model: str | None, data: str, count: int) -> list[dict[str, Any]]:
             batch = collate(records[place : place + 8])
             counted = batch["attention_mask"][:, 1:].bool()
             counted[:, : shared - 1] = False  # the target of position t is token t + 1
-            found.append(batch | {"set": name, "counted": counted})
-    return found
+            batches.append(batch | {"set": name, "counted": counted})
+    return batches
 
 
 def _log_probabilities(model: Any, batch: dict[str, Any]) -> Any:

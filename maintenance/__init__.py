@@ -1,0 +1,1 @@
+"""What maintainers run; README.md says what each command writes and what checks it."""
