@@ -23,7 +23,6 @@ from course_utils.sweep.results import (
     readme_section,
     recorded_methods,
 )
-from maintenance.store import hardware, save_record
 
 TIMES = "course_cpu"
 BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the README show
@@ -222,6 +221,8 @@ def keep_times(path: Path) -> None:
     Raises:
         ValueError: it was another profile, a lesson failed, or one is missing.
     """
+    from maintenance.store import hardware, save_record
+
     course = json.loads(path.read_text(encoding="utf-8"))
     ran = {line["lesson"]: line for line in course["lessons"] if line["ok"]}
     if course["profile"] != "cpu" or list(ran) != lesson_stems():

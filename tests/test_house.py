@@ -119,60 +119,25 @@ ARROWS = {
         *("formatting", "evaluation", "heap", "memory", "packed_batches"),
         *("training_callbacks", "training_memory", "training_speed"),
     },
-    "record_metrics": {"classification", "scoring"},
-    "records": {"record_metrics"},
+    "records": set(),
     "prose_figures": {"records"},
     "widget_figures": {"parameters", "memory", "plotting"},
-    "experiment_setup": {"data", "formatting", "loftq", "models"},
-    "experiment_rounding": {
-        *("experiment_setup", "data", "evaluation", "formatting", "models", "nf4"),
-    },
-    "experiment_classifier": {
-        *("classification", "data", "models", "parameters"),
-        *("training", "training_callbacks", "experiment_costs"),
-    },
-    "experiment_costs": {"memory"},
-    "experiment_weights": set(),
-    "experiment_card_setup": {"data", "formatting", "memory", "models", "targets"},
-    "experiment_card": {
-        *("experiment_card_setup", "experiment_costs", "formatting", "memory"),
-        *("models", "training", "training_callbacks"),
-    },
-    "experiment_lists_08": {"experiment_setup", "records"},
-    "experiment_lists_07": {"experiment_card_setup", "experiment_setup"},
-    "experiment_lists_06": {"experiment_classifier", "experiment_setup"},
-    "experiment_lists_02": {"experiment_setup"},
-    "experiment_lists": {
-        *("experiment_lists_02", "experiment_lists_06", "experiment_lists_07"),
-        *("experiment_lists_08", "experiment_setup", "records"),
-    },
-    "experiment_run": {
-        *("experiment_setup", "experiment_rounding", "experiment_classifier"),
-        "experiment_weights",
-        *("experiment_card", "data", "evaluation", "formatting", "models"),
-        *("parameters", "training", "training_callbacks", "experiment_costs"),
-    },
     "widgets": {"widget_figures", "parameters", "memory", "plotting"},
-    "method_runs": {"experiment_lists_08", "figure_style", "records"},
-    "method_table": {"experiment_lists_08", "figure_style", "method_runs"},
-    "method_compare": {
-        *("experiment_lists", "experiment_lists_08", "experiment_run"),
-        *("experiment_setup", "data", "evaluation", "models", "parameters"),
-        *("method_runs", "method_table", "records"),
-    },
-    "method_results": {
-        *("figure_style", "method_compare", "method_runs", "method_table"),
+    "sweep": {
+        *("classification", "data", "evaluation", "figure_style", "formatting"),
+        *("memory", "models", "parameters", "records", "scoring", "training"),
+        "training_callbacks",
     },
 }
 EVERYONE_MAY = {"files", "runtime"}
 # Tops that run the others: they may import any module, and none imports them.
-TOPS = {"experiments", "picture"}
+TOPS = {"picture"}
 # These subclass a heavy library's classes, so they import it; only inside functions
 # may the others import them.
 LAZY = {
     *("lora", "loftq", "memory_exact", "memory_fakes", "nf4", "pissa", "prefix"),
     *("pooling", "soft_prompts"),
-    *("training_callbacks", "experiment_costs"),
+    "training_callbacks",
 }
 FAMILIES = {
     "data": {"data_errors", "data_files", "data_json", "data_schemas"},
@@ -187,16 +152,8 @@ FAMILIES = {
     "training": {
         *("packed_batches", "training_callbacks", "training_memory", "training_speed"),
     },
-    "experiments": {
-        *("experiment_classifier", "experiment_lists", "experiment_lists_02"),
-        *("experiment_lists_06", "experiment_lists_07", "experiment_lists_08"),
-        *("experiment_card", "experiment_card_setup"),
-        *("experiment_costs", "experiment_rounding"),
-        *("experiment_run", "experiment_setup", "experiment_weights"),
-    },
-    "method_results": {"method_compare", "method_runs", "method_table"},
     "plotting": {module for module in ARROWS if module.startswith("figure_")},
-    "records": {"record_metrics", "prose_figures"},
+    "records": {"prose_figures"},
     "widgets": {"widget_figures"},
     "exercises": {path.stem for path in PACKAGE.glob("exercises_[0-9][0-9].py")},
 }

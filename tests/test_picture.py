@@ -7,8 +7,8 @@ import re
 import pytest
 
 from course_utils import picture, records
-from course_utils.method_results import MethodResult
 from course_utils.prose_figures import check_text
+from course_utils.sweep import MethodResult
 
 README = picture.ROOT / "README.md"
 
