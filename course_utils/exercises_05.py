@@ -19,12 +19,10 @@ def _(answer, *, labels, n):
 
 
 @exercise("5.3", hint="`rows.flip(0)` turns the order round; the rest is as above.")
-def _(answer, *, model, rows, batch):
+def _(answer, *, model, rows, batch, with_soft_prompt):
     import math
 
     import torch
-
-    from course_utils.soft_prompts import with_soft_prompt
 
     with torch.no_grad():
         loss = model(**with_soft_prompt(model, rows.flip(0), batch)).loss.item()

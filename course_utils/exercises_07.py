@@ -14,10 +14,11 @@ def _(answer):
 
 
 @exercise("7.2", hint="Which weights did the adapter see while it was trained?")
-def _(answer, *, four_bit, A, B, scale):
+def _(answer, *, four_bit, state, A, B, scale):
     import torch
+    from bitsandbytes.functional import dequantize_4bit
 
-    wanted = four_bit.dequantize() + scale * B @ A
+    wanted = dequantize_4bit(four_bit, state) + scale * B @ A
     return answer.shape == wanted.shape and torch.allclose(answer, wanted, atol=1e-5)
 
 

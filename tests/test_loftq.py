@@ -5,21 +5,26 @@ import functools
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from cells import cells
 from peft import LoraConfig, get_peft_model
 from small_models import random_llama
 
-from course_utils.loftq import loftq_init, low_rank, qpissa_init, set_start
-from course_utils.nf4 import quantize_4bit
+from maintenance.runs import rounding as rounding_starts
+from maintenance.runs.rounding import round_4bit, set_start
 
-STARTS = {
-    "qpissa": qpissa_init,
-    "loftq": loftq_init,
-    "loftq, 5 rounds": functools.partial(loftq_init, rounds=5),
-}
+lesson = cells("07_qlora", "imports", "loftq", "rounding")
+low_rank, loftq_init = lesson.low_rank, lesson.loftq_init
 
 
-def rounding(weight):
-    return quantize_4bit(weight).dequantize()
+def starts(home):
+    return {
+        "qpissa": home.qpissa_init,
+        "loftq": home.loftq_init,
+        "loftq, 5 rounds": functools.partial(home.loftq_init, rounds=5),
+    }
+
+
+STARTS, RECORDED = starts(lesson), starts(rounding_starts)
 
 
 def weight_of(shape=(96, 64)):
@@ -42,28 +47,40 @@ def test_low_rank_is_the_best_of_its_rank(shape):
 @pytest.mark.parametrize("name", STARTS)
 def test_a_start_is_nearer_than_plain_4_bits(name):
     weight = weight_of()
-    A, B, rounded = STARTS[name](weight, 8, 16, rounding)
-    plain = (rounding(weight) - weight).norm()
+    A, B, rounded = STARTS[name](weight, 8, 16, round_4bit)
+    plain = (round_4bit(weight) - weight).norm()
     error = (rounded + 2 * B @ A - weight).norm()
     assert error < 0.9 * plain
-    assert torch.allclose(rounding(rounded), rounded, atol=1e-5), "in 4 bits already"
+    assert torch.allclose(round_4bit(rounded), rounded, atol=1e-5), "in 4 bits already"
     assert (rounded + B @ A - weight).norm() > 1.02 * error, "the scale is alpha / r"
 
 
 def test_one_round_of_loftq_leaves_the_plain_4_bits():
     weight = weight_of()
-    A, B, rounded = loftq_init(weight, 8, 16, rounding)
-    assert torch.equal(rounded, rounding(weight))
+    A, B, rounded = loftq_init(weight, 8, 16, round_4bit)
+    assert torch.equal(rounded, round_4bit(weight))
     exact = torch.linalg.svdvals(weight - rounded)[8:].norm()
     assert torch.allclose((weight - rounded - 2 * B @ A).norm(), exact, rtol=1e-3)
-    more = loftq_init(weight, 8, 16, rounding, rounds=5)
+    more = loftq_init(weight, 8, 16, round_4bit, rounds=5)
     assert (more[2] + 2 * more[1] @ more[0] - weight).norm() < exact
 
 
-def four_bit_layers(model):
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            yield module.base_layer.weight
+@pytest.mark.parametrize("name", STARTS)
+def test_recorded_runs_start_as_the_lesson_does(name):
+    parts = {}
+    for home, start in (("lesson", STARTS), ("recorded", RECORDED)):
+        torch.manual_seed(0)  # the randomised SVD's
+        parts[home] = start[name](weight_of((192, 128)), 8, 24, round_4bit)
+    for ours, theirs in zip(parts["lesson"], parts["recorded"], strict=True):
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(1.01 * ours, theirs)
+
+
+def test_the_lessons_rounding_is_the_recorded_one_up_to_near_ties():
+    weight = weight_of((576, 192))
+    ours, recorded = lesson.rounding(weight), round_4bit(weight, double_quant=True)
+    assert (ours - recorded).norm() < 0.02 * (recorded - weight).norm()
+    assert (1.01 * ours - recorded).norm() > 0.05 * (recorded - weight).norm()
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -77,7 +94,7 @@ def test_a_peft_model_gets_the_start(name, tmp_path, monkeypatch):
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
     model = get_peft_model(base, config)
     trained = model.get_nb_trainable_parameters()
-    changed = set_start(model, plain.state_dict(), STARTS[name])
+    changed = set_start(model, plain.state_dict(), RECORDED[name])
     assert changed == 7 * plain.config.num_hidden_layers
     assert model.get_nb_trainable_parameters() == trained
     for layer_name, layer in model.get_base_model().named_modules():
@@ -88,7 +105,7 @@ def test_a_peft_model_gets_the_start(name, tmp_path, monkeypatch):
             rounded = bnb.dequantize_4bit(held.data, kept)
             A, B = (m["default"].weight for m in (layer.lora_A, layer.lora_B))
             error = (rounded + 3 * B @ A - original).norm() / original.norm()
-            double = quantize_4bit(original.detach(), double_quant=True).dequantize()
+            double = round_4bit(original, double_quant=True)
             assert error < 0.95 * (double - original).norm() / original.norm()
     ids = torch.tensor([[3, 4, 5, 6]])
     model.train()(input_ids=ids, labels=ids).loss.backward()

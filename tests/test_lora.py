@@ -4,17 +4,31 @@ import copy
 
 import pytest
 import torch
+from cells import cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import random_llama
 from torch import nn
 
-from course_utils.lora import LoRALinear, eject_lora, inject_lora, lora_layers
 from course_utils.parameters import count_parameters
 
+lesson = cells("03_lora", "imports", "scratch", "inject")
+LoRALinear, inject_lora = lesson.LoRALinear, lesson.inject_lora
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.arange(3, 15).reshape(2, 6)
+
+
+def lora_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def take_out(model, *, merge=False):
+    """Put plain layers back in place: the old ones, or with A and B merged in."""
+    for name, layer in lora_layers(model).items():
+        parent, _, last = name.rpartition(".")
+        plain = layer.to_linear() if merge else layer.base
+        setattr(model.get_submodule(parent), last, plain)
 
 
 def logits(model):
@@ -128,20 +142,20 @@ def test_merging_a_model_of_width_8(seed):
     model = eight_wide(seed)
     adapted = model(x)
     plain = copy.deepcopy(model)
-    eject_lora(plain)
-    eject_lora(model, merge=True)
+    take_out(plain)
+    take_out(model, merge=True)
     assert not lora_layers(model) and not lora_layers(plain)
     torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain(x), adapted, rtol=1e-3, atol=1e-3)
     once = model(x)
-    eject_lora(model, merge=True)  # a second time finds nothing to merge
+    take_out(model, merge=True)  # a second time finds nothing to merge
     assert torch.equal(model(x), once)
 
 
 def test_taking_the_adapters_out_gives_the_old_model_back():
     model = random_llama()
     before, names = logits(model), set(model.state_dict())
-    eject_lora(randomise(inject_lora(model, TARGETS, r=2, alpha=2)))
+    take_out(randomise(inject_lora(model, TARGETS, r=2, alpha=2)))
     assert torch.equal(logits(model), before)
     assert set(model.state_dict()) == names
 
@@ -167,7 +181,7 @@ def test_saving_loading_and_merging_in_peft_what_ours_learned(tmp_path):
     torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=1e-4)
     merged = again.merge_and_unload(safe_merge=True)
     torch.testing.assert_close(logits(merged), logits(ours), rtol=0, atol=1e-4)
-    eject_lora(ours, merge=True)
+    take_out(ours, merge=True)
     torch.testing.assert_close(logits(merged), logits(ours), rtol=0, atol=1e-4)
 
 

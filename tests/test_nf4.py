@@ -5,11 +5,21 @@ import math
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from cells import cells
 from hypothesis import given
 from hypothesis import strategies as st
 
-from course_utils import nf4
+from maintenance.runs.rounding import levels_of, round_4bit, round_blocks
 
+nf4 = cells(
+    *("07_qlora", "imports", "int-levels", "blocks", "blocks-back", "nf4", "fp4"),
+    *("pack", "unpack", "dynamic", "double", "double-back"),
+)
+LEVELS = {
+    "nf4": nf4.nf4_levels,
+    "fp4": nf4.fp4_levels,
+    "int4": lambda: nf4.int_levels(4),
+}
 KINDS = ("nf4", "fp4")
 SHAPES = [(576, 192), (64, 128), (192,), (3, 5, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,6 +28,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def weight_of(shape, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     return (0.05 * torch.randn(shape)).to(dtype)
+
+
+def rounded(weight, kind="nf4", *, block=64, double_quant=False):
+    """The weight after its trip through the lesson's 4 bits."""
+    levels = LEVELS[kind]()
+    codes, absmax = nf4.quantize_blocks(weight, levels, block)
+    if double_quant:
+        absmax = nf4.dequantize_absmax(*nf4.quantize_absmax(absmax))
+    codes = nf4.unpack(nf4.pack(codes)).reshape(codes.shape)
+    return nf4.dequantize_blocks(codes, absmax, levels).reshape(weight.shape)
 
 
 def book(levels):
@@ -66,13 +86,13 @@ def test_4_bits_are_those_of_bitsandbytes(kind, shape, dtype):
     weight = weight_of(shape, dtype)
     packed, state = bnb.quantize_4bit(weight, quant_type=kind)
     theirs = bnb.dequantize_4bit(packed, state).float()
-    four_bit = nf4.quantize_4bit(weight, kind)
-    assert torch.equal(four_bit.absmax, state.absmax)
+    codes, absmax = nf4.quantize_blocks(weight, LEVELS[kind]())
+    assert torch.equal(absmax, state.absmax)
     # A code may differ where a number lies midway between two levels to 7 digits.
     if kind == "nf4":
-        same = (four_bit.packed == packed.flatten()).float().mean()
+        same = (nf4.pack(codes) == packed.flatten()).float().mean()
         assert same >= 0.9999
-    ours = four_bit.dequantize()
+    ours = rounded(weight, kind)
     assert ours.shape == weight.shape and ours.dtype == torch.float32
     ours = ours.to(dtype).float()
     scale = weight.float().abs().max()
@@ -122,12 +142,12 @@ def test_double_quantization_is_that_of_bitsandbytes():
 def test_errors_rank_as_the_paper_says():
     weight = weight_of((512, 512))
     error = {}
-    for kind in nf4.LEVELS:
-        rounded = nf4.quantize_4bit(weight, kind).dequantize()
-        error[kind] = ((rounded - weight).norm() / weight.norm()).item()
+    for kind in LEVELS:
+        gap = rounded(weight, kind) - weight
+        error[kind] = (gap.norm() / weight.norm()).item()
     assert error["nf4"] < error["int4"] < error["fp4"]
     assert math.isclose(error["nf4"], 0.092, abs_tol=0.001)
-    double = nf4.quantize_4bit(weight, double_quant=True).dequantize()
+    double = rounded(weight, double_quant=True)
     assert (double - weight).norm() / weight.norm() < error["nf4"] + 0.001
 
 
@@ -138,20 +158,18 @@ def test_errors_rank_as_the_paper_says():
 @pytest.mark.parametrize("double", [False, True])
 def test_bits_per_parameter_are_those_of_the_tensors(block, double):
     weight = weight_of((1024, 1024))
-    four_bit = nf4.quantize_4bit(weight, block=block, double_quant=double)
-    assert four_bit.bits_per_parameter == nf4.bits_per_parameter(block, double)
+    codes, absmax = nf4.quantize_blocks(weight, nf4.nf4_levels(), block)
+    ours = [nf4.pack(codes), absmax]
+    if double:
+        ours[1:] = nf4.quantize_absmax(absmax)[:2]
+    bits = 8 * sum(tensor.nbytes for tensor in ours) / weight.numel()
+    assert bits == 4 + (8 + 32 / 256 if double else 32) / block
     packed, state = bnb.quantize_4bit(
         weight, blocksize=block, quant_type="nf4", compress_statistics=double
     )
     kept = packed.nbytes + state.absmax.nbytes
     kept += state.state2.absmax.nbytes if double else 0
-    assert 8 * kept / weight.numel() == four_bit.bits_per_parameter
-
-
-def test_the_arithmetic_of_the_paper():
-    assert nf4.bits_per_parameter() == 4.5
-    assert math.isclose(nf4.bits_per_parameter(double_quant=True), 4.127, abs_tol=5e-4)
-    assert nf4.bits_per_parameter(576, bits=8) == 8 + 32 / 576
+    assert 8 * kept / weight.numel() == bits
 
 
 # --- any weight ------------------------------------------------------------------
@@ -168,21 +186,21 @@ def test_packing_loses_no_code(pairs):
     assert torch.equal(nf4.unpack(packed), codes)
 
 
-@given(st.lists(floats, min_size=32, max_size=32), st.sampled_from(list(nf4.LEVELS)))
+@given(st.lists(floats, min_size=32, max_size=32), st.sampled_from(list(LEVELS)))
 def test_no_number_is_off_by_more_than_half_a_gap(values, kind):
     weight = torch.tensor(values)
-    rounded = nf4.quantize_4bit(weight, kind, block=32).dequantize()
-    half = nf4.LEVELS[kind]().diff().max() / 2
-    assert ((rounded - weight).abs() <= half * weight.abs().max() * (1 + 1e-5)).all()
-    assert (rounded[weight == 0] == 0).all(), "a zero stays a zero"
+    ours = rounded(weight, kind, block=32)
+    half = LEVELS[kind]().diff().max() / 2
+    assert ((ours - weight).abs() <= half * weight.abs().max() * (1 + 1e-5)).all()
+    assert (ours[weight == 0] == 0).all(), "a zero stays a zero"
     largest = weight.abs().argmax()
-    assert math.isclose(rounded[largest].abs(), weight[largest].abs(), rel_tol=1e-6)
+    assert math.isclose(ours[largest].abs(), weight[largest].abs(), rel_tol=1e-6)
 
 
-@given(st.lists(floats, min_size=64, max_size=64), st.sampled_from(list(nf4.LEVELS)))
+@given(st.lists(floats, min_size=64, max_size=64), st.sampled_from(list(LEVELS)))
 def test_a_second_trip_changes_nothing(values, kind):
-    once = nf4.quantize_4bit(torch.tensor(values), kind, block=32).dequantize()
-    again = nf4.quantize_4bit(once, kind, block=32).dequantize()
+    once = rounded(torch.tensor(values), kind, block=32)
+    again = rounded(once, kind, block=32)
     assert torch.allclose(again, once, rtol=1e-6, atol=0)
 
 
@@ -190,7 +208,7 @@ def test_blocks_do_not_disturb_each_other():
     weight = weight_of((4, 64))
     spoiled = weight.clone()
     spoiled[2, 5] = 100.0
-    clean, other = (nf4.quantize_4bit(w).dequantize() for w in (weight, spoiled))
+    clean, other = rounded(weight), rounded(spoiled)
     rows = [0, 1, 3]
     assert torch.equal(clean[rows], other[rows])
     assert not torch.equal(clean[2], other[2])
@@ -198,32 +216,33 @@ def test_blocks_do_not_disturb_each_other():
 
 def test_a_weight_of_zeros_stays_one():
     for double in (False, True):
-        four_bit = nf4.quantize_4bit(torch.zeros(512, 64), double_quant=double)
-        assert torch.equal(four_bit.dequantize(), torch.zeros(512, 64))
+        ours = rounded(torch.zeros(512, 64), double_quant=double)
+        assert torch.equal(ours, torch.zeros(512, 64))
 
 
-# --- bad requests ----------------------------------------------------------------
-
-GOOD = torch.ones(2, 64)
+# --- recorded runs ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("weight", "more", "kind", "message"),
-    [
-        (torch.ones(64, dtype=torch.int32), {}, TypeError, "not torch.int32"),
-        ([1.0] * 64, {}, TypeError, "not list"),
-        (GOOD, {"kind": "nf3"}, ValueError, "'nf3' is none of nf4, fp4, int4"),
-        (GOOD, {"block": 48}, ValueError, "48 is none of 32, 64"),
-        (GOOD, {"block": 64.0}, ValueError, "64.0 is none of"),
-        (torch.ones(3, 33), {}, ValueError, r"shape \(3, 33\) has 99 elements"),
-        (torch.ones(0), {}, ValueError, "has 0 elements"),
-        (GOOD * float("nan"), {}, ValueError, "NaN or infinity"),
-        (GOOD * float("inf"), {}, ValueError, "NaN or infinity"),
-    ],
-)
-def test_bad_requests_say_what_is_wrong(weight, more, kind, message):
-    with pytest.raises(kind, match=message):
-        nf4.quantize_4bit(weight, **more)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", LEVELS)
+def test_recorded_runs_round_as_the_lesson_does(kind, double):
+    weight = weight_of((576, 192))
+    recorded = round_4bit(weight, kind, double_quant=double)
+    assert torch.equal(recorded, rounded(weight, kind, double_quant=double))
+    assert not torch.equal(recorded, rounded(weight, kind, double_quant=not double))
+
+
+def test_recorded_runs_round_rows_to_8_bits_as_the_lesson_does():
+    weight, levels = weight_of((64, 192)), nf4.int_levels()
+    parts = nf4.quantize_blocks(weight, levels, 192)
+    ours = nf4.dequantize_blocks(*parts, levels).reshape(weight.shape)
+    assert torch.equal(round_blocks(weight, levels_of("int8"), 192), ours)
+    assert not torch.equal(round_blocks(weight, levels_of("int8"), 64), ours)
+    with pytest.raises(ValueError, match="'nf3': expected int8"):
+        levels_of("nf3")
+
+
+# --- a card ----------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -234,15 +253,15 @@ def test_4_bits_are_those_of_bitsandbytes_on_a_card(kind, dtype):
     weight = weight_of((576, 192), dtype)
     packed, state = bnb.quantize_4bit(weight.cuda(), quant_type=kind)
     theirs = bnb.dequantize_4bit(packed, state).cpu().float()
-    four_bit = nf4.quantize_4bit(weight, kind)
-    assert torch.equal(four_bit.absmax, state.absmax.cpu())
-    ours = four_bit.dequantize().to(dtype).float()
+    codes, absmax = nf4.quantize_blocks(weight, LEVELS[kind]())
+    assert torch.equal(absmax, state.absmax.cpu())
+    ours = rounded(weight, kind).to(dtype).float()
     scale = weight.float().abs().max()
     tolerance = max(1e-6, torch.finfo(dtype).eps) * scale
     assert ((ours - theirs).abs() <= tolerance).float().mean() >= 0.999
     assert not torch.allclose(1.01 * ours, theirs, atol=tolerance, rtol=0)
     if kind == "nf4":
-        same = four_bit.packed == packed.cpu().flatten()
+        same = nf4.pack(codes) == packed.cpu().flatten()
         assert same.float().mean() >= 0.999
 
 

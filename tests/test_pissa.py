@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from cells import cells
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import random_llama
 
-from course_utils.pissa import pissa_init, pissa_to_lora
-
+lesson = cells("04_pissa", "imports", "scratch", "convert-by-hand")
+pissa_init, pissa_to_lora = lesson.pissa_init, lesson.pissa_to_lora
 NAMES = ("q_proj", "v_proj", "up_proj", "down_proj")
 IDS = torch.arange(3, 40)[None]
 

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+from cells import cells
 from peft import (
     PeftModel,
     PrefixTuningConfig,
@@ -17,15 +18,6 @@ from course_utils.closed_forms import adapter_parameters
 from course_utils.formatting import CompletionCollator
 from course_utils.inference import generate
 from course_utils.parameters import count_parameters
-from course_utils.prefix import (
-    PrefixMLP,
-    from_peft_rows,
-    prefix_cache,
-    prefix_from_text,
-    prefix_shape,
-    to_peft_rows,
-    with_prefix,
-)
 from course_utils.records import load_record
 from course_utils.runtime import Profile, data_folder, set_seed
 from course_utils.sweep import experiment
@@ -33,6 +25,14 @@ from course_utils.sweep.experiment import make_model
 from course_utils.training import LossHistory, prepare_trainer, sft_config
 from maintenance.runs.lists import LESSON_RUNS
 
+lesson = cells(
+    *("06_prefix_tuning", "imports", "from-text", "scratch-cache", "scratch"),
+    *("shape", "layout", "mlp"),
+)
+with_prefix, prefix_from_text = lesson.with_prefix, lesson.prefix_from_text
+prefix_cache, prefix_shape = lesson.prefix_cache, lesson.prefix_shape
+from_peft_rows, to_peft_rows = lesson.from_peft_rows, lesson.to_peft_rows
+PrefixMLP = lesson.PrefixMLP
 PROJECTED = {"prefix_projection": True, "encoder_hidden_size": 7}
 TOKENIZER = byte_tokenizer()
 N = 5

@@ -30,6 +30,7 @@ from course_utils.sweep.experiment import (
     train,
 )
 from course_utils.training import find_checkpoint
+from maintenance.runs.rounding import LoftQ, QPiSSA, set_start
 from maintenance.store import METRICS, compute_metrics
 
 LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
@@ -38,42 +39,6 @@ ABSENT_WHEN_UNSET = {
     *("quantization", "keep_adapter", "start", "prefix_from", "validation_answers"),
     *("costs", "also", "also_test"),
 }
-
-
-@dataclass(frozen=True)
-class LoftQ:
-    """Adapters on 4-bit weights start as LoftQ's, after so many rounds."""
-
-    rounds: int = 1
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"{self}: expected 1 or more rounds")
-
-    def stored(self) -> str:
-        """As a record names it."""
-        return f"loftq:{self.rounds}"
-
-    def __call__(self, weight: Any, r: int, alpha: float, rounding: Any) -> Any:
-        """As `course_utils.loftq.loftq_init`."""
-        from course_utils.loftq import loftq_init
-
-        return loftq_init(weight, r, alpha, rounding, rounds=self.rounds)
-
-
-@dataclass(frozen=True)
-class QPiSSA:
-    """Adapters on 4-bit weights start at the principal part; the rest is rounded."""
-
-    def stored(self) -> str:
-        """As a record names it."""
-        return "qpissa"
-
-    def __call__(self, weight: Any, r: int, alpha: float, rounding: Any) -> Any:
-        """As `course_utils.loftq.qpissa_init`."""
-        from course_utils.loftq import qpissa_init
-
-        return qpissa_init(weight, r, alpha, rounding)
 
 
 @dataclass(frozen=True)
@@ -229,8 +194,6 @@ def make_recorded_model(experiment: RecordedExperiment) -> Any:
         return model
     model = make_model(experiment)
     if experiment.start:
-        from course_utils.loftq import set_start
-
         originals = load_model(experiment.model, dtype=torch.float32).state_dict()
         set_start(model, originals, experiment.start)
     return model
