@@ -36,6 +36,8 @@ Family = list[Any] | Callable[[], list[Any]]
 
 # Enough to tell settings apart, and short enough to repeat.
 SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
+# As long as two cores allow, for the run that a lesson's curves show.
+MAIN = {"steps": 150, "batch_size": 8, "schedule": "cosine", "eval_every": 25}
 
 
 def best_rate(name: str, label: str) -> float:
@@ -105,15 +107,8 @@ LONG = RecordedExperiment(
     eval_every=40,
 )
 # For a card: the training set 28 times over.
-MANY_PASSES = RecordedExperiment(
-    "full",
-    learning_rate=3e-4,
-    steps=1425,
-    batch_size=32,
-    schedule="cosine",
-    test_examples=None,
-    eval_every=95,
-    forgetting=True,
+MANY_PASSES = replace(
+    LONG, label="full", steps=1425, batch_size=32, eval_every=95, forgetting=True
 )
 # Both training sets, 16,800 sentences: 1,260 steps of 16 read a fifth of them twice.
 BOTH = replace(
@@ -170,17 +165,8 @@ BAD_CURVES = {
 
 def full_runs() -> dict[str, Family]:
     """The families of lesson 2: full fine-tuning, short and long."""
-    full = RecordedExperiment(
-        "full",
-        learning_rate=2e-4,
-        steps=150,
-        batch_size=8,
-        schedule="cosine",
-        test_examples=None,
-        eval_every=25,
-        forgetting=True,
-        spectra=SPECTRA,
-    )
+    more = {"test_examples": None, "forgetting": True, "spectra": SPECTRA}
+    full = RecordedExperiment("full", "full", 2e-4, **MAIN, **more)
     # 15,200 sentences, each read once
     more_data = {"data": "home_commands_large", "steps": 950, "eval_every": 95}
     return {
@@ -223,18 +209,8 @@ def _lora(
 
 def lora_runs() -> dict[str, Family]:
     """The families of lesson 3."""
-    long = RecordedExperiment(
-        "LoRA",
-        LORA,
-        3e-3,
-        steps=150,
-        batch_size=8,
-        schedule="cosine",
-        test_examples=None,
-        eval_every=25,
-        validation_answers=150,
-        forgetting=True,
-    )
+    more = {"test_examples": None, "validation_answers": 150, "forgetting": True}
+    long = RecordedExperiment("LoRA", LORA, 3e-3, **MAIN, **more)
     return {
         "03_learning_rates": _at_rates(
             "LoRA", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), method=LORA, **GRID
@@ -379,18 +355,9 @@ def _classifiers_at_best_rates() -> list[ClassifierExperiment]:
 
 def prefix_runs() -> dict[str, Family]:
     """The families of lesson 6: prefixes on the language model, and classifiers."""
-    long = RecordedExperiment(
-        "prefix",
-        PREFIX,
-        3e-2,
-        steps=150,
-        batch_size=8,
-        schedule="cosine",
-        test_examples=240,
-        eval_every=25,
-        prefix_from="schema",
-        keep_adapter="06_prefix_tuning",
-    )
+    more = {"test_examples": 240, "prefix_from": "schema"}
+    more["keep_adapter"] = "06_prefix_tuning"
+    long = RecordedExperiment("prefix", PREFIX, 3e-2, **MAIN, **more)
     settings = SHORT | {"test_examples": 0}
     starts = [
         _at_rates(label, rates, method=method, prefix_from=source, **settings)
@@ -460,11 +427,8 @@ def _case(name: str, model: str, size: tuple[int, int], **more: Any) -> CardExpe
 def card_cases() -> list[CardExperiment]:
     """Training steps whose memory is predicted and measured on a card."""
     small, saving = "smollm2-135m", {"gradient_checkpointing": True}
-    own, every, paged = (
-        {"way": "own"},
-        {"loss": "logits"},
-        {"optimizer": "paged_adamw_8bit"},
-    )
+    own, every = {"way": "own"}, {"loss": "logits"}
+    paged = {"optimizer": "paged_adamw_8bit"}
     options = {"double_quant": False, "options": CARD_RECIPE, "note": "r 64"}
     recipe = saving | options
     return [
