@@ -45,7 +45,7 @@ build/litgpt: maintenance/benchmarks/litgpt.txt
 	@touch $@
 
 runs: $(STAMP)
-	$(RUN) course_utils.experiments $(LESSON)
+	$(RUN) maintenance.runs $(LESSON)
 
 readme: $(STAMP)
 	$(RUN) maintenance.readme

@@ -21,6 +21,6 @@ def _(answer, *, points):
 
 @exercise("8.3", hint="If the lowest loss is at an edge, go one rate further.")
 def _(answer, *, losses):
-    from course_utils.experiment_lists_08 import best_of, neighbour
+    from course_utils.sweep import best_of, neighbour
 
     return math.isclose(answer, neighbour(best_of(losses), -1), rel_tol=0.01)

@@ -20,7 +20,7 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -322,25 +322,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, Any]:
-    """Describe this machine: processor, cores, memory in GiB, card if any."""
-    import torch
-
-    described = {
-        "system": platform.system(),
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
-        "bf16": cpu_has_bf16(),
-    }
-    if torch.cuda.is_available():
-        described["gpu"] = torch.cuda.get_device_name()
-        total = torch.cuda.get_device_properties(0).total_memory
-        described["gpu_gib"] = round(total / 2**30, 2)
-    return described
-
-
 def readiness(profile: Profile | None = None) -> list[Finding]:
     """Examine this machine and say what is ready and what to mend.
 
@@ -368,7 +349,7 @@ def readiness(profile: Profile | None = None) -> list[Finding]:
         new = version != "absent" and Version(version) >= Version(floor)
         cure = f'Run `pip install "{package}>={floor}"` and restart the kernel.'
         findings.append(Finding(new, f"{package} {version}", cure))
-    memory = _memory_gib()
+    memory = memory_gib()
     if memory is not None:
         cure = "Close other programs; lessons 02 and 08 peak near 4 GiB."
         findings.append(Finding(memory >= 6, f"memory {memory:.1f} GiB", cure))
@@ -384,17 +365,8 @@ def readiness(profile: Profile | None = None) -> list[Finding]:
     return findings
 
 
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
+def memory_gib() -> float | None:
+    """Memory of this machine in GiB; None where psutil is not installed."""
     try:
         import psutil
     except ImportError:

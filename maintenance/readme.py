@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
-from course_utils.method_runs import FAMILIES, SPEED, recorded_methods
-from course_utils.method_table import readme_section
+from course_utils.sweep.results import FAMILIES, SPEED, readme_section, recorded_methods
+from maintenance.store import hardware, save_record
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = "course_cpu"
@@ -216,11 +216,11 @@ def keep_times(path: Path, stems: Iterable[str]) -> None:
         }
         for stem, line in ran.items()
     ]
-    records.save_record(
+    save_record(
         TIMES,
         {
             "command": "make course",
-            "hardware": runtime.hardware(),
+            "hardware": hardware(),
             "versions": runtime.versions(),
             "data": {"name": "all lessons", "sha256": ""},
             "seconds": sum(run["seconds"] for run in runs),

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from course_utils import records
 from course_utils.data import data_hash
 from course_utils.models import load_model, release
-from course_utils.runtime import build_folder, hardware, versions
+from course_utils.runtime import build_folder, versions
 from maintenance.benchmarks import everyday, paths, summary, training, where
 from maintenance.benchmarks.turns import Task, in_turn
+from maintenance.store import hardware, save_record
 
 PARTS = (
     *("start", "training", "pairs", "ablation", "threads"),
@@ -106,7 +106,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         print("a part, or fewer than 3 rounds: data/runs/bench.json stays as it is")
         return
     source = {"name": "home_commands", "sha256": data_hash("home_commands")}
-    records.save_record(
+    save_record(
         "bench",
         {
             "command": "make bench",

@@ -1,6 +1,6 @@
 """The figures of `data/runs/bench.json`, computed from its raw seconds.
 
-Importing this registers the summary, so that `records.recompute` finds it.
+Importing this registers the summary, so that `store.recompute` finds it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from course_utils.record_metrics import summary_of
+from maintenance.store import summary_of
 
 UNIT = "real tokens a second"
 # The first pattern that an operator's name contains decides; the order matters.

@@ -10,10 +10,14 @@ import notebook_rules as rules
 import pytest
 from library_calls import ALLOWED, FORWARDS, complaints, find, read
 
-from course_utils.experiment_lists import LESSON_RUNS
+from maintenance.runs.lists import LESSON_RUNS
 
 LESSONS = sorted((rules.ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted(rules.PACKAGE.glob("*.py"))
+MODULES = [
+    path
+    for room in ("course_utils", "maintenance")
+    for path in (rules.ROOT / room).rglob("*.py")
+]
 # Written in C++, without a signature; a few words each.
 NO_SIGNATURE = {"torch.device", "torch.Generator"}
 

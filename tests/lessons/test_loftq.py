@@ -9,8 +9,8 @@ from cells import cells
 from peft import LoraConfig, get_peft_model
 from small_models import random_llama
 
-from course_utils import rounding_starts
-from course_utils.rounding_starts import round_4bit, set_start
+from maintenance.runs import rounding as rounding_starts
+from maintenance.runs.rounding import round_4bit, set_start
 
 lesson = cells("07_qlora", "imports", "loftq", "rounding")
 low_rank, loftq_init = lesson.low_rank, lesson.loftq_init

@@ -9,7 +9,7 @@ from cells import cells
 from hypothesis import given
 from hypothesis import strategies as st
 
-from course_utils.rounding_starts import levels_of, round_4bit, round_blocks
+from maintenance.runs.rounding import levels_of, round_4bit, round_blocks
 
 nf4 = cells(
     *("07_qlora", "imports", "int-levels", "blocks", "blocks-back", "nf4", "fp4"),

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
 from trl import SFTTrainer
 
-from course_utils import experiment_setup
-from course_utils.experiment_lists import LESSON_RUNS
-from course_utils.experiment_setup import make_model
 from course_utils.formatting import CompletionCollator
 from course_utils.inference import generate
 from course_utils.parameters import adapter_parameters, count_parameters
 from course_utils.records import load_record
 from course_utils.runtime import Profile, data_folder, set_seed
+from course_utils.sweep import experiment
+from course_utils.sweep.experiment import make_model
 from course_utils.training import LossHistory, prepare_trainer, sft_config
+from maintenance.runs.lists import LESSON_RUNS
 
 lesson = cells(
     *("06_prefix_tuning", "imports", "from-text", "scratch-cache", "scratch"),
@@ -251,7 +251,7 @@ def test_a_prefix_generates_whatever_a_trainer_has_left(tmp_path):
 
 def test_a_recorded_run_starts_from_the_instructions(monkeypatch):
     for name, value in (("load_model", random_llama()), ("load_tokenizer", TOKENIZER)):
-        monkeypatch.setattr(experiment_setup, name, lambda *_, v=value, **__: v)
+        monkeypatch.setattr(experiment, name, lambda *_, v=value, **__: v)
     long, *others = LESSON_RUNS["06"]["06_prefix"]
     assert long.prefix_from == "schema" and others[-1].prefix_from is None
     rows = make_model(long).prompt_encoder["default"].embedding.weight

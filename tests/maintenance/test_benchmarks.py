@@ -19,6 +19,7 @@ from maintenance.benchmarks.summary import (
     summarise,
     table,
 )
+from maintenance.store import differences, save_record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,17 +121,17 @@ def test_an_edited_second_or_figure_of_the_record_is_found(runs, tmp_path, monke
         "seconds": 1.0,
         "runs": runs,
     }
-    records.save_record("bench", record)
+    save_record("bench", record)
     saved = records.load_record("bench")
-    assert records.differences(saved) == []
+    assert differences(saved) == []
     ratio = "bench:course_against.lora.classic.median"
     assert records.lookup(ratio) == 5.0
     edited = copy.deepcopy(saved)
     edited["runs"][0]["measured"]["step_seconds"][1] = 1.5
-    assert records.differences(edited)
+    assert differences(edited)
     edited = copy.deepcopy(saved)
     edited["summary"]["course_against"]["lora"]["classic"]["median"] = 5.1
-    assert records.differences(edited)
+    assert differences(edited)
 
 
 def test_the_examples_of_the_summary_run():
@@ -188,5 +189,5 @@ def test_the_record_came_from_this_summary():
     if "bench" not in records.list_records():
         pytest.skip("make bench has not been recorded yet")
     record = records.load_record("bench")
-    assert records.differences(record) == []
+    assert differences(record) == []
     assert json.loads(json.dumps(summary.summarise(record["runs"])))

@@ -5,19 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from course_utils import (
-    experiment_card,
-    experiment_card_setup,
-    experiments,
-    memory,
-    records,
-)
-from course_utils.experiment_card import NoCard, run_card
-from course_utils.experiment_card_setup import CardExperiment, plan_of, random_model
-from course_utils.experiment_lists import LESSON_RUNS
-from course_utils.experiment_lists_07 import ALL, PREFIX, card_cases
-from course_utils.experiments import record_family
+from course_utils import memory, records
 from course_utils.memory import measure_memory, model_config
+from maintenance.runs import __main__ as command
+from maintenance.runs import card
+from maintenance.runs.__main__ import record_family
+from maintenance.runs.card import (
+    CardExperiment,
+    NoCard,
+    plan_of,
+    random_model,
+    run_card,
+)
+from maintenance.runs.lists import CARD_LORA as ALL
+from maintenance.runs.lists import CARD_PREFIX as PREFIX
+from maintenance.runs.lists import LESSON_RUNS, card_cases
+from maintenance.store import differences
 
 SMALL = {
     "hidden_size": 64,
@@ -76,14 +79,14 @@ def test_a_record_of_cases_and_of_one_that_failed(folder, monkeypatch, capsys):
     cases = [case(method) for method in ("lora", "qlora", "prefix_tuning")]
     cases.append(replace(case("full"), loss="logits"))
     broken = replace(case("lora"), label="broken", optimizer="sgd", steps=1)
-    real = experiment_card.measure_case
+    real = card.measure_case
 
     def measure(experiment, *args, **more):
         if experiment.label == "broken":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(experiment, *args, **more)
 
-    monkeypatch.setattr(experiment_card, "measure_case", measure)
+    monkeypatch.setattr(card, "measure_case", measure)
     record_family(
         "07_card",
         [*cases, broken],
@@ -92,7 +95,7 @@ def test_a_record_of_cases_and_of_one_that_failed(folder, monkeypatch, capsys):
         say=lambda line: None,
     )
     record = records.load_record("07_card")
-    assert records.differences(record) == []
+    assert differences(record) == []
     summary, found = record["summary"], record["runs"]
     assert (summary["cases"], summary["measured"]) == (5, 4)
     assert summary["failed"] == {"broken": "OutOfMemoryError: CUDA out of memory"}
@@ -105,7 +108,7 @@ def test_a_record_of_cases_and_of_one_that_failed(folder, monkeypatch, capsys):
         assert len(one["loss"]) == len(measured["steps"]) == 2
         assert one["loss"][1] < one["loss"][0]
     record["summary"]["memory_ratio"]["lora"] = 1.0
-    assert records.differences(record)
+    assert differences(record)
 
 
 @pytest.mark.skipif("07_card" not in records.list_records(), reason="no record yet")
@@ -134,9 +137,11 @@ def test_a_case_that_a_t4_has_no_room_for_is_measured_without_its_limit(monkeypa
         asked.append(room)
         if room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"loss": [1.0], "trained": 5, "peak_bytes": 9, "step_seconds": 0.1}
+        return {"loss": [1.0], "trained": 5, "peak_bytes": 9, "kept_bytes": 5} | {
+            "step_seconds": 0.1
+        }
 
-    monkeypatch.setattr(experiment_card, "measure_case", measure)
+    monkeypatch.setattr(card, "measure_case", measure)
     found = run_card(replace(card_cases()[0]), "cpu")
     assert asked == [14 * memory.GIB, None]
     assert "out of memory" in found["measured"]["did_not_fit"]
@@ -157,8 +162,8 @@ def test_without_a_card_a_run_says_so(folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NoCard, match="measured on a CUDA card"):
         run_card(card_cases()[0])
-    monkeypatch.setattr(experiments, "data_hash", lambda name: "0")
-    experiments.main(["07", "--only", "07_card"])
+    monkeypatch.setattr(command, "data_hash", lambda name: "0")
+    command.main(["07", "--only", "07_card"])
     said = capsys.readouterr().out
     assert "07_card: this is measured on a CUDA card, and there is none here" in said
     assert records.list_records() == []
@@ -202,9 +207,9 @@ def test_a_random_model_has_the_bytes_of_the_planned_one(name):
 
 def test_records_fill_a_batch_with_padding_unless_it_is_one(monkeypatch):
     rows = {"input_ids": [list(range(30)), list(range(40))]}
-    monkeypatch.setattr(experiment_card_setup, "load_examples", lambda name: None)
-    monkeypatch.setattr(experiment_card_setup, "tokenize_dataset", lambda *_: rows)
-    make = experiment_card_setup.card_records
+    monkeypatch.setattr(card, "load_examples", lambda name: None)
+    monkeypatch.setattr(card, "tokenize_dataset", lambda *_: rows)
+    make = card.card_records
     many = make(case("lora", batch_size=3, sequence_length=50), None, 25)
     assert [len(row["input_ids"]) for row in many] == [50, 50, 45]
     assert max(i for row in many for i in row["input_ids"]) == 24

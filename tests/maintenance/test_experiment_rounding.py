@@ -6,11 +6,12 @@ import pytest
 import torch
 from small_models import byte_tokenizer, random_llama
 
-from course_utils import experiment_rounding, records
-from course_utils.experiment_rounding import rounded_weight, rounding_of
-from course_utils.experiment_run import run_experiment
-from course_utils.experiment_setup import Experiment, quantized_start
-from course_utils.experiments import record_family
+from course_utils import records
+from maintenance.runs import rounding as rounding_runs
+from maintenance.runs.__main__ import make_run, record_family
+from maintenance.runs.experiment import LoftQ, QPiSSA, RecordedExperiment
+from maintenance.runs.rounding import Rounding, rounded_weight
+from maintenance.store import differences
 
 
 @pytest.fixture
@@ -19,66 +20,57 @@ def small(monkeypatch, tmp_path):
         sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
         return random_llama(max_position_embeddings=2048, **sizes).to(dtype)
 
-    monkeypatch.setattr(experiment_rounding, "load_model", load)
-    monkeypatch.setattr(
-        experiment_rounding, "load_tokenizer", lambda _: byte_tokenizer()
-    )
+    monkeypatch.setattr(rounding_runs, "load_model", load)
+    monkeypatch.setattr(rounding_runs, "load_tokenizer", lambda _: byte_tokenizer())
     monkeypatch.setattr(records, "data_folder", lambda: tmp_path)
-    for cached in (experiment_rounding._original, experiment_rounding._batches):
+    for cached in (rounding_runs._original, rounding_runs._batches):
         cached.cache_clear()
     yield load
-    for cached in (experiment_rounding._original, experiment_rounding._batches):
+    for cached in (rounding_runs._original, rounding_runs._batches):
         cached.cache_clear()
 
 
 def family():
-    names = {"int8": None, "nf4": None, "nf4:8": "loftq:1", "fp4": None}
+    settings = {"steps": 0, "test_examples": 0, "eval_examples": 5}
     return [
-        Experiment(
-            f"{name} {start}",
-            f"round:{name}",
-            steps=0,
-            test_examples=0,
-            eval_examples=5,
-            start=start,
-        )
-        for name, start in names.items()
+        RecordedExperiment("int8", Rounding("int8"), **settings),
+        RecordedExperiment("nf4", Rounding("nf4"), **settings),
+        RecordedExperiment("loftq", Rounding("nf4", rank=8), start=LoftQ(), **settings),
+        RecordedExperiment("fp4", Rounding("fp4"), **settings),
     ]
 
 
 def test_a_record_of_roundings(small):
     record_family("07_try", family(), command="make runs", say=lambda line: None)
     record = records.load_record("07_try")
-    assert records.differences(record) == []
+    assert differences(record) == []
     runs = {run["label"]: run for run in record["runs"]}
     errors = {label: run["metrics"]["weight_error"] for label, run in runs.items()}
     kl = {label: run["metrics"]["kl"] for label, run in runs.items()}
-    assert errors["int8 None"] < errors["nf4:8 loftq:1"] < errors["nf4 None"]
-    assert errors["nf4 None"] < errors["fp4 None"]
+    assert errors["int8"] < errors["loftq"] < errors["nf4"]
+    assert errors["nf4"] < errors["fp4"]
     for texts in ("home_commands", "general_questions"):
-        assert 0 < kl["int8 None"][texts] < kl["nf4 None"][texts] / 10
-        assert runs["nf4 None"]["metrics"]["kl_standard_error"][texts] > 0
-    assert len(runs["nf4 None"]["measured"]["kl"]["home_commands"]) == 5
+        assert 0 < kl["int8"][texts] < kl["nf4"][texts] / 10
+        assert runs["nf4"]["metrics"]["kl_standard_error"][texts] > 0
+    assert len(runs["nf4"]["measured"]["kl"]["home_commands"]) == 5
     assert set(record["summary"]) >= {"kl", "weight_error", "loss_change"}
 
 
 def test_kl_and_loss_are_those_of_the_definition(small):
-    run = run_experiment(family()[1])
+    run = make_run(family()[1])
     original, rounded = small(dtype=torch.float32), small(dtype=torch.float32)
     with torch.no_grad():
         for name, module in rounded.named_modules():
             if isinstance(module, torch.nn.Linear) and "layers" in name:
-                new = rounded_weight(module.weight, "round:nf4", None)
+                new = rounded_weight(module.weight, Rounding("nf4"))
                 assert not torch.equal(new, module.weight)
                 module.weight.copy_(new)
-    batch = experiment_rounding._batches(None, "home_commands", 5)[0]
+    batch = rounding_runs._batches(None, "home_commands", 5)[0]
     n = int(batch["attention_mask"][0].sum())
     ids = batch["input_ids"][:1, :n]
     with torch.no_grad():
         p, q = (m(ids).logits[0, :-1].log_softmax(-1) for m in (original, rounded))
-    rows = [
-        b["input_ids"] for b in experiment_rounding._batches(None, "home_commands", 5)
-    ]
+    rows = [b["input_ids"] for b in rounding_runs._batches(None, "home_commands", 5)]
     first = rows[0][:, : min(map(len, rows[0]))]
     shared = int((first == first[:1]).all(0).long().cumprod(0).sum())
     assert 10 < shared < n
@@ -91,16 +83,15 @@ def test_kl_and_loss_are_those_of_the_definition(small):
     assert run["measured"]["tokens"]["home_commands"][0] == n - shared
 
 
-def test_unknown_names_are_refused():
-    for name in ("nf3", "nf4+x", "int8+dq"):
+def test_what_there_is_not_is_refused():
+    for levels, double in (("nf3", False), ("nf4+dq", False), ("int8", True)):
         with pytest.raises(ValueError, match="expected int8"):
-            rounding_of(name)
-    for name in ("pissa", "loftq", "loftq:0"):
-        with pytest.raises(ValueError, match="neither"):
-            quantized_start(name)
+            Rounding(levels, double)
+    with pytest.raises(ValueError, match="1 or more rounds"):
+        LoftQ(0)
 
 
 def test_the_scale_of_an_adapter_does_not_matter():
     weight = torch.randn(64, 64)
-    found = rounded_weight(weight, "round:nf4:4", "qpissa")
-    assert (found - weight).norm() < (rounding_of("nf4")(weight) - weight).norm()
+    found = rounded_weight(weight, Rounding("nf4", rank=4), QPiSSA())
+    assert (found - weight).norm() < (Rounding("nf4")(weight) - weight).norm()

@@ -7,23 +7,28 @@ import pytest
 import torch
 from small_models import byte_tokenizer, random_llama
 
-from course_utils import (
-    experiment_costs,
-    experiment_run,
-    experiment_setup,
-    experiments,
-    records,
-)
+from course_utils import records
 from course_utils.data import data_hash, load_examples
-from course_utils.experiment_lists import LESSON_RUNS, best_rate
-from course_utils.experiment_lists_08 import sweep
-from course_utils.experiment_setup import Experiment, make_model, make_records
-from course_utils.experiments import record_family
 from course_utils.runtime import Profile
+from course_utils.sweep import LastLayers, Prompting
+from course_utils.sweep import experiment as sweep_runs
+from maintenance.runs import __main__ as command
+from maintenance.runs import costs
+from maintenance.runs import experiment as runs
+from maintenance.runs.__main__ import record_family
+from maintenance.runs.experiment import (
+    RecordedExperiment,
+    make_recorded_model,
+    make_recorded_rows,
+    run_training,
+)
+from maintenance.runs.lists import LESSON_RUNS, best_rate, sweep
+from maintenance.runs.rounding import Rounding
+from maintenance.store import differences
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
 
-UNTRAINED = ("prompt:", "round:")
+UNTRAINED = (Prompting, Rounding)
 
 
 @pytest.fixture
@@ -33,26 +38,26 @@ def small(monkeypatch, tmp_path):
     def load(name=None, *, dtype=None, quantization=None):
         return random_llama(initializer_range=0.05).to(dtype or torch.float32)
 
-    for module in (experiment_run, experiment_setup):
+    for module in (sweep_runs, runs):
         monkeypatch.setattr(module, "load_model", load)
         monkeypatch.setattr(
             module, "load_tokenizer", lambda name=None: byte_tokenizer()
         )
     profile = Profile("cpu", "cpu", torch.float32, 0)
-    monkeypatch.setattr(experiment_run, "get_profile", lambda: profile)
+    monkeypatch.setattr(sweep_runs, "get_profile", lambda: profile)
     monkeypatch.setattr(records, "data_folder", lambda: tmp_path)
-    experiment_run._untuned.cache_clear()
+    sweep_runs._untuned.cache_clear()
     yield
-    experiment_run._untuned.cache_clear()
+    sweep_runs._untuned.cache_clear()
 
 
 def quick(label="full", method="full", **more):
     settings = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "eval_examples": 4}
-    return Experiment(label, method, **settings | {"test_examples": 0} | more)
+    return RecordedExperiment(label, method, **settings | {"test_examples": 0} | more)
 
 
 def trainable(method):
-    model = make_model(quick(method=method))
+    model = make_recorded_model(quick(method=method))
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -60,22 +65,20 @@ def test_each_method_trains_what_it_says(small):
     everything = {name for name, _ in random_llama().named_parameters()}
     assert trainable("full") == everything
     assert trainable("head") == {"lm_head.weight"}
-    assert trainable("freeze:0") == everything - {"model.embed_tokens.weight"}
+    assert trainable(LastLayers(2)) == everything - {"model.embed_tokens.weight"}
     frozen = {n for n in everything if n.startswith("model.layers.0.")}
-    assert trainable("freeze:1") == trainable("freeze:0") - frozen
-    assert trainable("last:1") == trainable("freeze:1")
-    assert trainable("last:2") == trainable("freeze:0")
+    assert trainable(LastLayers(1)) == trainable(LastLayers(2)) - frozen
     assert all("lora_" in name for name in trainable(LORA)) and trainable(LORA)
-    for wrong in ("freeze:3", "freeze", "half"):
+    for wrong in (LastLayers(3), "freeze:1", "half"):
         with pytest.raises(ValueError, match="expected 'full'"):
-            make_model(quick(method=wrong))
+            make_recorded_model(quick(method=wrong))
 
 
 def test_spoiled_records_are_spoiled_as_said(small):
     tokenizer = byte_tokenizer()
 
     def learned(experiment):
-        rows = make_records(experiment)
+        rows = make_recorded_rows(experiment)
         return [
             tokenizer.decode([i for i in row["labels"] if i != -100]) for row in rows
         ]
@@ -92,7 +95,7 @@ def test_spoiled_records_are_spoiled_as_said(small):
 
 def test_a_run_has_what_a_record_needs(small, monkeypatch):
     asked = {"loss": 5.0, "answer_share": 0.0}
-    monkeypatch.setattr(experiment_run, "_general", lambda model, tok: asked)
+    monkeypatch.setattr(sweep_runs, "_general", lambda model, tok: asked)
     name = "model.layers.1.self_attn.q_proj.weight"
     experiment = quick(
         test_examples=3,
@@ -105,7 +108,7 @@ def test_a_run_has_what_a_record_needs(small, monkeypatch):
     record_family("02_try", [experiment], command="make runs", say=lambda line: None)
     record = records.load_record("02_try")
     (run,) = record["runs"]
-    assert records.differences(record) == []
+    assert differences(record) == []
     assert len(run["loss"]) == 4 and [s for s, _ in run["eval_loss"]] == [2, 4]
     assert run["loss"][-1] < run["loss"][0]
     assert len(run["predictions"]) == len(run["slices"]) == 3
@@ -125,8 +128,9 @@ def test_a_second_test_is_answered_in_full_and_scored_apart(small, monkeypatch):
     def load(name, *rest, **options):
         return asked if name == "another" else load_examples(name, *rest, **options)
 
-    monkeypatch.setattr(experiment_run, "load_examples", load)
-    monkeypatch.setattr(experiment_run, "data_hash", lambda name: f"hash of {name}")
+    for module in (sweep_runs, runs):
+        monkeypatch.setattr(module, "load_examples", load)
+    monkeypatch.setattr(runs, "data_hash", lambda name: f"hash of {name}")
     family = [quick(test_examples=2, also_test="another")]
     record_family("02_try", family, command="x", say=lambda line: None)
     record = records.load_record("02_try")
@@ -138,33 +142,36 @@ def test_a_second_test_is_answered_in_full_and_scored_apart(small, monkeypatch):
     assert run["metrics"]["also_test_exact_match"] == 0
     assert set(run["metrics"]["also_test_by_slice"]) == set(asked["slice"])
     found["predictions"][0] = found["references"][0]
-    assert any("also_test_exact_match" in one for one in records.differences(record))
+    assert any("also_test_exact_match" in one for one in differences(record))
     assert "also_test" not in quick().settings()
 
 
 @pytest.mark.parametrize("more", [{"loraplus_ratio": 16.0}, {"schedule": "cosine"}])
 def test_adapters_are_trained_by_the_same_path(small, more):
-    run = experiment_run.run_experiment(quick("LoRA", LORA, **more), progress=False)
+    run = run_training(quick("LoRA", LORA, **more), progress=False)
     assert [step for step, _ in run["eval_loss"]] == [3]
     assert run["trainable_parameters"] < 5000
     assert all(math.isfinite(value) for value in run["loss"])
 
 
 def test_a_second_set_is_mixed_in(small):
-    plain, both = make_records(quick()), make_records(quick(also="instructions"))
+    plain, both = (
+        make_recorded_rows(quick()),
+        make_recorded_rows(quick(also="instructions")),
+    )
     assert both[: len(plain)] == plain and len(both) > len(plain)
     assert "also" not in quick().settings()
     assert quick(also="instructions").settings()["also"] == "instructions"
 
 
 def test_a_long_run_that_is_stopped_goes_on(small, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(experiment_run, "LONG_RUN_STEPS", 6)
-    monkeypatch.setattr(experiment_run, "build_folder", lambda: tmp_path)
+    monkeypatch.setattr(runs, "LONG_RUN_STEPS", 6)
+    monkeypatch.setattr(runs, "build_folder", lambda: tmp_path)
     long = quick("long", steps=6, eval_every=2, test_examples=0)
-    whole = experiment_run.run_experiment(long, progress=False)
+    whole = run_training(long, progress=False)
     assert not list((tmp_path / "runs").iterdir())
 
-    log = experiment_costs.ElapsedSeconds.on_log
+    log = costs.ElapsedSeconds.on_log
 
     def stop_in_step_5(self, args, state, control, **more):
         log(self, args, state, control, **more)
@@ -173,13 +180,13 @@ def test_a_long_run_that_is_stopped_goes_on(small, monkeypatch, tmp_path, capsys
             raise KeyboardInterrupt
 
     with monkeypatch.context() as during:
-        during.setattr(experiment_costs.ElapsedSeconds, "on_log", stop_in_step_5)
+        during.setattr(costs.ElapsedSeconds, "on_log", stop_in_step_5)
         with pytest.raises(KeyboardInterrupt):
-            experiment_run.run_experiment(long, progress=False)
+            run_training(long, progress=False)
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "checkpoint-4").is_dir()
     capsys.readouterr()
-    rest = experiment_run.run_experiment(long)
+    rest = run_training(long)
     assert "step 5 of 6" in capsys.readouterr().out
     assert rest["loss"] == pytest.approx(whole["loss"], abs=1e-6)
     assert rest["eval_loss"] == whole["eval_loss"]
@@ -193,20 +200,18 @@ def test_a_kept_prompt_holds_what_was_learned_and_no_path(small, monkeypatch, tm
 
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     byte_tokenizer().name_or_path = str(tmp_path / "tokenizer")
-    monkeypatch.setattr(experiment_run, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr(runs, "data_folder", lambda: tmp_path)
     method = {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": 4,
         "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": "abcd",
     }
-    started = make_model(quick(method=method)).get_prompt(1)
+    started = make_recorded_model(quick(method=method)).get_prompt(1)
     words = random_llama(initializer_range=0.05).get_input_embeddings()
     encoded = byte_tokenizer()("abcd", return_tensors="pt")["input_ids"]
     assert torch.equal(started, words(encoded))
-    run = experiment_run.run_experiment(
-        quick(method=method, keep_adapter="x"), progress=False
-    )
+    run = run_training(quick(method=method, keep_adapter="x"), progress=False)
     folder = tmp_path / "adapters" / "x"
     assert str(tmp_path) not in json.dumps(run)
     assert {f.name for f in folder.iterdir()} == {
@@ -232,7 +237,7 @@ def fake(calls):
             "seed": experiment.seed,
             "loss": [1.0],
             "eval_loss": [[1, abs(math.log10(experiment.learning_rate) + 3.0)]],
-            "metrics": ["final_eval_loss"],
+            "metrics": {"final_eval_loss": None},
             "seconds": 1.0,
         }
 
@@ -251,13 +256,14 @@ def test_a_family_resumes_where_it_was_stopped(small):
     assert record_family("02_try", family, **options) == 0
     runs = records.load_record("02_try")["runs"]
     assert [run["label"] for run in runs] == ["a", "a", "b", "b"]
-    assert "min left" in lines[1] and "2 of 4 runs are there" in " ".join(lines)
+    assert "run 1 of 4 · a, seed 0" in lines[1]
+    assert "2 of 4 runs are there" in " ".join(lines)
 
 
 def test_a_run_made_on_another_machine_says_so(small, monkeypatch):
     options = {"command": "x", "run": fake([]), "say": lambda line: None}
     record_family("02_try", [quick("a")], **options)
-    monkeypatch.setattr(experiments, "hardware", lambda: {"processor": "other"})
+    monkeypatch.setattr(command, "hardware", lambda: {"processor": "other"})
     record_family("02_try", [quick("a"), quick("b")], **options)
     record = records.load_record("02_try")
     first, second = record["runs"]
@@ -269,7 +275,7 @@ def test_a_run_made_on_another_machine_says_so(small, monkeypatch):
 def test_a_record_against_other_data_is_not_continued(small, monkeypatch):
     options = {"command": "x", "run": fake([]), "say": lambda line: None}
     record_family("02_try", [quick()], **options)
-    monkeypatch.setattr(experiments, "data_hash", lambda name: "f" * 64)
+    monkeypatch.setattr(command, "data_hash", lambda name: "f" * 64)
     with pytest.raises(ValueError, match="recorded against other data"):
         record_family("02_try", [quick()], **options)
 
@@ -282,7 +288,7 @@ def test_a_record_holds_the_second_data_set_too(small, monkeypatch):
     assert source["also"] == {"name": "reviews", "sha256": data_hash("reviews")}
     hashes = {"reviews": "f" * 64}
     now = lambda name: hashes.get(name) or data_hash(name)  # noqa: E731
-    monkeypatch.setattr(experiments, "data_hash", now)
+    monkeypatch.setattr(command, "data_hash", now)
     with pytest.raises(ValueError, match="recorded against other data"):
         record_family("02_both", family, **options)
     with pytest.raises(ValueError, match="one data set a record"):
@@ -313,7 +319,7 @@ def test_the_lists_are_well_formed():
             keys = [(e.label, e.seed) for e in family]
             assert len(set(keys)) == len(keys), name
             assert all(e.learning_rate > 0 for e in family)
-            assert all(e.steps > 0 or e.method.startswith(UNTRAINED) for e in family)
+            assert all(e.steps > 0 or isinstance(e.method, UNTRAINED) for e in family)
 
 
 def sweep_run(experiment, loss):
@@ -360,19 +366,17 @@ def test_a_sweep_grows_until_each_best_rate_is_inside(monkeypatch):
 
 
 def test_costs_are_measured_in_a_step_that_has_optimizer_state(small):
-    run = experiment_run.run_experiment(
-        quick("LoRA", LORA, costs=True, test_examples=3), progress=False
-    )
+    run = run_training(quick("LoRA", LORA, costs=True, test_examples=3), progress=False)
     weights = 4 * random_llama().num_parameters()
-    costs = run["measured"]
-    assert weights < costs["peak_bytes"]
+    lora = run["measured"]
+    assert weights < lora["peak_bytes"]
     # r = 2: an adapter is far smaller than the model it belongs to
-    assert 4 * run["trainable_parameters"] < costs["adapter_bytes"] < weights
+    assert 4 * run["trainable_parameters"] < lora["adapter_bytes"] < weights
     assert "by_field" in run["metrics"]
-    whole = experiment_run.run_experiment(quick(costs=True), progress=False)
+    whole = run_training(quick(costs=True), progress=False)
     assert whole["measured"]["adapter_bytes"] == weights
     # gradients and AdamW's two moments of every weight are there too, not of LoRA's
-    assert whole["measured"]["peak_bytes"] > costs["peak_bytes"] + 2 * weights
+    assert whole["measured"]["peak_bytes"] > lora["peak_bytes"] + 2 * weights
 
 
 def test_a_model_without_chatml_is_asked_in_its_own_way():
@@ -383,6 +387,6 @@ def test_a_model_without_chatml_is_asked_in_its_own_way():
         def get_vocab(self):
             return self.words
 
-    assert experiment_setup.template_for(Known("a", "<|im_end|>")) == "chatml"
-    assert experiment_setup.template_for(Known("[INST]")) == "tokenizer"
-    assert experiment_setup.template_for(byte_tokenizer()) == "chatml"
+    assert sweep_runs.template_for(Known("a", "<|im_end|>")) == "chatml"
+    assert sweep_runs.template_for(Known("[INST]")) == "tokenizer"
+    assert sweep_runs.template_for(byte_tokenizer()) == "chatml"

@@ -8,9 +8,8 @@ import nbformat
 import pytest
 
 from course_utils import records
-from course_utils.method_runs import path_of, recorded_methods
-from course_utils.method_table import order
-from course_utils.record_metrics import RecordError
+from course_utils.records import RecordError
+from course_utils.sweep.results import order, path_of, recorded_methods
 from maintenance import readme
 
 README = (readme.ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from small_models import byte_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
-from course_utils import experiment_classifier as runs
-from course_utils import record_metrics, records
+from course_utils import records
 from course_utils.classification import (
     accuracy,
     confusion_matrix,
@@ -21,10 +20,12 @@ from course_utils.classification import (
     predict,
     tokenize_texts,
 )
-from course_utils.experiment_lists import LESSON_RUNS
-from course_utils.experiment_lists_06 import CLASSIFIERS, virtual_runs
-from course_utils.experiments import record_family
 from course_utils.runtime import Profile
+from maintenance.runs import classifier as runs
+from maintenance.runs import lists
+from maintenance.runs.__main__ import record_family
+from maintenance.runs.lists import CLASSIFIERS, LESSON_RUNS
+from maintenance.store import differences
 
 NAMES = ["bad", "good", "mixed"]
 ROWS = [
@@ -179,7 +180,7 @@ def test_a_recorded_run_recomputes_its_scores(small):
     family = runs.ClassifierExperiment("head", "head", **options).seeds(0, 1)
     record_family("06_try", family, command="make runs", say=lambda line: None)
     record = records.load_record("06_try")
-    assert records.differences(record) == []
+    assert differences(record) == []
     assert [run["seed"] for run in record["runs"]] == [0, 1]
     first = record["runs"][0]
     assert first["metrics"]["accuracy_by_slice"].keys() == {"plain", "irony"}
@@ -187,7 +188,7 @@ def test_a_recorded_run_recomputes_its_scores(small):
         first["predictions"], first["references"]
     )
     first["predictions"] = list(first["references"])
-    assert record_metrics.differences(record), "an edited prediction is not seen"
+    assert differences(record), "an edited prediction is not seen"
 
 
 def test_an_unknown_method_is_refused(small):
@@ -200,8 +201,7 @@ def test_the_classifier_families_are_of_classifiers():
     assert {type(e) for e in family} == {runs.ClassifierExperiment}
 
 
-def test_the_best_rate_of_a_method_is_not_mixed_with_anothers():
-    """`best_rate` takes the runs whose label begins with the method's and a space."""
+def test_the_best_rate_of_a_method_is_not_mixed_with_anothers(monkeypatch):
     for a, b in itertools.permutations(CLASSIFIERS, 2):
         assert not b.startswith(f"{a} ")
     asked = []
@@ -210,7 +210,8 @@ def test_the_best_rate_of_a_method_is_not_mixed_with_anothers():
         asked.append((name, label))
         return CLASSIFIERS[label][1][1]
 
-    family = virtual_runs({}, best)["06_methods"]()
+    monkeypatch.setattr(lists, "best_rate", best)
+    family = LESSON_RUNS["06"]["06_methods"]()
     assert asked == [("06_method_rates", label) for label in CLASSIFIERS]
     assert [e.seed for e in family] == [0, 1, 2] * len(CLASSIFIERS)
     assert {e.learning_rate for e in family} == {r[1] for _, r in CLASSIFIERS.values()}

@@ -16,8 +16,8 @@ import pytest
 from course_utils import records, runtime
 from course_utils.data import _hash_split, data_hash, list_bundled
 from course_utils.evaluation import stratified
-from course_utils.experiment_lists import LESSON_RUNS
 from course_utils.training_speed import SeededBatches
+from maintenance.runs.lists import LESSON_RUNS
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "Makefile").exists())
 FROZEN = ROOT / "tests" / "data" / "frozen.json"

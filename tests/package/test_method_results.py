@@ -8,22 +8,28 @@ import pytest
 import torch
 from small_models import byte_tokenizer, random_llama
 
-from course_utils import experiment_run, experiment_setup, method_compare, records
+from course_utils import records
 from course_utils.data import DataError
-from course_utils.experiment_lists import LORA, PROMPT
-from course_utils.experiment_lists_08 import BUDGET, SEEDS, comparison_runs
-from course_utils.method_compare import (
-    ZERO_SHOT,
-    compare_on,
-    known_methods,
-    plan,
-    split_sizes,
-)
-from course_utils.method_results import agreement
-from course_utils.method_runs import MethodResult, long_runs, path_of, recorded_methods
-from course_utils.method_table import methods_table, percent, readme_section, size
 from course_utils.runtime import Profile
+from course_utils.sweep import (
+    BUDGET,
+    METHODS,
+    SEEDS,
+    MethodResult,
+    agreement,
+    compare,
+    compare_on,
+    experiment,
+    long_runs,
+    methods_table,
+    recorded_methods,
+    split_label,
+)
+from course_utils.sweep.compare import ZERO_SHOT, plan, split_sizes
+from course_utils.sweep.results import path_of, percent, readme_section, size
 from maintenance.readme import check_text
+from maintenance.runs.lists import comparison_runs
+from maintenance.store import save_record
 
 RIGHT = ['{"a": 1}', '{"a": 2}', '{"a": 3}', '{"a": 4}']
 
@@ -88,7 +94,7 @@ def folder(tmp_path, monkeypatch):
 def save(name, runs):
     source = {"name": "home_commands", "sha256": ""}
     top = {"command": "make runs", "hardware": {}, "versions": {}, "data": source}
-    records.save_record(name, top | {"seconds": 1.0, "runs": runs})
+    save_record(name, top | {"seconds": 1.0, "runs": runs})
 
 
 def timed(label, seed, seconds, speed):
@@ -110,8 +116,8 @@ def test_seconds_are_those_that_were_timed_apart(folder):
 
 
 def test_every_method_is_timed_in_turn_and_nothing_else_is_done():
-    runs = comparison_runs(LORA, PROMPT)["08_speed"]
-    names = list(known_methods())
+    runs = comparison_runs()["08_speed"]
+    names = list(METHODS)
     first, second = runs[: len(names)], runs[len(names) :]
     assert [run.label for run in first] == names
     assert sorted(run.label for run in second) == sorted(names)
@@ -120,7 +126,7 @@ def test_every_method_is_timed_in_turn_and_nothing_else_is_done():
     for run in runs:
         assert (run.steps, run.batch_size) == (6, BUDGET["batch_size"])
         assert run.test_examples == 0 and not run.costs and not run.forgetting
-        assert run.method == known_methods()[run.label][0]
+        assert run.method == METHODS[run.label][0]
 
 
 def test_a_method_is_read_at_its_best_rate_with_all_its_seeds(folder):
@@ -346,12 +352,12 @@ def test_a_tie_is_no_disagreement():
 
 
 def test_the_sweep_begins_with_three_rates_of_each_method(folder):
-    families = comparison_runs(LORA, PROMPT)
+    families = comparison_runs()
     runs = [*families["08_low_rank"](), *families["08_others"]()]
-    methods = known_methods()
+    methods = METHODS
     rates = {}
     for one in runs:
-        name = one.label.rpartition(" lr ")[0] or one.label
+        name, _ = split_label({"label": one.label})
         rates.setdefault(name, []).append(one.learning_rate)
     assert rates.keys() == methods.keys() | {ZERO_SHOT, "prompting, few-shot"}
     assert len(methods) == 11 and len(SEEDS) >= 3
@@ -374,14 +380,13 @@ def tiny(monkeypatch, folder):
     def load(name=None, *, dtype=None, quantization=None):
         return random_llama(initializer_range=0.05).to(dtype or torch.float32)
 
-    for module in (experiment_run, experiment_setup, method_compare):
+    for module in (experiment, compare):
         monkeypatch.setattr(module, "load_model", load)
-    for module in (experiment_run, experiment_setup):
-        monkeypatch.setattr(
-            module, "load_tokenizer", lambda name=None: byte_tokenizer()
-        )
+    monkeypatch.setattr(
+        experiment, "load_tokenizer", lambda name=None: byte_tokenizer()
+    )
     profile = Profile("cpu", "cpu", torch.float32, 0)
-    monkeypatch.setattr(experiment_run, "get_profile", lambda: profile)
+    monkeypatch.setattr(experiment, "get_profile", lambda: profile)
 
 
 def write(path, completion, count=60):
@@ -461,11 +466,12 @@ def test_what_cannot_be_compared_is_said(tiny, tmp_path):
 def test_on_other_data_nothing_begins_at_the_courses_task(folder):
     names = ["prompt tuning", "prefix tuning", "QLoRA"]
     ours = plan("home_commands", names, {}, steps=5)
-    prompt, prefix, qlora = plan("my.jsonl", names, {"qlora": 0.5})
+    ours = list(ours.values())
+    prompt, prefix, qlora = plan("my.jsonl", names, {"qlora": 0.5}).values()
     assert (ours[0].data, prompt.data) == ("home_commands", "my.jsonl")
     assert ours[0].steps == 5
     assert ours[0].method["prompt_tuning_init"] == "TEXT"
     assert prompt.method["prompt_tuning_init"] == "SAMPLE_VOCAB"
     assert (ours[1].prefix_from, prefix.prefix_from) == ("schema", None)
     assert (qlora.quantization, qlora.learning_rate) == ("nf4", 0.5)
-    assert prompt.learning_rate == known_methods()["prompt tuning"][1]
+    assert prompt.learning_rate == METHODS["prompt tuning"][1]

@@ -194,8 +194,5 @@ def test_floors_of_an_installed_package_are_those_of_its_metadata(
     assert runtime.version_floors() == in_checkout
 
 
-def test_versions_and_hardware_are_plain_data():
-    import json
-
+def test_versions_are_those_installed():
     assert runtime.versions()["torch"] != "absent"
-    assert json.loads(json.dumps(runtime.hardware()))["cores"] >= 1

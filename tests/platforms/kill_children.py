@@ -33,26 +33,30 @@ def train(folder):
 
 def record(folder):
     """Four recorded runs of a tiny model."""
-    from course_utils import experiment_run, experiment_setup, experiments, records
+    from course_utils import records
+    from course_utils.sweep import LastLayers
+    from course_utils.sweep import experiment as sweep_runs
+    from maintenance.runs import experiment as runs
+    from maintenance.runs.__main__ import record_family
 
     def load(name=None, *, dtype=None, **_):
         return random_llama(initializer_range=0.05).to(dtype or torch.float32)
 
-    for module in (experiment_run, experiment_setup):
+    for module in (sweep_runs, runs):
         module.load_model = load
         module.load_tokenizer = lambda name=None: byte_tokenizer()
-    experiment_run.get_profile = lambda: FP32
+    sweep_runs.get_profile = lambda: FP32
     records.data_folder = lambda: Path(folder)
     settings = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2}
     settings |= {"eval_examples": 4, "test_examples": 0}
     family = [
-        experiments.Experiment(label, method, **settings)
-        for label, method in (("a", "full"), ("b", "head"), ("c", "freeze:1"))
+        runs.RecordedExperiment(label, method, **settings)
+        for label, method in (("a", "full"), ("b", "head"), ("c", LastLayers(1)))
     ]
     family = [one for each in family for one in each.seeds(0, 1)]
-    experiments.record_family("02_try", family, command="x", say=lambda line: None)
-    runs = records.load_record("02_try")["runs"]
-    return {"loss": [run["loss"] for run in runs]}
+    record_family("02_try", family, command="x", say=lambda line: None)
+    made = records.load_record("02_try")["runs"]
+    return {"loss": [run["loss"] for run in made]}
 
 
 def builtin(folder):
@@ -120,12 +124,12 @@ def warm(job):
     """Import now what each child would import."""
     import training_child  # noqa: F401
 
-    import course_utils.experiments
+    import maintenance.runs.__main__
 
     if job in ("builtin", "convert"):
         import transformers
 
-        assert transformers.AutoModelForCausalLM and course_utils.experiments
+        assert transformers.AutoModelForCausalLM and maintenance.runs
 
 
 def main(name):

@@ -1,10 +1,9 @@
-"""What a recorded run costs: seconds, tensors at the peak of a step, bytes kept."""
+"""What a recorded run costs, step by step and over several sittings."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from course_utils.memory import measure_memory
-
-
-class PeakOfStep(TrainerCallback):
-    """Measures the most that tensors take in one step: weights, state, activations.
-
-    Attributes:
-        peak_bytes: of the step, once it has ended.
-        seconds: what the measuring itself took.
-    """
-
-    def __init__(self, step: int = 2) -> None:
-        """Measure in the given step; in the first there is no optimizer state yet."""
-        self.step, self.seconds, self.peak_bytes = step, 0.0, None
-        self._meter: Any = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step - 1:
-            clock = time.perf_counter()
-            device = args.device.type
-            kind = device if device in ("cuda", "mps") else "allocator"
-            self._meter = measure_memory(kind)
-            self._used = self._meter.__enter__()
-            self.seconds += time.perf_counter() - clock
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._meter is not None:
-            clock = time.perf_counter()
-            self._meter.__exit__(None, None, None)
-            self.peak_bytes, self._meter = self._used.peak_bytes, None
-            self.seconds += time.perf_counter() - clock
 
 
 class EveryStep(TrainerCallback):
@@ -95,7 +64,7 @@ def elapsed_seconds(checkpoint: str | os.PathLike) -> float:
 
 
 def keep_adapter(model: Any, folder: Path, base: str) -> int:
-    """Save an adapter without the paths of this machine; returns its bytes.
+    """Save a PEFT model's adapter without the paths of this machine.
 
     How a prompt was initialised is in the record; the file holds what was learned.
 
@@ -103,6 +72,9 @@ def keep_adapter(model: Any, folder: Path, base: str) -> int:
         model: a PEFT model.
         folder: where to.
         base: the name of the base model.
+
+    Returns:
+        Bytes of its weights.
     """
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
@@ -114,18 +86,3 @@ def keep_adapter(model: Any, folder: Path, base: str) -> int:
         config["prompt_tuning_init_text"] = config["tokenizer_name_or_path"] = None
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def saved_bytes(model: Any) -> int:
-    """How large the file is that a method leaves: an adapter's, else trained weights'.
-
-    Returns:
-        Bytes.
-    """
-    if not hasattr(model, "peft_config"):
-        return sum(
-            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The sweep's methods on the reader's data and model. `method_results` offers it."""
+"""The sweep's methods on the reader's data and model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 from course_utils.data import SPLITS, DataError, load_examples
 from course_utils.evaluation import free_text
-from course_utils.experiment_lists import LORA, PROMPT
-from course_utils.experiment_lists_08 import low_rank, other_methods
-from course_utils.experiment_run import run_experiment
-from course_utils.experiment_setup import Experiment
-from course_utils.method_runs import MethodResult, recorded_methods, result_of
-from course_utils.method_table import MethodsTable, methods_table
 from course_utils.models import load_model
 from course_utils.parameters import count_parameters
-from course_utils.record_metrics import recompute
+from course_utils.sweep.experiment import METHODS, Experiment, Prompting, run_experiment
+from course_utils.sweep.results import (
+    MethodResult,
+    MethodsTable,
+    methods_table,
+    recorded_methods,
+    result_of,
+)
 
 OURS = "home_commands"
 ZERO_SHOT = "prompting, zero-shot"
@@ -32,7 +33,7 @@ class OwnComparison:
         sizes: {split: examples there are}.
         as_text: answers were compared as text, not as JSON.
         table: the results as `methods_table` shows them.
-        runs: what `run_experiment` returned, metrics computed: losses, answers.
+        runs: what `run_experiment` returned: losses, answers, metrics.
     """
 
     results: tuple[MethodResult, ...]
@@ -57,11 +58,6 @@ class OwnComparison:
         return f"{self._said()}\n\n{self.table._repr_markdown_()}"
 
 
-def known_methods() -> dict[str, tuple[Any, float, dict]]:
-    """The trained methods of the sweep: {name: (method, first rate, settings)}."""
-    return low_rank(LORA) | other_methods(LORA, PROMPT)
-
-
 def split_sizes(data: str | Path, batch_size: int) -> dict[str, int]:
     """Count the examples of each split, and refuse what cannot be compared on.
 
@@ -73,20 +69,15 @@ def split_sizes(data: str | Path, batch_size: int) -> dict[str, int]:
         DataError: the data are unreadable, are no prompts with completions, or a
             split is too small; some test completions are JSON objects, others not.
     """
-    everything = load_examples(data, "all")
-    if missing := {"prompt", "completion"} - set(everything.column_names):
+    columns = load_examples(data, "all").column_names
+    if missing := {"prompt", "completion"} - set(columns):
         raise DataError(
-            f"no {' and no '.join(sorted(missing))} in {everything.column_names}",
+            f"no {' and no '.join(sorted(missing))} in {columns}",
             expected="records with prompt and completion",
             cure="Write one prompt and one completion from each conversation.",
             file=data,
         )
-    sizes = {}
-    for split in SPLITS:
-        try:
-            sizes[split] = len(load_examples(data, split))
-        except DataError:  # the file or folder is fine: this split is empty
-            sizes[split] = 0
+    sizes = {split: _size(data, split) for split in SPLITS}
     if not all(sizes.values()) or sizes["train"] < batch_size:
         counts = ", ".join(f"{n} {split}" for split, n in sizes.items())
         raise DataError(
@@ -109,12 +100,19 @@ def split_sizes(data: str | Path, batch_size: int) -> dict[str, int]:
     return sizes
 
 
+def _size(data: str | Path, split: str) -> int:
+    try:
+        return len(load_examples(data, split))
+    except DataError:  # the file or folder is fine: this split is empty
+        return 0
+
+
 def plan(
     data: str | Path,
     methods: Sequence[str],
     rates: Mapping[str, float],
     **settings: Any,
-) -> list[Experiment]:
+) -> dict[str, Experiment]:
     """Define one experiment a method, each at its best recorded learning rate.
 
     Prompt tuning and a prefix start from the course's own task in the sweep; on other
@@ -122,42 +120,40 @@ def plan(
 
     Args:
         data: as `load_examples`.
-        methods: names, of `known_methods` or `ZERO_SHOT`; case does not matter.
+        methods: names, of `METHODS` or `ZERO_SHOT`; case does not matter.
         rates: {name: learning rate}, before what is recorded.
         settings: of every `Experiment`, besides the data.
+
+    Returns:
+        {name of the method: its experiment}, in the order of `methods`.
 
     Raises:
         ValueError: a name is unknown; says the known ones.
     """
-    settings["data"] = str(data)
-    known = known_methods()
-    names = {name.lower(): name for name in [*known, ZERO_SHOT]}
-    recorded = {r.name: r.learning_rate for r in recorded_methods()}
+    names = {name.lower(): name for name in [*METHODS, ZERO_SHOT]}
     if unknown := [m for m in [*methods, *rates] if m.lower() not in names]:
         known_names = ", ".join(names.values())
         raise ValueError(f"unknown method {unknown[0]!r}; known: {known_names}")
-    asked = {names[name.lower()]: rate for name, rate in rates.items()}
-    experiments = []
-    for name in dict.fromkeys(names[method.lower()] for method in methods):
-        if name == ZERO_SHOT:
-            untrained = settings | {"steps": 0, "costs": None}
-            experiments.append(Experiment(name, "prompt:zero-shot", **untrained))
-            continue
-        method, rate, more = known[name]
-        if name == "last 6 layers":  # of whatever model; the records say "freeze:24"
-            method = "last:6"
-        rate = asked.get(name) or recorded.get(name) or rate
-        if settings["data"] != OURS:
-            more = {key: more[key] for key in more if key != "prefix_from"}
-            if isinstance(method, dict) and "prompt_tuning_init" in method:
-                method = method | {
-                    "prompt_tuning_init": "SAMPLE_VOCAB",
-                    "prompt_tuning_init_text": None,
-                }
-        experiments.append(
-            Experiment(f"{name} lr {rate:g}", method, rate, **settings | more)
-        )
-    return experiments
+    recorded = {r.name: r.learning_rate for r in recorded_methods()}
+    chosen = recorded | {names[name.lower()]: rate for name, rate in rates.items()}
+    settings["data"] = str(data)
+    return {
+        name: _experiment(name, chosen.get(name), settings)
+        for name in dict.fromkeys(names[method.lower()] for method in methods)
+    }
+
+
+def _experiment(name: str, rate: float | None, settings: dict) -> Experiment:
+    if name == ZERO_SHOT:
+        return Experiment(name, Prompting(), **settings | {"steps": 0, "costs": None})
+    method, first_rate, more = METHODS[name]
+    rate = rate or first_rate
+    if settings["data"] != OURS:
+        more = {key: more[key] for key in more if key != "prefix_from"}
+        if isinstance(method, dict) and "prompt_tuning_init" in method:
+            start = {"prompt_tuning_init": "SAMPLE_VOCAB"}
+            method = method | start | {"prompt_tuning_init_text": None}
+    return Experiment(f"{name} lr {rate:g}", method, rate, **settings | more)
 
 
 def compare_on(
@@ -209,25 +205,20 @@ def compare_on(
     sizes = split_sizes(data, batch_size)
     counts = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
     print(f"{data}: {counts} examples")
-    runs = []
-    for experiment in experiments:
+    runs = {}
+    for name, experiment in experiments.items():
         print(f"{experiment.label}: {experiment.steps} steps of {batch_size}", end="")
-        run = run_experiment(experiment, progress=False)
-        run["metrics"] = dict.fromkeys(run["metrics"])
-        print(f" · {run['seconds']:.0f} s")
-        runs.append(run)
-    runs = recompute({"name": "", "runs": runs})["runs"]
-    results = [
-        result_of(run["label"].rpartition(" lr ")[0] or run["label"], [run])
-        for run in runs
-    ]
-    full = [r.trainable_parameters for r in results if r.name == "full"]
-    total = full[0] if full else count_parameters(load_model(model)).total
-    table = methods_table(results, total_parameters=total, marked=False)
+        runs[name] = run_experiment(experiment, progress=False)
+        print(f" · {runs[name]['seconds']:.0f} s")
+    results = {name: result_of(name, [run]) for name, run in runs.items()}
+    if "full" in results:
+        total = results["full"].trainable_parameters
+    else:
+        total = count_parameters(load_model(model)).total
     return OwnComparison(
-        tuple(results),
+        tuple(results.values()),
         sizes,
         free_text(load_examples(data, "test")["completion"]),
-        table,
-        tuple(runs),
+        methods_table(results.values(), total_parameters=total, marked=False),
+        tuple(runs.values()),
     )

@@ -17,7 +17,9 @@ from course_utils.data import load_examples
 from course_utils.models import load_classifier
 from course_utils.parameters import count_parameters
 from course_utils.runtime import get_profile, set_seed
+from course_utils.sweep.experiment import new_run
 from course_utils.training import LossHistory, prepare_trainer, training_arguments
+from maintenance.store import METRICS, compute_metrics
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,6 @@ class ClassifierExperiment:
     eval_every: int = 30
     start_scale: float = 1.0
     data: str = "reviews"
-
-    # What `experiment_lists.estimate_seconds` asks of any experiment.
-    kind = "encoder"
-    eval_examples = 0
-    test_examples = 0
-    forgetting = False
 
     def settings(self) -> dict[str, Any]:
         """All fields but label and seed, as a record holds them."""
@@ -100,84 +96,92 @@ def make_classifier(
 def run_classifier(
     experiment: ClassifierExperiment, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train, classify the test set, and return a run as `course_utils.records` has it.
+    """Train and measure a classifier.
 
-    Args:
-        experiment: what to do.
-        progress: print a line from time to time.
+    Returns:
+        A run in the schema of `course_utils.records`.
+
+    Raises:
+        ValueError: as `make_classifier`.
     """
-    import torch
-    from transformers import DataCollatorWithPadding, Trainer
-
-    from course_utils.experiment_costs import saved_bytes
+    from course_utils.sweep.costs import saved_bytes
     from course_utils.training_callbacks import PlainProgress
 
-    start, profile = time.perf_counter(), replace(get_profile(), seed=experiment.seed)
-    parts = {
-        split: load_examples(experiment.data, split)
-        for split in ("train", "validation", "test")
-    }
+    begun = time.perf_counter()
+    splits = ("train", "validation", "test")
+    parts = {split: load_examples(experiment.data, split) for split in splits}
     names = label_names(parts["train"])
     set_seed(experiment.seed)
     model, tokenizer = make_classifier(
         experiment.method, len(names), experiment.start_scale
     )
     rows = {s: tokenize_texts(parts[s], tokenizer, names) for s in parts}
-    rate, head_rate = experiment.learning_rate, experiment.head_rate
-    head_rate = rate if head_rate is None else head_rate
-    groups = parameter_groups(model, rate, head_rate)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(
-                profile,
-                folder,
-                max_steps=experiment.steps,
-                per_device_train_batch_size=experiment.batch_size,
-                per_device_eval_batch_size=64,
-                learning_rate=rate,
-                warmup_steps=round(experiment.warmup * experiment.steps),
-                eval_strategy="steps",
-                eval_steps=experiment.eval_every,
-                label_names=["labels"],
-            ),
-            train_dataset=rows["train"],
-            eval_dataset=rows["validation"],
-            data_collator=DataCollatorWithPadding(tokenizer),
-            optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
-        )
-        prepare_trainer(trainer)
+        trainer = _make_trainer(experiment, model, tokenizer, rows, folder)
         if not progress:
             trainer.pop_callback(PlainProgress)
-        trained = count_parameters(trainer.model).trainable
-        clock = time.perf_counter()
-        trainer.train()
-        train_seconds = time.perf_counter() - clock
-    history = LossHistory.from_log(trainer.state.log_history)
-    evaluations = [e for e in trainer.state.log_history if "eval_runtime" in e]
-    train_seconds -= sum(entry["eval_runtime"] for entry in evaluations)
+        run = _train(experiment, trainer)
     test = parts["test"]
-    run = {
-        "label": experiment.label,
-        "settings": experiment.settings(),
-        "seed": experiment.seed,
-        "loss": list(history.loss),
-        "eval_loss": [
-            list(pair)
-            for pair in zip(history.eval_steps, history.eval_loss, strict=True)
-        ],
-        "metrics": ["final_loss", "final_eval_loss", "accuracy", "macro_f1"],
-        "predictions": predict(model, tokenizer, test["text"], names),
-        "references": [str(label) for label in test["label"]],
-        "trainable_parameters": trained,
-        "tokens_per_s": trainer.state.num_input_tokens_seen / train_seconds,
-        "measured": {
-            "train_seconds": train_seconds,
-            "adapter_bytes": saved_bytes(model),
-        },
-    }
+    run["measured"]["adapter_bytes"] = saved_bytes(model)
+    run["predictions"] = predict(model, tokenizer, test["text"], names)
+    run["references"] = [str(label) for label in test["label"]]
+    metrics = ["final_loss", "final_eval_loss", "accuracy", "macro_f1"]
     if "slice" in test.column_names:
         run["slices"] = list(test["slice"])
-        run["metrics"].append("accuracy_by_slice")
-    run["seconds"] = time.perf_counter() - start
-    return run
+        metrics.append("accuracy_by_slice")
+    run["metrics"] = compute_metrics(run, metrics, METRICS)
+    return run | {"seconds": time.perf_counter() - begun}
+
+
+def _make_trainer(
+    experiment: ClassifierExperiment,
+    model: Any,
+    tokenizer: Any,
+    rows: dict[str, Any],
+    folder: str,
+) -> Any:
+    import torch
+    from transformers import DataCollatorWithPadding, Trainer
+
+    rate, head_rate = experiment.learning_rate, experiment.head_rate
+    groups = parameter_groups(model, rate, rate if head_rate is None else head_rate)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(
+            replace(get_profile(), seed=experiment.seed),
+            folder,
+            max_steps=experiment.steps,
+            per_device_train_batch_size=experiment.batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=rate,
+            warmup_steps=round(experiment.warmup * experiment.steps),
+            eval_strategy="steps",
+            eval_steps=experiment.eval_every,
+            label_names=["labels"],
+        ),
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+    )
+    prepare_trainer(trainer)
+    return trainer
+
+
+def _train(experiment: ClassifierExperiment, trainer: Any) -> dict[str, Any]:
+    """Losses and seconds, of the training without its validations."""
+    trained = count_parameters(trainer.model).trainable
+    clock = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - clock
+    log = trainer.state.log_history
+    seconds -= sum(entry.get("eval_runtime", 0.0) for entry in log)
+    history = LossHistory.from_log(log)
+    pairs = zip(history.eval_steps, history.eval_loss, strict=True)
+    return new_run(experiment) | {
+        "loss": list(history.loss),
+        "eval_loss": [list(pair) for pair in pairs],
+        "trainable_parameters": trained,
+        "tokens_per_s": trainer.state.num_input_tokens_seen / seconds,
+        "measured": {"train_seconds": seconds},
+    }

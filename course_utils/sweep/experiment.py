@@ -1,0 +1,570 @@
+"""One training of the sweep: what it is, and how it is made.
+
+`run_experiment` trains on the path that the lessons use (`SFTTrainer` and
+`prepare_trainer`) and scores the test set. `METHODS` are the sweep's methods, `BUDGET`
+what each of them gets, `grid` the learning rates that are tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from course_utils import classification, scoring
+from course_utils.data import load_examples
+from course_utils.evaluation import (
+    Evaluation,
+    answer_share,
+    evaluate,
+    free_text,
+    perplexity,
+    stratified,
+)
+from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
+from course_utils.models import load_model, load_tokenizer, model_name
+from course_utils.parameters import count_parameters
+from course_utils.runtime import data_folder, get_profile, set_seed
+from course_utils.training import LossHistory, prepare_trainer, sft_config
+
+BUILTIN_LAYERS = 30
+SEEDS = (0, 1, 2)
+# All methods alike: what is frozen is stored in float32 too, and multiplied in bfloat16
+# where the processor can.
+BUDGET = {
+    "steps": 40,
+    "batch_size": 6,
+    "eval_every": 10,
+    "eval_examples": 48,
+    "test_examples": 96,
+    "base_dtype": "float32",
+    "costs": True,
+}
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+PROMPT = {
+    "peft_type": "PROMPT_TUNING",
+    "num_virtual_tokens": 20,
+    "prompt_tuning_init": "TEXT",
+    "prompt_tuning_init_text": (
+        'Turn the sentence into one JSON object, "action" first, and answer with '
+        "nothing else.\n"
+    ),
+}
+P_TUNING = {
+    "peft_type": "P_TUNING",
+    "num_virtual_tokens": 20,
+    "encoder_hidden_size": 576,
+}
+PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 32}
+
+# A method, the first learning rate to try, and further settings of its experiments.
+Candidate = tuple[Any, float, dict[str, Any]]
+
+
+# --- what is trained -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LastLayers:
+    """Train the last layers and the final norm; embeddings and other layers stay."""
+
+    count: int
+
+    def stored(self, model: str | None) -> str:
+        """As a record names it: of the built-in model, how many layers stay."""
+        kept = BUILTIN_LAYERS - self.count
+        return f"freeze:{kept}" if model is None else f"last:{self.count}"
+
+    def freeze(self, model: Any) -> None:
+        """Freeze the rest of a causal model, in place.
+
+        Raises:
+            ValueError: it has fewer layers.
+        """
+        layers = model.base_model.layers
+        if not 0 <= self.count <= len(layers):
+            raise ValueError(f"{self}: expected 'full' or 0 to {len(layers)} layers")
+        model.get_input_embeddings().requires_grad_(False)
+        for layer in layers[: len(layers) - self.count]:
+            layer.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """No training: the model is asked, with the data set's best prompt or without."""
+
+    few_shot: bool = False
+
+    def stored(self, model: str | None) -> str:
+        """As a record names it."""
+        return "prompt:few-shot" if self.few_shot else "prompt:zero-shot"
+
+    def template(self, data: str, tokenizer: Any) -> Any:
+        """The layout of a question: few-shot reads the data set's schema and shots."""
+        if not self.few_shot:
+            return template_for(tokenizer)
+        folder = data_folder() / data
+        schema = (folder / "schema.txt").read_text(encoding="utf-8")
+        shots = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
+        return with_examples("chatml", shots, system=schema)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training, described completely.
+
+    Attributes:
+        label: what a figure calls it; runs that differ in the seed alone share it.
+        method: `"full"`, `LastLayers`, `Prompting`, or the fields of a PEFT
+            configuration, as `LORA`.
+        learning_rate: at its peak.
+        steps, batch_size: optimiser steps, and examples in each.
+        schedule: a name of transformers' schedules.
+        warmup: share of the steps in which the rate rises, 0 to 1.
+        seed: orders the data, initialises adapters.
+        test_examples: answers generated and scored, chosen by slice; 0 for none, None
+            for the whole test set.
+        eval_every: validation loss every so many steps; 0 measures it at the end.
+        eval_examples: validation examples for that.
+        base_dtype: dtype of frozen weights; None takes the profile's. What is trained
+            is float32 always.
+        forgetting: measure the general questions before and after.
+        quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
+        prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
+            `schema.txt`, set as a system turn; None starts as PEFT does.
+        costs: measure the most that tensors take in the second step, and the bytes of
+            what a user of the method has to keep.
+        data, model: names of the data set and, None for the built-in one, the model.
+    """
+
+    label: str
+    method: Any = "full"
+    learning_rate: float = 1e-4
+    steps: int = 60
+    batch_size: int = 8
+    schedule: str = "linear"
+    warmup: float = 0.1
+    seed: int = 0
+    test_examples: int | None = 120
+    eval_every: int = 0
+    eval_examples: int = 64
+    base_dtype: str | None = None
+    forgetting: bool = False
+    quantization: str | None = None
+    prefix_from: str | None = None
+    costs: bool | None = None
+    data: str = "home_commands"
+    model: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All fields but label and seed, in JSON types."""
+        names = [f.name for f in fields(self) if f.name not in ("label", "seed")]
+        values = {name: getattr(self, name) for name in names}
+        if not isinstance(self.method, str | dict):
+            values["method"] = self.method.stored(self.model)
+        return values | {"model": model_name(self.model)}
+
+    def seeds(self, *seeds: int) -> list[Experiment]:
+        """The same experiment with each of these seeds.
+
+        >>> [e.seed for e in Experiment("full").seeds(0, 1, 2)]
+        [0, 1, 2]
+        """
+        return [replace(self, seed=seed) for seed in seeds]
+
+
+def low_rank(lora: dict[str, Any]) -> dict[str, Candidate]:
+    """LoRA and its kin, by name.
+
+    rsLoRA divides `lora_alpha` by the root of r, so that at r = 64 its factor is the 2
+    of the others.
+    """
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    wide = {"r": 64, "lora_alpha": 16, "use_rslora": True}
+    return {
+        "LoRA": (lora, 1e-2, {}),
+        "LoRA, attention": (lora | {"target_modules": attention}, 1e-2, {}),
+        "rsLoRA, r = 64": (lora | wide, 3e-3, {}),
+        "DoRA": (lora | {"use_dora": True}, 1e-2, {}),
+        "PiSSA": (lora | {"init_lora_weights": "pissa"}, 1e-3, {}),
+    }
+
+
+def other_methods(lora: dict[str, Any], prompt: dict[str, Any]) -> dict[str, Candidate]:
+    """All other trained methods, by name."""
+    return {
+        "full": ("full", 3e-4, {}),
+        "last 6 layers": (LastLayers(6), 1e-3, {}),
+        "QLoRA": (lora, 1e-2, {"quantization": "nf4"}),
+        "prompt tuning": (prompt, 3e-1, {}),
+        "P-tuning": (P_TUNING, 3e-3, {}),
+        "prefix tuning": (PREFIX, 3e-2, {"prefix_from": "schema"}),
+    }
+
+
+METHODS = low_rank(LORA) | other_methods(LORA, PROMPT)
+
+
+# --- which learning rates are tried ----------------------------------------------
+
+
+def neighbour(rate: float, turn: int) -> float:
+    """The next rate of 1, 3, 10, 30, ... up (`turn` 1) or down (-1).
+
+    >>> neighbour(0.003, 1), neighbour(0.003, -1)
+    (0.01, 0.001)
+    """
+    place = round(2 * math.log10(rate)) + turn  # 10^(1/2) is 3.16
+    return float(f"{(1, 3)[place % 2]}e{place // 2}")
+
+
+def grid(first: float, losses: dict[float, float | None]) -> tuple[list[float], bool]:
+    """The rates to try: three, and further ones while the best is at an edge.
+
+    Args:
+        first: the rate in the middle of the first three.
+        losses: {rate: final validation loss} of what is known; None is not a number.
+
+    Returns:
+        Rates from the lowest up, and whether all are known with the best inside.
+
+    >>> grid(1e-3, {})
+    ([0.0003, 0.001, 0.003], False)
+    >>> grid(1e-3, {3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.9})
+    ([0.0001, 0.0003, 0.001, 0.003], False)
+    >>> grid(1e-3, {3e-4: 0.5, 1e-3: 0.4, 3e-3: None})
+    ([0.0003, 0.001, 0.003], True)
+    """
+    rates = sorted({neighbour(first, -1), first, neighbour(first, 1), *losses})
+    if not set(rates) <= losses.keys():
+        return rates, False
+    best = best_of(losses)
+    if best == rates[0]:
+        return [neighbour(best, -1), *rates], False
+    if best == rates[-1]:
+        return [*rates, neighbour(best, 1)], False
+    return rates, True
+
+
+def best_of(losses: dict[float, float | None]) -> float:
+    """The rate of the lowest loss; the lowest rate where no loss is a number."""
+    return min(
+        sorted(losses), key=lambda r: math.inf if losses[r] is None else losses[r]
+    )
+
+
+# --- how a run's figures follow from what it holds ---------------------------------
+
+
+def last_known(values: Iterable[float | None]) -> float | None:
+    """The last value that is not None; None of nothing."""
+    return next((v for v in reversed([*values]) if v is not None), None)
+
+
+def _of_answers(score: Callable[..., Any], *by: str) -> Callable[[Mapping], Any]:
+    names = ("predictions", "references", *by)
+    return lambda run: score(*(run[name] for name in names))
+
+
+METRICS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "exact_match": _of_answers(scoring.exact_match),
+    "exact_text": _of_answers(scoring.exact_text),
+    "field_f1": _of_answers(scoring.field_f1),
+    "by_slice": _of_answers(scoring.by_slice, "slices"),
+    "by_field": _of_answers(scoring.by_field),
+    "accuracy": _of_answers(classification.accuracy),
+    "macro_f1": _of_answers(classification.macro_f1),
+    "final_loss": lambda run: last_known(run["loss"]),
+    "final_eval_loss": lambda run: last_known(loss for _, loss in run["eval_loss"]),
+}
+
+
+def compute_metrics(
+    run: Mapping[str, Any],
+    names: Iterable[str],
+    metrics: Mapping[str, Callable[[Mapping[str, Any]], Any]] = METRICS,
+) -> dict[str, Any]:
+    """Compute figures of a run from its losses and answers.
+
+    Args:
+        run: as `run_experiment` returns it.
+        names: of `metrics`.
+        metrics: {name: how it follows from a run}.
+
+    Raises:
+        KeyError: the run lacks what a metric is computed from.
+    """
+    return {name: metrics[name](run) for name in names}
+
+
+# --- one run -----------------------------------------------------------------------
+
+
+def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
+    """Train, measure, and return a run as records hold it.
+
+    Answers are generated with 16-bit weights where the profile computes in 16 bits.
+
+    Args:
+        experiment: what to do.
+        progress: print a line from time to time.
+
+    Returns:
+        `label`, `settings`, `seed`, `loss` by step (nats a token), `eval_loss` as
+        [step, loss] pairs, `trainable_parameters`, `metrics`, `measured` (seconds,
+        bytes), `seconds` in all; with test examples `predictions`, `references` and,
+        where there are some, `slices`.
+
+    Raises:
+        ValueError: as `make_model`.
+    """
+    begun = time.perf_counter()
+    if isinstance(experiment.method, Prompting):
+        run = new_run(experiment) | {"trainable_parameters": 0}
+        add_test(run, experiment, load_model(experiment.model))
+    else:
+        set_seed(experiment.seed)
+        model = make_model(experiment)
+        with tempfile.TemporaryDirectory() as folder:
+            records = make_records(experiment)
+            run = train(experiment, model, records, folder, progress=progress)
+        score(run, experiment, model)
+        del model
+        gc.collect()
+    return run | {"seconds": time.perf_counter() - begun}
+
+
+def new_run(experiment: Any) -> dict[str, Any]:
+    """A run before anything has happened: no losses, no metrics, nothing measured."""
+    identity = {"label": experiment.label, "settings": experiment.settings()}
+    empty = {"loss": [], "eval_loss": [], "metrics": {}, "measured": {}}
+    return identity | {"seed": experiment.seed} | empty
+
+
+def make_model(experiment: Experiment) -> Any:
+    """Load the model and make trainable what the method trains.
+
+    Raises:
+        ValueError: the method is unknown, or there are fewer layers than it trains.
+    """
+    import torch
+
+    method, name = experiment.method, experiment.model
+    if isinstance(method, dict):
+        return _with_adapter(experiment)
+    if method != "full" and not isinstance(method, LastLayers):
+        raise ValueError(
+            f"method {method!r}: expected 'full', LastLayers(n), or a dict with a PEFT "
+            "configuration's fields"
+        )
+    model = load_model(name, dtype=torch.float32)
+    if method != "full":
+        method.freeze(model)
+    return model
+
+
+def _with_adapter(experiment: Experiment) -> Any:
+    import torch
+    from peft import get_peft_config, get_peft_model, initialize_kv_prefix_from_text
+
+    method, name = experiment.method, experiment.model
+    if method.get("prompt_tuning_init") == "TEXT":  # a record holds no paths
+        folder = load_tokenizer(name).name_or_path
+        method = {"tokenizer_name_or_path": folder, **method}
+    dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None
+    base = load_model(name, dtype=dtype, quantization=experiment.quantization)
+    model = get_peft_model(base, get_peft_config({"task_type": "CAUSAL_LM", **method}))
+    if experiment.prefix_from:
+        file = data_folder() / experiment.data / f"{experiment.prefix_from}.txt"
+        text, tokenizer = file.read_text(encoding="utf-8"), load_tokenizer(name)
+        initialize_kv_prefix_from_text(model, tokenizer, text=text)
+    return model
+
+
+def template_for(tokenizer: Any) -> str:
+    """Name the layout: ChatML where its markers are known, else the tokenizer's own."""
+    return "chatml" if "<|im_end|>" in tokenizer.get_vocab() else "tokenizer"
+
+
+def make_records(experiment: Experiment) -> list[dict[str, Any]]:
+    """Tokenized training records."""
+    tokenizer = load_tokenizer(experiment.model)
+    rows = load_examples(experiment.data, seed=experiment.seed)
+    return list(tokenize_dataset(rows, tokenizer, template=template_for(tokenizer)))
+
+
+def _make_trainer(
+    experiment: Experiment,
+    model: Any,
+    records: Sequence[dict],
+    folder: str | os.PathLike,
+    optimizer: Any,
+    arguments: Mapping[str, Any],
+) -> Any:
+    import datasets
+    from trl import SFTTrainer
+
+    tokenizer = load_tokenizer(experiment.model)
+    validation = load_examples(experiment.data, "validation")
+    validation = stratified(validation, experiment.eval_examples)
+    every = experiment.eval_every
+    settings = {
+        "max_steps": experiment.steps,
+        "per_device_train_batch_size": experiment.batch_size,
+        "learning_rate": experiment.learning_rate,
+        "lr_scheduler_type": experiment.schedule,
+        "warmup_steps": round(experiment.warmup * experiment.steps),
+        "eval_strategy": "steps" if every else "no",
+        "eval_steps": every or None,
+        "save_strategy": "no",
+    }
+    profile = replace(get_profile(), seed=experiment.seed)
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(profile, folder, **settings | arguments),
+        train_dataset=datasets.Dataset.from_list(records),
+        eval_dataset=tokenize_dataset(
+            validation, tokenizer, template=template_for(tokenizer)
+        ),
+        data_collator=CompletionCollator(tokenizer),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    prepare_trainer(trainer)
+    return trainer
+
+
+def train(
+    experiment: Experiment,
+    model: Any,
+    records: Sequence[dict],
+    folder: str | os.PathLike,
+    *,
+    progress: bool = True,
+    optimizer: Any = None,
+    callbacks: Sequence[Any] = (),
+    resume_from: str | None = None,
+    before_s: float = 0.0,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Train on the path that the lessons use.
+
+    Args:
+        experiment, model, records: of `make_model` and `make_records`.
+        folder: for checkpoints.
+        progress: print a line from time to time.
+        optimizer: in place of the trainer's own.
+        callbacks: of transformers' kind, further ones.
+        resume_from: a checkpoint to go on from.
+        before_s: seconds of training that led to it.
+        arguments: of `sft_config`, before those of the experiment.
+
+    Returns:
+        A run without answers.
+    """
+    from course_utils.sweep.costs import PeakOfStep, saved_bytes
+    from course_utils.training_callbacks import PlainProgress
+
+    trainer = _make_trainer(experiment, model, records, folder, optimizer, arguments)
+    if not progress:
+        trainer.pop_callback(PlainProgress)
+    peak = PeakOfStep()
+    for callback in [peak] * bool(experiment.costs) + [*callbacks]:
+        trainer.add_callback(callback)
+    trained = count_parameters(trainer.model).trainable
+    clock = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume_from)
+    seconds = before_s + time.perf_counter() - clock - peak.seconds
+    every, steps = experiment.eval_every, experiment.steps
+    if not every or steps % every:
+        trainer.evaluate()
+    log = trainer.state.log_history
+    history = LossHistory.from_log(log)
+    # Validation inside the training is not training time; the last one may be outside.
+    waits = [entry["eval_runtime"] for entry in log if "eval_runtime" in entry]
+    seconds -= sum(waits[: steps // every] if every else ())
+    pairs = zip(history.eval_steps, history.eval_loss, strict=True)
+    run = new_run(experiment) | {
+        "loss": list(history.loss),
+        "eval_loss": [list(pair) for pair in pairs],
+        "trainable_parameters": trained,
+        "tokens_per_s": trainer.state.num_input_tokens_seen / seconds,
+        "measured": {"train_seconds": seconds},
+    }
+    if experiment.costs:
+        costs = {"peak_bytes": peak.peak_bytes, "adapter_bytes": saved_bytes(model)}
+        run["measured"] |= costs
+    run["metrics"] = compute_metrics(run, ("final_loss", "final_eval_loss"))
+    return run
+
+
+def score(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
+    """Put the answers of a trained model, and what it forgot, into its run."""
+    to_dtype(model, get_profile().dtype)
+    if experiment.test_examples != 0:
+        add_test(run, experiment, model)
+    if experiment.forgetting:
+        before = _untuned(experiment.model)
+        after = _general(model, load_tokenizer(experiment.model))
+        run["measured"]["general_questions"] = {"before": before, "after": after}
+
+
+def add_test(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
+    """Put a model's answers to the test set, and their scores, into its run."""
+    tokenizer, method = load_tokenizer(experiment.model), experiment.method
+    asks = isinstance(method, Prompting)
+    test = load_examples(experiment.data, "test")
+    scored = evaluate(
+        model,
+        tokenizer,
+        test,
+        template=method.template(experiment.data, tokenizer)
+        if asks
+        else template_for(tokenizer),
+        limit=experiment.test_examples,
+        as_text=free_text(test["completion"]),
+    )
+    run["measured"]["test_seconds"] = scored.seconds
+    run |= answers_of(scored)
+    names = ["exact_text"] if scored.as_text else ["exact_match", "field_f1"]
+    if not scored.as_text:
+        names += ["by_slice"] * bool(scored.slices)
+        names += ["by_field"] * bool(experiment.costs)
+    run["metrics"] |= compute_metrics(run, names)
+
+
+def answers_of(scored: Evaluation) -> dict[str, list[str]]:
+    """`predictions`, `references` and, where there are some, `slices`."""
+    names = ("predictions", "references", "slices")
+    values = {name: getattr(scored, name) for name in names}
+    return {name: list(texts) for name, texts in values.items() if texts}
+
+
+def to_dtype(model: Any, dtype: Any) -> None:
+    """Cast to 16 bits to generate with; a PEFT model's adapters stay in float32."""
+    adapted = hasattr(model, "peft_config")
+    for parameter in model.parameters():
+        trained = adapted and parameter.requires_grad
+        if parameter.is_floating_point() and not trained:  # 4-bit weights are bytes
+            parameter.data = parameter.data.to(dtype)
+
+
+def _general(model: Any, tokenizer: Any) -> dict[str, float]:
+    questions = load_examples("general_questions", "test")
+    asked, layout = (model, tokenizer, questions), template_for(tokenizer)
+    return {
+        "loss": perplexity(*asked, template=layout).loss,
+        "answer_share": answer_share(*asked, template=layout).share,
+    }
+
+
+@functools.cache
+def _untuned(name: str | None) -> dict[str, float]:
+    return _general(load_model(name), load_tokenizer(name))

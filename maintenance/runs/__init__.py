@@ -1,0 +1,1 @@
+"""The recorded runs of the lessons; `python -m maintenance.runs 02` makes them."""

@@ -1,0 +1,158 @@
+"""The recorded runs of the lessons: `python -m maintenance.runs 02`.
+
+    python -m maintenance.runs 02 --only learning_rates
+
+A run is saved as soon as it is finished, and not repeated: stop when you like, and
+start again; a long run goes on from its last checkpoint. Data sets freeze when first
+recorded against.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from course_utils import records
+from course_utils.data import data_hash
+from course_utils.runtime import versions
+from course_utils.sweep.experiment import Prompting, run_experiment
+from maintenance.runs.card import CardExperiment, NoCard, run_card
+from maintenance.runs.classifier import ClassifierExperiment, run_classifier
+from maintenance.runs.experiment import run_training
+from maintenance.runs.lists import LESSON_RUNS
+from maintenance.runs.rounding import Rounding, run_rounding
+from maintenance.store import hardware, save_record
+
+
+def make_run(experiment: Any) -> dict[str, Any]:
+    """Make the run that an experiment of any class of `maintenance.runs` describes."""
+    if isinstance(experiment, ClassifierExperiment):
+        return run_classifier(experiment)
+    if isinstance(experiment, CardExperiment):
+        return run_card(experiment)
+    if isinstance(experiment.method, Rounding):
+        return run_rounding(experiment)
+    if isinstance(experiment.method, Prompting):
+        return run_experiment(experiment)
+    return run_training(experiment)
+
+
+def record_family(
+    name: str,
+    experiments: Sequence[Any],
+    *,
+    command: str,
+    run: Callable[[Any], dict] = make_run,
+    say: Callable[[str], Any] = print,
+) -> int:
+    """Run what is not recorded yet, and save the record after each run.
+
+    A record that was begun on another machine, or with other versions, keeps those;
+    each new run then says where it was made.
+
+    Args:
+        name: the record's name.
+        experiments: its runs, all on the same data set.
+        command: what makes the record, for readers.
+        run, say: for tests: what makes a run, where progress goes.
+
+    Returns:
+        How many runs were made.
+
+    Raises:
+        ValueError: the data set has changed since the record was begun, or the
+            experiments are on several data sets.
+    """
+    source = _source(name, experiments)
+    recorded, machine = [], {"hardware": hardware(), "versions": versions()}
+    begun_on = machine
+    if name in records.list_records():
+        record = records.load_record(name)
+        if record["data"] != source:
+            raise ValueError(
+                f"{name} was recorded against other data ({record['data']}): a changed "
+                "set gets a new name, or delete the record to make it anew"
+            )
+        recorded, begun_on = record["runs"], {key: record[key] for key in machine}
+    runs = [_find(recorded, experiment) for experiment in experiments]
+    left = [place for place, known in enumerate(runs) if known is None]
+    say(f"{name}: {len(runs) - len(left)} of {len(runs)} runs are there")
+    for place in left:
+        experiment = experiments[place]
+        say(
+            f"{name}: run {place + 1} of {len(runs)} · {experiment.label}, seed "
+            f"{experiment.seed}"
+        )
+        runs[place] = run(experiment)
+        if machine != begun_on:
+            runs[place]["machine"] = machine
+        finished = [known for known in runs if known]
+        record = {"command": command, **begun_on, "data": source, "runs": finished}
+        seconds = sum(known["seconds"] for known in finished)
+        save_record(name, record | {"seconds": seconds})
+    return len(left)
+
+
+def _source(name: str, experiments: Sequence[Any]) -> dict[str, Any]:
+    """The data sets of a family, with their hashes, as a record holds them."""
+    sets = {(e.data, getattr(e, "also", None)) for e in experiments}
+    if len(sets) != 1:
+        raise ValueError(
+            f"{name}: one data set a record, not {sorted(sets, key=str)}; make a "
+            "family of each"
+        )
+    data, also = sets.pop()
+    source = {"name": data, "sha256": data_hash(data)}
+    if also:
+        source["also"] = {"name": also, "sha256": data_hash(also)}
+    return source
+
+
+def _find(recorded: Sequence[dict], experiment: Any) -> dict | None:
+    identity = experiment.label, experiment.seed, experiment.settings()
+    for run in recorded:
+        if (run["label"], run["seed"], run["settings"]) == identity:
+            return run
+    return None
+
+
+def record_lesson(lesson: str, only: str | None = None) -> None:
+    """Record a lesson's families, again while what was recorded asks for more runs.
+
+    Args:
+        lesson: `"00"` to `"08"`.
+        only: families whose name contains this; None for all.
+    """
+    for name, family in LESSON_RUNS[lesson].items():
+        if only and only not in name:
+            continue
+        made = 1
+        while made:
+            experiments = family() if callable(family) else family
+            print(f"{name}: {len(experiments)} runs in all")
+            try:
+                made = record_family(
+                    name, experiments, command=f"make runs LESSON={lesson}"
+                )
+            except NoCard as reason:
+                print(f"{name}: {reason}")
+                made = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module's own text.
+
+    Args:
+        arguments: words of the command line; None takes the process's own.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lessons", nargs="+", choices=sorted(LESSON_RUNS))
+    parser.add_argument("--only", help="families whose name contains this")
+    chosen = parser.parse_args(arguments)
+    for lesson in chosen.lessons:
+        record_lesson(lesson, chosen.only)
+
+
+if __name__ == "__main__":
+    main()

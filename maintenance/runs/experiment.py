@@ -1,0 +1,249 @@
+"""What only recorded runs need of a training, beside what lesson 8's sweep has.
+
+Spoiled labels, further data sets and tests, singular values, LoRA+, adapters that start
+from what 4 bits lose, long runs that go on from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from course_utils.data import data_hash, load_examples
+from course_utils.evaluation import evaluate
+from course_utils.formatting import IGNORE, tokenize_dataset
+from course_utils.models import load_model, load_tokenizer, model_name
+from course_utils.runtime import build_folder, data_folder, set_seed
+from course_utils.sweep.experiment import (
+    Experiment,
+    answers_of,
+    make_model,
+    score,
+    template_for,
+    train,
+)
+from course_utils.training import find_checkpoint
+from maintenance.runs.rounding import LoftQ, QPiSSA, set_start
+from maintenance.store import METRICS, compute_metrics
+
+LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
+# Younger than the first records, which know nothing of them.
+ABSENT_WHEN_UNSET = {
+    *("quantization", "keep_adapter", "start", "prefix_from", "validation_answers"),
+    *("costs", "also", "also_test"),
+}
+
+
+@dataclass(frozen=True)
+class RecordedExperiment(Experiment):
+    """A training that is recorded for a lesson, described completely.
+
+    Attributes:
+        method: besides the sweep's, `"head"` (the output layer alone) and `Rounding`.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        train_examples: train on that many examples only; None takes all.
+        loraplus_ratio: LoRA+'s ratio of the rates of B and A; None for one rate.
+        shuffle_labels: give each prompt another's completion.
+        wrong_mask: learn the prompt in place of the answer.
+        spectra: weights whose change ΔW is taken apart into singular values.
+        start: how adapters on 4-bit weights begin; None begins as PEFT does.
+        validation_answers: answers to validation sentences, which are of the training
+            set's kind, generated and scored too; None for none.
+        keep_adapter: keep the trained adapter in `data/adapters/` under this name.
+        also: a second data set whose training sentences are mixed in; None for none.
+        also_test: another data set whose whole test split is answered too and scored
+            apart; None for none.
+    """
+
+    max_grad_norm: float = 1.0
+    train_examples: int | None = None
+    loraplus_ratio: float | None = None
+    shuffle_labels: bool = False
+    wrong_mask: bool = False
+    spectra: tuple[str, ...] = ()
+    start: LoftQ | QPiSSA | None = None
+    validation_answers: int | None = None
+    keep_adapter: str | None = None
+    also: str | None = None
+    also_test: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """As a record holds them; a run that is found by them is not made again."""
+        values = super().settings() | {"spectra": list(self.spectra)}
+        if self.start:
+            values["start"] = self.start.stored()
+        unset = {name for name in ABSENT_WHEN_UNSET if values[name] is None}
+        return {key: value for key, value in values.items() if key not in unset}
+
+
+def run_training(
+    experiment: RecordedExperiment, *, progress: bool = True
+) -> dict[str, Any]:
+    """Train, measure, and return a run as `run_experiment` does.
+
+    A run of `LONG_RUN_STEPS` or more keeps a checkpoint under `build/runs/` at each
+    validation, until it is finished: called again after a kill, it goes on from there.
+
+    Raises:
+        ValueError: as `make_model`.
+    """
+    if experiment.steps < LONG_RUN_STEPS or not experiment.eval_every:
+        with tempfile.TemporaryDirectory() as folder:
+            return _train_and_measure(experiment, Path(folder), progress, "no")
+    hashes = [data_hash(name) for name in (experiment.data, experiment.also) if name]
+    identity = (experiment, model_name(experiment.model), hashes)
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    folder = build_folder() / "runs" / key
+    run = _train_and_measure(experiment, folder, progress, "steps")
+    shutil.rmtree(folder, ignore_errors=True)  # the run itself is whole
+    return run
+
+
+def _train_and_measure(
+    experiment: RecordedExperiment, folder: Path, progress: bool, save: str
+) -> dict[str, Any]:
+    """The run itself; `save="steps"` keeps checkpoints, and goes on from the last."""
+    from maintenance.runs.costs import ElapsedSeconds, elapsed_seconds
+
+    begun = time.perf_counter()
+    set_seed(experiment.seed)
+    model = make_recorded_model(experiment)
+    before = {name: weight_of(model, name).clone() for name in experiment.spectra}
+    checkpoint = find_checkpoint(folder)
+    before_s = elapsed_seconds(checkpoint) if checkpoint else 0.0
+    run = train(
+        experiment,
+        model,
+        make_recorded_rows(experiment),
+        folder,
+        progress=progress,
+        optimizer=_loraplus(model, experiment),
+        callbacks=[ElapsedSeconds(before_s)],
+        resume_from=checkpoint,
+        before_s=before_s,
+        max_grad_norm=experiment.max_grad_norm,
+        save_strategy=save,
+        save_steps=experiment.eval_every or 1,
+    )
+    _keep(run, experiment, model, before)
+    score(run, experiment, model)
+    _add_other_tests(run, experiment, model)
+    del model
+    gc.collect()
+    return run | {"seconds": before_s + time.perf_counter() - begun}
+
+
+def _keep(
+    run: dict[str, Any], experiment: RecordedExperiment, model: Any, before: dict
+) -> None:
+    """Save the adapter, and take apart what training added to the weights `before`."""
+    from maintenance.runs.costs import keep_adapter
+
+    if experiment.keep_adapter:
+        folder = data_folder() / "adapters" / experiment.keep_adapter
+        size = keep_adapter(model, folder, model_name(experiment.model))
+        run["measured"]["adapter_bytes"] = size
+    if before:
+        run["measured"]["singular_values"] = {
+            name: singular_values(weight_of(model, name) - old)
+            for name, old in before.items()
+        }
+
+
+def _add_other_tests(
+    run: dict[str, Any], experiment: RecordedExperiment, model: Any
+) -> None:
+    """Put answers to a second test set and to validation sentences into the run."""
+    tokenizer, names = load_tokenizer(experiment.model), []
+    template = template_for(tokenizer)
+    if experiment.also_test:
+        test = load_examples(experiment.also_test, "test")
+        answers = answers_of(evaluate(model, tokenizer, test, template=template))
+        sha256 = data_hash(experiment.also_test)
+        run["measured"]["also_test"] = {"sha256": sha256, **answers}
+        names += ["also_test_exact_match", "also_test_by_slice"]
+    if limit := experiment.validation_answers:
+        test = load_examples(experiment.data, "validation")
+        scored = evaluate(model, tokenizer, test, template=template, limit=limit)
+        answers = answers_of(scored)
+        answers.pop("slices", None)
+        run["measured"]["validation"] = answers
+        names.append("validation_exact_match")
+    run["metrics"] |= compute_metrics(run, names, METRICS)
+
+
+def make_recorded_model(experiment: RecordedExperiment) -> Any:
+    """As `make_model`, with the head alone, and starts on 4-bit weights.
+
+    Raises:
+        ValueError: as `make_model`.
+    """
+    import torch
+
+    if experiment.method == "head":
+        model = make_model(replace(experiment, method="full"))
+        model.requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(True)
+        return model
+    model = make_model(experiment)
+    if experiment.start:
+        originals = load_model(experiment.model, dtype=torch.float32).state_dict()
+        set_start(model, originals, experiment.start)
+    return model
+
+
+def make_recorded_rows(experiment: RecordedExperiment) -> list[dict[str, Any]]:
+    """Tokenized training records, spoiled where the experiment says so."""
+    tokenizer = load_tokenizer(experiment.model)
+    limit, seed = experiment.train_examples, experiment.seed
+    rows = list(load_examples(experiment.data, limit=limit, seed=seed))
+    if experiment.also:
+        rows += list(load_examples(experiment.also, limit=limit, seed=seed))
+    if experiment.shuffle_labels:
+        completions = [row["completion"] for row in rows]
+        random.Random(seed).shuffle(completions)
+        pairs = zip(rows, completions, strict=True)
+        rows = [row | {"completion": other} for row, other in pairs]
+    template = template_for(tokenizer)
+    tokenized = list(tokenize_dataset(rows, tokenizer, template=template))
+    if experiment.wrong_mask:
+        for row in tokenized:
+            pairs = zip(row["input_ids"], row["labels"], strict=True)
+            row["labels"] = [i if label == IGNORE else IGNORE for i, label in pairs]
+    return tokenized
+
+
+def weight_of(model: Any, name: str) -> Any:
+    """A parameter by its name in the base model, detached."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_parameter(name).detach()
+
+
+def singular_values(matrix: Any) -> list[float]:
+    """Of a (rows, columns) matrix, from the greatest down, to six digits."""
+    import torch
+
+    values = torch.linalg.svdvals(matrix.float().cpu())  # MPS has none
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _loraplus(model: Any, experiment: RecordedExperiment) -> Any:
+    if experiment.loraplus_ratio is None:
+        return None
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=experiment.learning_rate,
+        loraplus_lr_ratio=experiment.loraplus_ratio,
+        fused=True,
+    )
