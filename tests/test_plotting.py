@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from cells import cells
 
 matplotlib.use("Agg")
 
@@ -274,6 +275,15 @@ def test_the_front_is_what_no_other_point_beats():
     assert plotting.pareto_front(points) == ["a", "c"]
     with pytest.raises(ValueError, match="logarithmic"):
         plotting.plot_scatter({"a": (0, 1)}, xlabel="cost", log=True)
+
+
+def test_the_front_of_lesson_8_is_that_of_the_package():
+    front = cells("08_choosing_a_method", "front", definitions=True).pareto_front
+    draws = np.random.default_rng(0)
+    for count in (0, 1, 5, 30):  # few values, so that costs and scores tie
+        pairs = draws.integers(0, 9, (count, 2)).tolist()
+        points = {str(i): tuple(pair) for i, pair in enumerate(pairs)}
+        assert front(points) == plotting.pareto_front(points)
 
 
 def test_spectrum_and_energy():
