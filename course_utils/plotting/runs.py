@@ -33,22 +33,8 @@ _PART_LOOKS = [
     ("#b3b3b3", "++"),
     ("#6a3d9a", "oo"),
 ]
+_MARKS = {"linestyle": "", "markersize": 6, "markeredgewidth": 1.4}  # of validation
 _WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a text
-
-
-def _curves(run: Any) -> tuple[Sequence, Sequence, Sequence, Sequence]:
-    """Steps, loss, validation steps and validation loss of whatever holds a run."""
-    if hasattr(run, "loss"):
-        return run.steps, run.loss, run.eval_steps, run.eval_loss
-    if not isinstance(run, Mapping):
-        run = {"loss": [float(value) for value in run]}
-    loss, pairs = run.get("loss", []), run.get("eval_loss") or []
-    steps = run.get("steps") or range(1, len(loss) + 1)
-    return steps, loss, [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def _labelled(runs: Any) -> Mapping[str, Any]:
-    return runs if isinstance(runs, Mapping) and "loss" not in runs else {"": runs}
 
 
 def plot_loss(
@@ -74,36 +60,53 @@ def plot_loss(
     ax = new_axes(ax)
     live, old = _labelled(runs), _labelled({} if recorded is None else recorded)
     styles = line_styles(dict.fromkeys([*live, *old]))
-    marks = {"linestyle": "", "markersize": 6, "markeredgewidth": 1.4}
     validated = False
-    for label, run, pale in [
-        *((label, run, True) for label, run in old.items()),
-        *((label, run, False) for label, run in live.items()),
-    ]:
-        steps, loss, eval_steps, eval_loss = _curves(run)
-        if not len(loss) and not len(eval_loss):
-            raise ValueError(f"there is no loss to draw in run {label!r}")
-        colour, line, marker = styles[label].values()
-        look = {"color": colour, "alpha": 0.4 if pale else None}
-        if len(loss):
-            name = display_name(label) or ("" if pale else "training")
-            name = f"{name} (recorded)" if pale and name else name or "recorded"
-            width = 1.0 if pale else 1.5
-            ax.plot(steps, loss, linestyle=line, linewidth=width, label=name, **look)
-        if len(eval_loss):
-            edge = {"marker": marker, "markeredgecolor": colour}
-            if not pale:  # open
-                edge["markerfacecolor"] = "white"
-            ax.plot(eval_steps, eval_loss, **look | marks | edge)
-            validated = True
+    for group, pale in ((old, True), (live, False)):
+        for label, run in group.items():
+            validated |= _draw_run(ax, run, label, styles[label], pale)
     if validated:
-        marks |= {"markerfacecolor": "white", "markeredgecolor": "#444444"}
-        ax.plot([], [], marker="o", label="validation (markers)", **marks)
+        look = _MARKS | {"markerfacecolor": "white", "markeredgecolor": "#444444"}
+        ax.plot([], [], marker="o", label="validation (markers)", **look)
     if log:
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
     return finish(ax, xlabel="optimiser step", ylabel=ylabel)
+
+
+def _curves(run: Any) -> tuple[Sequence, Sequence, Sequence, Sequence]:
+    """Steps, loss, validation steps and validation loss of whatever holds a run."""
+    if hasattr(run, "loss"):
+        return run.steps, run.loss, run.eval_steps, run.eval_loss
+    if not isinstance(run, Mapping):
+        run = {"loss": [float(value) for value in run]}
+    loss, pairs = run.get("loss", []), run.get("eval_loss") or []
+    steps = run.get("steps") or range(1, len(loss) + 1)
+    return steps, loss, [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _labelled(runs: Any) -> Mapping[str, Any]:
+    return runs if isinstance(runs, Mapping) and "loss" not in runs else {"": runs}
+
+
+def _draw_run(
+    ax: Axes, run: Any, label: str, style: Mapping[str, Any], pale: bool
+) -> bool:
+    """Draw a run's curves; tell whether it has validation losses."""
+    steps, loss, eval_steps, eval_loss = _curves(run)
+    if not len(loss) and not len(eval_loss):
+        raise ValueError(f"there is no loss to draw in run {label!r}")
+    look = {"color": style["color"], "alpha": 0.4 if pale else None}
+    if len(loss):
+        name = display_name(label) or ("" if pale else "training")
+        name = f"{name} (recorded)" if pale and name else name or "recorded"
+        line = {"linestyle": style["linestyle"], "linewidth": 1.0 if pale else 1.5}
+        ax.plot(steps, loss, label=name, **look | line)
+    if len(eval_loss):
+        edge = {"marker": style["marker"], "markeredgecolor": style["color"]}
+        edge["markerfacecolor"] = style["color"] if pale else "white"
+        ax.plot(eval_steps, eval_loss, **look | _MARKS | edge)
+    return bool(len(eval_loss))
 
 
 def plot_spectrum(
@@ -417,9 +420,6 @@ def plot_learning_rates(
     if percent:
         ax.set_ylim(-3, 103)
     return finish(ax, xlabel="learning rate", ylabel=ylabel)
-
-
-# --- pieces of the figures above ---
 
 
 def _beside(ax: Axes, text: str, x: float, row: int) -> None:
