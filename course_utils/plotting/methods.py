@@ -1,4 +1,4 @@
-"""Figures of many methods: learning rates, trade-offs. `plotting` offers them."""
+"""Figures that weigh many methods: panels of learning rates, scores against costs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from course_utils.plotting.runs import OWN_COLOUR, pareto_front, place_labels
 from course_utils.plotting.style import (
     HEIGHT,
     WIDTH,
     display_name,
     finish,
+    legend_below,
     line_styles,
     new_axes,
 )
@@ -19,34 +19,29 @@ from course_utils.plotting.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_OWN_COLOUR = "#e3001b"  # no method has it
 _COLUMNS = 4
-# Bytes and the marker's size in points, of what is to be kept for each task.
+# Bytes, whose markers the legend of the trade-off shows.
 _SIZES = {"keeps nothing": 0, "100 kB": 1e5, "10 MB": 1e7, "500 MB": 5e8}
 
 
 def plot_rate_panels(
-    values: Mapping[str, Mapping[float, float | None]],
+    losses: Mapping[str, Mapping[float, float | None]],
     *,
     own: Mapping[str, tuple[float, float]] | None = None,
     ylabel: str = "validation loss (nats per token)",
-    percent: bool = False,
-    higher_is_better: bool = False,
-    title: str | None = None,
 ) -> list[Axes]:
-    """Draw loss or score against learning rate, one small panel a method.
+    """Draw loss against learning rate, one small panel a method.
 
-    All panels share the vertical axis, logarithmic for a loss, which ends at three
-    times the worst method's best loss; what lies above, or is no number, is a cross at
-    the upper edge. The best rate of each method carries a ring and stands over its
-    panel.
+    All panels share the vertical axis, which ends at three times the worst method's
+    best loss; what lies above, or is no number, is a cross at the upper edge. The best
+    rate of each method carries a ring and stands over its panel.
 
     Args:
-        values: {method: {learning rate: value, or None where it is not a number}}.
-        own: {method: (learning rate, value)}, open markers with a red edge.
-        ylabel: what the values are, with their unit.
-        percent: values are 0 to 1 and shown in per cent.
-        higher_is_better: False for a loss.
-        title: of the figure.
+        losses: {method: {learning rate: loss, or None where it is not a number}}.
+        own: {method: (learning rate, loss)} of the reader, open markers with a red
+            edge.
+        ylabel: with the unit of the losses.
 
     Returns:
         The axes of the panels, one a method.
@@ -55,20 +50,18 @@ def plot_rate_panels(
         ValueError: there is no method, or a method has no rate.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if not values or not all(values.values()):
+    if not losses or not all(losses.values()):
         raise ValueError("there is no method, or one without a rate, to draw")
-    scale, sign = (100.0 if percent else 1.0), (-1 if higher_is_better else 1)
-    best = {}
-    for name, rates in values.items():
-        known = {rate: v for rate, v in rates.items() if v is not None}
-        if known:
-            best[name] = min(sorted(known), key=lambda r, of=known: sign * of[r])
-    ends = [scale * values[name][rate] for name, rate in best.items()] or [1.0]
-    low, top = (-3.0, 103.0) if percent else (min(ends) / 1.3, 3 * max(ends))
-    columns = min(_COLUMNS, len(values))
-    rows = math.ceil(len(values) / columns)
+    best = {
+        name: min((loss, rate) for rate, loss in by_rate.items() if loss is not None)
+        for name, by_rate in losses.items()
+        if any(loss is not None for loss in by_rate.values())
+    }
+    bests = [loss for loss, _ in best.values()] or [1.0]
+    limits = (min(bests) / 1.3, 3 * max(bests))
+    columns = min(_COLUMNS, len(losses))
+    rows = math.ceil(len(losses) / columns)
     figure, grid = plt.subplots(
         rows,
         columns,
@@ -77,59 +70,89 @@ def plot_rate_panels(
         squeeze=False,
         layout="constrained",
     )
-    panels = list(grid.flat)
-    for ax in panels[len(values) :]:
+    panels = list(grid.flat)[: len(losses)]
+    for ax in list(grid.flat)[len(losses) :]:
         ax.remove()
-    panels = panels[: len(values)]
-    for ax, (name, style) in zip(panels, line_styles(values).items(), strict=True):
-        rates = sorted(values[name])
-        shown = [values[name][rate] for rate in rates]
-        heights = [math.inf if v is None else scale * v for v in shown]
-        over = [rate for rate, h in zip(rates, heights, strict=True) if h > top]
-        inside = [h if h <= top else math.nan for h in heights]
-        new_axes(ax)
-        ax.plot(rates, inside, linewidth=1.3, markersize=4, **style)
-        if over:  # an empty line that is not clipped would upset the layout
-            ax.plot(over, [top] * len(over), "x", color=style["color"], markersize=5,
-                    clip_on=False)  # fmt: skip
-        if name in best:
-            ax.plot(best[name], scale * values[name][best[name]], "o", markersize=9,
-                    markerfacecolor="none", markeredgecolor=style["color"])  # fmt: skip
-        told = f"best {best[name]:.2g}" if name in best else "no loss is a number"
-        ax.set_title(f"{display_name(name)}\n{told}", fontsize=7.5)
-        ax.set_xscale("log")
+    for ax, (name, style) in zip(panels, line_styles(losses).items(), strict=True):
+        _draw_rates(ax, losses[name], best.get(name), limits, style)
+        text = f"best {best[name][1]:.2g}" if name in best else "no loss is a number"
+        ax.set_title(f"{display_name(name)}\n{text}", fontsize=7.5)
         if name in (own or {}):
-            rate, value = own[name]
-            ax.plot(rate, min(scale * value, top), marker=style["marker"],
-                    markersize=8, markerfacecolor="none", markeredgecolor=OWN_COLOUR,
-                    markeredgewidth=1.7, zorder=4, clip_on=False,
-                    linestyle="")  # fmt: skip
-        ax.margins(x=0.18)
-        ax.xaxis.set_major_locator(LogLocator(numticks=4))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.tick_params(labelsize=7)
-        if not percent:
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.set_ylim(low, top)
+            rate, loss = own[name]
+            edge = {"markeredgecolor": _OWN_COLOUR, "markeredgewidth": 1.7}
+            look = {"marker": style["marker"], "markersize": 8, "linestyle": ""} | edge
+            height = min(loss, limits[1])
+            ax.plot(
+                rate, height, markerfacecolor="none", clip_on=False, zorder=4, **look
+            )
     figure.supxlabel("learning rate", fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     if own:
-        title = f"{title or ''} (red: yours)".strip()
-    if title:
-        figure.suptitle(title, fontsize=9.5, x=0.01, ha="left")
+        figure.suptitle("(red: yours)", fontsize=9.5, x=0.01, ha="left")
     return panels
 
 
-def unbeaten(points: Mapping[str, tuple[float, float, float]]) -> list[str]:
+def _draw_rates(
+    ax: Axes,
+    losses: Mapping[float, float | None],
+    best: tuple[float, float] | None,
+    limits: tuple[float, float],
+    style: dict[str, Any],
+) -> None:
+    """One panel: the curve, crosses for what is off the scale, a ring at the best."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    new_axes(ax)
+    rates, top = sorted(losses), limits[1]
+    heights = [math.inf if losses[r] is None else losses[r] for r in rates]
+    inside = [height if height <= top else math.nan for height in heights]
+    ax.plot(rates, inside, linewidth=1.3, markersize=4, **style)
+    off_scale = [r for r, height in zip(rates, heights, strict=True) if height > top]
+    look = {"color": style["color"], "clip_on": False, "markersize": 5}
+    if off_scale:  # an empty line that is not clipped would upset the layout
+        ax.plot(off_scale, [top] * len(off_scale), "x", **look)
+    if best is not None:
+        loss, rate = best
+        ring = {"markerfacecolor": "none", "markeredgecolor": style["color"]}
+        ax.plot(rate, loss, "o", markersize=9, **ring)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_ylim(limits)
+    ax.margins(x=0.18)
+    ax.tick_params(labelsize=7)
+    ax.xaxis.set_major_locator(LogLocator(numticks=4))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Labels of the points that no other beats: cheaper and no worse, from the left.
+
+    Args:
+        points: {label: (cost, score)}; less cost and more score are better.
+
+    Examples:
+        >>> pareto_front({"a": (1, 0.5), "b": (2, 0.4), "c": (3, 0.9)})
+        ['a', 'c']
+    """
+    front: list[str] = []
+    best = float("-inf")
+    for label in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if points[label][1] > best:
+            front.append(label)
+            best = points[label][1]
+    return front
+
+
+def _unbeaten(points: Mapping[str, tuple[float, float, float]]) -> list[str]:
     """Labels of the points that no other equals or betters in all three.
 
     Args:
         points: {label: (cost, score, size)}; less cost, more score, less size.
 
-    >>> unbeaten({"a": (1, 0.5, 9), "b": (2, 0.5, 9), "c": (3, 0.4, 1)})
+    >>> _unbeaten({"a": (1, 0.5, 9), "b": (2, 0.5, 9), "c": (3, 0.4, 1)})
     ['a', 'c']
     """
 
@@ -143,19 +166,44 @@ def unbeaten(points: Mapping[str, tuple[float, float, float]]) -> list[str]:
     ]
 
 
-def _marker_size(size: float) -> float:
-    """Points across: 4 up to 1 kB, and 2.2 more for each factor of ten above."""
-    return 4 + 2.2 * max(math.log10(max(size, 1) / 1e3), 0)
+def plot_scatter(
+    points: Mapping[str, tuple[float, float]],
+    *,
+    xlabel: str,
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw exact match against cost; a step line joins the points that none beats.
+
+    Args:
+        points: {label: (cost, score, 0 to 1)}.
+        xlabel: the cost, with its unit.
+        log: logarithmic cost axis.
+
+    Raises:
+        ValueError: a cost is not positive on a logarithmic axis.
+    """
+    if log and any(cost <= 0 for cost, _ in points.values()):
+        raise ValueError("a logarithmic axis has no place for costs of 0 or less")
+    ax = new_axes(ax)
+    places = {name: (cost, 100 * score) for name, (cost, score) in points.items()}
+    front = pareto_front(places)
+    _step_line(ax, [places[name] for name in front], "not beaten")
+    for name, style in line_styles(points).items():
+        style |= {"linestyle": "", "markersize": 7, "zorder": 3}
+        if name not in front and style["marker"] != "X":
+            style["markerfacecolor"] = "white"
+        ax.plot(*places[name], **style)
+    if log:
+        ax.set_xscale("log")
+    ax.margins(0.12, 0.15)
+    finish(ax, xlabel=xlabel, ylabel="exact match (%)", legend=True)
+    _place_labels(ax, places, dict.fromkeys(places, 5.0))
+    return ax
 
 
 def plot_trade_off(
-    points: Mapping[str, tuple[float, float, float]],
-    *,
-    xlabel: str = "training (seconds)",
-    ylabel: str = "exact match (%)",
-    percent: bool = True,
-    ax: Axes | None = None,
-    title: str | None = None,
+    points: Mapping[str, tuple[float, float, float]], *, ax: Axes | None = None
 ) -> Axes:
     """Draw quality against compute; a marker's size is what each task has to keep.
 
@@ -163,44 +211,79 @@ def plot_trade_off(
     joins those that are beaten by none in compute and quality alone.
 
     Args:
-        points: {method: (seconds, score, bytes kept for each task)}.
-        xlabel: the cost, with its unit.
-        ylabel: the score, with its unit.
-        percent: scores are 0 to 1 and shown in per cent.
-        ax: axes to draw in; None opens a figure.
-        title: of the figure.
+        points: {method: (seconds, score from 0 to 1, bytes kept for each task)}.
     """
     ax = new_axes(ax, height=1.25 * HEIGHT)
-    scale = 100.0 if percent else 1.0
-    flat = {name: (cost, scale * score) for name, (cost, score, _) in points.items()}
-    front = [flat[name] for name in pareto_front(flat)]
-    ax.plot(*zip(*front, strict=True), drawstyle="steps-post", color="#999999",
-            linewidth=1.2, zorder=1, label="not beaten in these two")  # fmt: skip
-    whole = unbeaten(points)
+    places = {name: (cost, 100 * score) for name, (cost, score, _) in points.items()}
+    sizes = {name: _marker_size(kept) for name, (_, _, kept) in points.items()}
+    front = [places[name] for name in pareto_front(places)]
+    _step_line(ax, front, "not beaten in these two")
+    unbeaten = _unbeaten(points)
     for name, style in line_styles(points).items():
-        look: dict[str, Any] = {
-            "markersize": _marker_size(points[name][2]),
-            "zorder": 3,
-        }
-        if name not in whole:
-            look["markerfacecolor"] = "white"
-        ax.plot(*flat[name], **style | look | {"linestyle": "", "marker": "o"})
-    for name, size in _SIZES.items():
-        ax.plot([], [], "o", color="#999999", markersize=_marker_size(size), label=name)
+        style |= {"linestyle": "", "marker": "o", "markersize": sizes[name]}
+        if name not in unbeaten:
+            style["markerfacecolor"] = "white"
+        ax.plot(*places[name], zorder=3, **style)
+    for text, kept in _SIZES.items():
+        size = _marker_size(kept)
+        ax.plot([], [], "o", color="#999999", markersize=size, label=text)
     ax.margins(0.14, 0.15)
-    finish(ax, xlabel=xlabel, ylabel=ylabel, title=title)
-    ax.legend(
-        fontsize=8,
-        frameon=False,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=len(_SIZES) + 1,
-        columnspacing=1.2,
-        handletextpad=0.6,
-    )
-    place_labels(
-        ax,
-        {display_name(name): point for name, point in flat.items()},
-        radii={display_name(n): _marker_size(p[2]) / 2 for n, p in points.items()},
-    )
+    finish(ax, xlabel="training (seconds)", ylabel="exact match (%)", legend=False)
+    legend_below(ax, ncols=len(_SIZES) + 1, columnspacing=1.2, handletextpad=0.6)
+    _place_labels(ax, places, {name: size / 2 for name, size in sizes.items()})
     return ax
+
+
+def _step_line(ax: Axes, front: list[tuple[float, float]], label: str) -> None:
+    look = {"color": "#999999", "linewidth": 1.2, "zorder": 1}
+    ax.plot(*zip(*front, strict=True), drawstyle="steps-post", label=label, **look)
+
+
+def _marker_size(kept: float) -> float:
+    """Points across: 4 up to 1 kB, and 2.2 more for each factor of ten above."""
+    return 4 + 2.2 * max(math.log10(max(kept, 1) / 1e3), 0)
+
+
+def _place_labels(
+    ax: Axes, points: Mapping[str, tuple[float, float]], radii: Mapping[str, float]
+) -> None:
+    """Write each label beside its point, where it covers no other label or point.
+
+    `ax` holds all it shall hold, its legend too; `radii` are of the markers, in points.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure = ax.figure
+    figure.draw_without_rendering()  # lays the axes out
+    taken = []
+    for name, point in points.items():
+        (x, y), half = ax.transData.transform(point), radii[name] * figure.dpi / 72
+        taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
+    if ax.get_legend():
+        taken.append(ax.get_legend().get_window_extent())
+    near = [(8, 0), (-8, 0), (0, 9), (0, -9)]
+    far = [(7, 8), (7, -8), (-7, 8), (-7, -8), (0, 20), (0, -20)]
+    far += [(10, 18), (10, -18), (-10, 18), (-10, -18)]
+    leader = {"arrowstyle": "-", "linewidth": 0.6, "color": "#777777"}
+    for name, point in points.items():
+        for offset in [*near, *far]:
+            dx, dy = (part * max(radii[name] / 5, 0.8) for part in offset)
+            text = ax.annotate(
+                display_name(name),
+                point,
+                xytext=(dx, dy),
+                textcoords="offset points",
+                fontsize=8,
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                va="center" if dy == 0 else "bottom" if dy > 0 else "top",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                zorder=2,
+                arrowprops=leader if offset in far else None,
+            )
+            box = text.get_window_extent()
+            inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            if offset != far[-1]:
+                text.remove()
+        taken.append(box)

@@ -7,6 +7,7 @@ Line styles and markers repeat the distinction, so a figure also reads in grey.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,11 @@ _OTHERS = [
 ]
 
 
+def _key(text: str) -> str:
+    """A label in small letters, words joined by underscores."""
+    return re.sub(r"[\s\-]+", "_", text.strip().lower())
+
+
 def method_of(label: str) -> str | None:
     """Find the method that a label names at its start, or None.
 
@@ -84,14 +90,11 @@ def method_of(label: str) -> str | None:
         >>> method_of("LoRA r = 8"), method_of("prefix_tuning"), method_of("run 2")
         ('lora', 'prefix', None)
     """
-    text = re.sub(r"[\s\-]+", "_", str(label).strip().lower())
-    keys = {**{key: key for key in METHOD_COLOURS}, **_ALIASES}
-    keys.update(
-        {re.sub(r"[\s\-]+", "_", name.lower()): k for k, name in METHOD_NAMES.items()}
-    )
-    for key in sorted(keys, key=len, reverse=True):
-        if re.match(rf"{re.escape(key)}(?![a-z0-9])", text):
-            return keys[key]
+    methods = {key: key for key in METHOD_COLOURS} | _ALIASES
+    methods |= {_key(name): method for method, name in METHOD_NAMES.items()}
+    for key in sorted(methods, key=len, reverse=True):
+        if re.match(rf"{key}(?![a-z0-9])", _key(label)):
+            return methods[key]
     return None
 
 
@@ -102,17 +105,16 @@ def display_name(label: str) -> str:
         >>> display_name("p_tuning"), display_name("lora r=8"), display_name("run 2")
         ('P-tuning', 'LoRA r=8', 'run 2')
     """
-    text = str(label)
-    if text == "rslora":  # drawn as LoRA is, but another method
+    if label == "rslora":  # drawn as LoRA is, but another method
         return "rsLoRA"
-    key = _ALIASES.get(text, text)
-    if key in METHOD_NAMES:
-        return METHOD_NAMES[key]
+    method = _ALIASES.get(label, label)
+    if method in METHOD_NAMES:
+        return METHOD_NAMES[method]
     for name in METHOD_NAMES.values():
         pattern = re.sub(r"[ -]", r"[\\s_-]+", name) + r"(?![a-zA-Z0-9])"
-        if found := re.match(pattern, text, re.IGNORECASE):
-            return name + text[found.end() :]
-    return text
+        if start := re.match(pattern, label, re.IGNORECASE):
+            return name + label[start.end() :]
+    return label
 
 
 def line_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -124,42 +126,36 @@ def line_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     Returns:
         {label: {"color", "linestyle", "marker"}}, ready for `Axes.plot`.
     """
-    labels = list(labels)
-    taken = {METHOD_COLOURS[m] for label in labels if (m := method_of(label))}
+    methods = {label: method_of(label) for label in labels}
+    taken = {METHOD_COLOURS[method] for method in methods.values() if method}
     others = [look for look in _OTHERS if look[0] not in taken] or _OTHERS
     styles: dict[str, dict[str, Any]] = {}
-    used: dict[str | None, int] = {}
-    for label in labels:
-        method = method_of(label)
-        turn = used.get(method, 0)
-        used[method] = turn + 1
-        looks, own = others, METHOD_STYLES.get(method, {}).values()
-        if method is not None:
-            looks = [look for look in _OTHERS if not set(look[1:]) & set(own)]
+    turns: Counter[str | None] = Counter()
+    for label, method in methods.items():
+        turn = turns[method]
+        turns[method] += 1
+        if method and turn == 0:
+            styles[label] = {"color": METHOD_COLOURS[method]} | METHOD_STYLES[method]
+            continue
+        looks = others
+        if method:
+            first = set(METHOD_STYLES[method].values())
+            looks = [look for look in _OTHERS if not set(look[1:]) & first]
         colour, line, marker = looks[turn % len(looks)]
-        style = {"color": colour, "linestyle": line, "marker": marker}
-        if method is not None:
-            style["color"] = METHOD_COLOURS[method]
-            if turn == 0:
-                style |= METHOD_STYLES[method]
-        styles[label] = style
+        styles[label] = {
+            "color": METHOD_COLOURS.get(method, colour),
+            "linestyle": line,
+            "marker": marker,
+        }
     return styles
 
 
-def new_axes(
-    ax: Axes | None = None, *, width: float = WIDTH, height: float = HEIGHT
-) -> Axes:
-    """Give `ax`, or the axes of a new figure, the course's style.
-
-    Args:
-        ax: axes to draw in; None opens a figure.
-        width: of the new figure, inches.
-        height: of the new figure, inches.
-    """
+def new_axes(ax: Axes | None = None, *, height: float = HEIGHT) -> Axes:
+    """Give the course's style to `ax`, or to a new figure `height` inches high."""
     if ax is None:
         import matplotlib.pyplot as plt
 
-        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+        _, ax = plt.subplots(figsize=(WIDTH, height), layout="constrained")
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)
     ax.grid(True, color="#dddddd", linewidth=0.6)
@@ -167,13 +163,12 @@ def new_axes(
     return ax
 
 
-def legend_below(ax: Axes, inches: float, **options: Any) -> None:
-    """Put the legend under the axes, `inches` below its lower edge."""
-    from matplotlib.transforms import ScaledTranslation
-
-    down = ScaledTranslation(0, -inches, ax.figure.dpi_scale_trans)
-    look = {"fontsize": 8, "frameon": False, "loc": "upper center"} | options
-    ax.legend(bbox_to_anchor=(0.5, 0), bbox_transform=ax.transAxes + down, **look)
+def legend_below(ax: Axes, **options: Any) -> None:
+    """Put a legend of what is labelled, or of `handles`, under the figure's axes."""
+    handles = options.pop("handles", None) or ax.get_legend_handles_labels()[0]
+    look = {"fontsize": 8, "frameon": False, "loc": "outside lower center"}
+    ax.figure.set_layout_engine("constrained")  # makes room for it
+    ax.figure.legend(handles=handles, **look | options)
 
 
 def finish(
@@ -181,7 +176,7 @@ def finish(
     *,
     xlabel: str = "",
     ylabel: str = "",
-    title: str | None = None,
+    title: str = "",
     legend: bool | None = None,
     **options: Any,
 ) -> Axes:
@@ -191,7 +186,7 @@ def finish(
         ax: the axes.
         xlabel: with its unit.
         ylabel: with its unit.
-        title: None for none.
+        title: stands at the left.
         legend: True, False, or None for "where more than one thing is labelled".
         **options: for `Axes.legend`.
     """

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from cells import cells
 
 matplotlib.use("Agg")
 
@@ -20,7 +21,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from course_utils import plotting
 from course_utils.plotting import METHOD_COLOURS, METHOD_STYLES, line_styles
-from course_utils.plotting.tokens import LEARNED, PROMPT, token_texts, visible
+from course_utils.plotting.tokens import LEARNED, PROMPT, _token_texts, _visible
 
 METHODS = list(METHOD_COLOURS)[:10]
 SLICES = [f"slice_number_{i}" for i in range(10)]
@@ -62,7 +63,6 @@ DRAWINGS = {
         [["a", "b\n", "灯", "$x$", "pad"]],
         [[-100, 1, 2, 3, -100]],
         [[1, 1, 1, 1, 0]],
-        names=["中文"],
         **k,
     ),
     "compact": lambda **k: plotting.plot_mask(
@@ -83,7 +83,7 @@ DRAWINGS = {
     "trade_off": lambda **k: plotting.plot_trade_off(
         {m: (10 * i, 0.09 * i, 10**i) for i, m in enumerate(METHODS)}, **k
     ),
-    "map": lambda **k: plotting.plot_method_map({"lora": 100}, total=1000, **k),
+    "map": lambda **k: plotting.plot_method_map(**k),
 }
 
 
@@ -112,15 +112,30 @@ def _no_warnings():
 def test_each_figure_draws_without_a_warning(name, tmp_path):
     with warnings.catch_warnings():
         _no_warnings()
-        ax = DRAWINGS[name](title="A title")
+        ax = DRAWINGS[name]()
         figure = ax.figure
         figure.savefig(tmp_path / "figure.png")
-    assert ax.get_title(loc="left") == "A title"
     assert figure.get_figwidth() == 6.0 and figure.get_figheight() <= 4.0
     assert figure.get_layout_engine() is not None
     if ax.axison:
         assert ax.get_xlabel() and not overlapping(ax.get_xticklabels())
         assert not overlapping(ax.get_yticklabels())
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", ["memory", "mask", "compact", "prefix", "trade_off"])
+def test_a_legend_below_covers_nothing(name, given):
+    ax = DRAWINGS[name](ax=plt.subplots()[1] if given else None)
+    ax.figure.draw_without_rendering()
+    box = ax.figure.legends[0].get_window_extent()
+    assert box.y0 >= 0 and box.y1 <= ax.get_tightbbox().y0
+    assert box.x0 >= 0 and box.x1 <= ax.figure.bbox.x1
+
+
+@pytest.mark.parametrize("name", ["memory", "predicted"])
+def test_a_title_stands_at_the_left(name):
+    ax = DRAWINGS[name](title="A title")
+    assert ax.get_title(loc="left") == "A title"
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
@@ -160,19 +175,18 @@ def test_comparison_and_memory_write_their_values():
     texts = [text.get_text() for text in ax.texts]
     assert texts == ["12 %", "93 % (90 to 96)"]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([12, 93])
-    ax = plotting.plot_memory(PARTS, limit=14e9, limit_name="T4", unit="GB")
-    assert [t.get_text() for t in ax.texts] == ["11 GB", "T4: 14 GB"]
+    parts = {name: 2**30 * size / 1e9 for name, size in PARTS.items()}
+    ax = plotting.plot_memory(parts, limit=14 * 2**30, limit_name="T4")
+    assert [t.get_text() for t in ax.texts] == ["11 GiB", "T4: 14 GiB"]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([6, 3, 2])
     assert [bar.get_x() for bar in ax.patches] == pytest.approx([0, 6, 9])
-    with pytest.raises(ValueError, match="GiB"):
-        plotting.plot_memory(PARTS, unit="Gb")
 
 
 def test_a_prefix_is_learned_at_every_layer_and_a_prompt_at_the_input():
-    ax = plotting.plot_prefix(["a", "b"], virtual=3, layers=4)
+    ax = plotting.plot_prefix(["a", "b"])
     colours = [to_hex(patch.get_facecolor()) for patch in ax.patches]
     assert colours.count(METHOD_COLOURS["prompt"]) == 3
-    assert colours.count(METHOD_COLOURS["prefix"]) == 3 * 4
+    assert colours.count(METHOD_COLOURS["prefix"]) == 3 * 5
     with pytest.raises(ValueError, match="at most 8 tokens"):
         plotting.plot_prefix("abcdefghi")
 
@@ -213,13 +227,11 @@ def test_panels_of_rates_ring_the_best_and_cross_what_is_off_the_scale(tmp_path)
     losses = RATES | {"lora": {1e-3: 0.7, 1e-2: 0.5, 1e-1: None, 1.0: 40.0}}
     with warnings.catch_warnings():
         _no_warnings()
-        panels = plotting.plot_rate_panels(
-            losses, own={"lora": (1e-3, 0.9)}, title="Rates"
-        )
+        panels = plotting.plot_rate_panels(losses, own={"lora": (1e-3, 0.9)})
         figure = panels[0].figure
         figure.savefig(tmp_path / "figure.png")
     assert figure.get_figwidth() == 6.0 and figure.get_figheight() <= 4.0
-    assert figure._suptitle.get_text() == "Rates (red: yours)"
+    assert figure._suptitle.get_text() == "(red: yours)"
     assert len(panels) == len(figure.axes) == len(METHODS)
     panel = panels[METHODS.index("lora")]
     curve, over, ring, own = panel.lines
@@ -229,36 +241,16 @@ def test_panels_of_rates_ring_the_best_and_cross_what_is_off_the_scale(tmp_path)
     assert set(over.get_ydata()) == {panel.get_ylim()[1]} == {1.5}
     assert (ring.get_xdata(), ring.get_ydata()) == ([1e-2], [0.5])
     assert (own.get_xdata(), own.get_ydata()) == ([1e-3], [0.9])
+    assert own.get_markeredgecolor() not in METHOD_COLOURS.values()
+    assert own.get_markerfacecolor() == "none"
+    assert own.get_marker() == METHOD_STYLES["lora"]["marker"]
     assert panel.get_title() == "LoRA\nbest 0.01"
     assert not overlapping(panel.get_xticklabels())
-    (high,) = plotting.plot_rate_panels(
-        {"full": {1e-3: 0.2, 1e-2: 0.4}}, percent=True, higher_is_better=True
-    )
-    assert high.lines[-1].get_xdata() == [1e-2] and high.get_ylim() == (-3, 103)
     (lost,) = plotting.plot_rate_panels({"full": {1e-3: None}})
     assert lost.get_title().endswith("no loss is a number")
     for nothing in ({}, {"full": {}}):
         with pytest.raises(ValueError, match="there is no method"):
             plotting.plot_rate_panels(nothing)
-
-
-def test_own_points_are_open_and_named_in_the_legend():
-    points = {"lora": (10, 0.5), "full": (20, 0.6)}
-    own = {"full": (15, 0.3)}
-    ax = plotting.plot_scatter(points, xlabel="seconds", own=own)
-    assert [t.get_text() for t in ax.get_legend().texts] == ["not beaten", "yours"]
-    lines = [ln for ln in ax.lines if ln.get_linestyle() == "None"]
-    rim = [ln for ln in lines if ln.get_markeredgecolor() == "#e3001b"]
-    assert [list(ln.get_xdata()) for ln in rim] == [[15], []]
-    assert {ln.get_markerfacecolor() for ln in rim} == {"none"}
-    assert rim[0].get_marker() == METHOD_STYLES["full"]["marker"]
-    assert rim[0].get_ydata() == [30]
-    (joined,) = [ln for ln in ax.lines if ln.get_color() == "#e3001b"]
-    assert list(joined.get_ydata()) == [30, 60]
-    other = plotting.plot_learning_rates({"lora": {1e-3: 0.1}, "full": {1e-3: 0.2}})
-    plotting.plot_own_points(other, {"lora": (1e-3, 0.3)}, label="mine")
-    assert [t.get_text() for t in other.get_legend().texts][-1] == "mine"
-    assert not plotting.plot_scatter(points, xlabel="s").get_legend().texts[1:]
 
 
 def test_a_trade_off_fills_what_nothing_beats_in_all_three():
@@ -285,10 +277,19 @@ def test_the_front_is_what_no_other_point_beats():
         plotting.plot_scatter({"a": (0, 1)}, xlabel="cost", log=True)
 
 
+def test_the_front_of_lesson_8_is_that_of_the_package():
+    front = cells("08_choosing_a_method", "front", definitions=True).pareto_front
+    draws = np.random.default_rng(0)
+    for count in (0, 1, 5, 30):  # few values, so that costs and scores tie
+        pairs = draws.integers(0, 9, (count, 2)).tolist()
+        points = {str(i): tuple(pair) for i, pair in enumerate(pairs)}
+        assert front(points) == plotting.pareto_front(points)
+
+
 def test_spectrum_and_energy():
-    ax = plotting.plot_spectrum([1.0, 3.0, 2.0])
+    ax = plotting.plot_spectrum({"W": [1.0, 3.0, 2.0]})
     assert list(ax.lines[0].get_ydata()) == [3.0, 2.0, 1.0]
-    ax = plotting.plot_spectrum([1.0, 3.0, 2.0], energy=True)
+    ax = plotting.plot_spectrum({"W": [1.0, 3.0, 2.0]}, energy=True)
     wanted = [900 / 14, 1300 / 14, 100]
     assert list(ax.lines[0].get_ydata()) == pytest.approx(wanted)
 
@@ -312,8 +313,8 @@ def test_a_very_long_token_stays_on_its_line():
 
 
 def test_token_texts_are_drawable():
-    assert visible(" a\n") == "␣a↵"
-    assert visible("\x00\ue000") == "\\x00\\ue000"
+    assert _visible(" a\n") == "␣a↵"
+    assert _visible("\x00\ue000") == "\\x00\\ue000"
 
     class Tokenizer:
         texts = {1: (" on", "Ġon"), 2: ("\ufffd", "æĪ"), 3: ("on", "▁on")}
@@ -324,8 +325,8 @@ def test_token_texts_are_drawable():
         def convert_ids_to_tokens(self, token):
             return self.texts[token][1]
 
-    assert token_texts([1, 2, 3], Tokenizer()) == ["␣on", "\\xe6\\x88", "␣on"]
-    assert token_texts(torch.tensor([5]).tolist()) == ["5"]
+    assert _token_texts([1, 2, 3], Tokenizer()) == ["␣on", "\\xe6\\x88", "␣on"]
+    assert _token_texts(torch.tensor([5]).tolist()) == ["5"]
 
 
 @pytest.mark.parametrize(
@@ -439,17 +440,3 @@ def test_a_run_that_broke_leaves_a_gap_among_learning_rates():
     assert ax.lines[-1].get_xdata()[0] == 1.0  # the ring
     broken = plotting.plot_learning_rates({"prompt": {1.0: None}}, percent=False)
     assert len(broken.lines) == 1
-
-
-def test_own_points_leave_the_legend_below_the_axes():
-    points = {"lora": (3.0, 0.2), "full": (90.0, 0.4), "dora": (5.0, 0.3)}
-    ax = plotting.plot_scatter(points, xlabel="s")
-    for name in "abc":
-        ax.plot([], [], label=name)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3)
-    plotting.plot_own_points(ax, {"lora": (4.0, 0.25)})
-    ax.figure.canvas.draw()
-    found = ax.get_legend().get_window_extent()
-    assert found.y1 < ax.bbox.y0
-    assert (found.x0 + found.x1) / 2 == pytest.approx((ax.bbox.x0 + ax.bbox.x1) / 2, 2)
-    assert ax.get_legend()._ncols == 3

@@ -13,11 +13,6 @@ import torch
 
 from course_utils import memory, widgets
 
-EXAMPLES = {
-    "first": {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
-    "second": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-}
-
 
 @pytest.fixture(autouse=True)
 def closed_figures():
@@ -64,13 +59,13 @@ def test_planner_figure_shows_the_estimate_and_its_verdict():
 
 
 def test_a_t4_plan_computes_in_float16_and_a_newer_card_in_bfloat16():
-    assert widgets.plan("smollm2-1.7b", "lora").request.dtype == "float16"
-    newer = widgets.plan("smollm2-1.7b", "lora", gpu="A100-40")
+    assert widgets._plan("smollm2-1.7b", "lora").request.dtype == "float16"
+    newer = widgets._plan("smollm2-1.7b", "lora", gpu="A100-40")
     assert newer.request.dtype == "bfloat16"
 
 
 def test_rank_means_virtual_tokens_for_prompt_tuning():
-    planned = widgets.plan("smollm2-135m", "prompt_tuning", rank=20)
+    planned = widgets._plan("smollm2-135m", "prompt_tuning", rank=20)
     assert planned.trainable == 20 * 576
 
 
@@ -95,7 +90,7 @@ def test_planner_draws_anew_when_a_control_changes(live):
     assert title() != first and "A100-80" in title()
     controls["checkpointing"].value = True
     settings = {"rank": 16, "batch_size": 3, "gradient_checkpointing": True}
-    planned = widgets.plan("llama-3.2-3b", "qlora", gpu="A100-80", **settings)
+    planned = widgets._plan("llama-3.2-3b", "qlora", gpu="A100-80", **settings)
     assert title() == planned.verdict("A100-80")
 
 
@@ -112,7 +107,7 @@ def test_planner_begins_with_what_its_figure_accepts(live):
 def test_rank_errors_are_those_of_the_best_approximation():
     torch.manual_seed(0)
     weight = torch.randn(12, 7)
-    errors, shape = widgets.rank_errors(weight)
+    errors, shape = widgets._rank_errors(weight)
     assert shape == (12, 7) and len(errors) == 8
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     for rank in (1, 4):
@@ -122,13 +117,14 @@ def test_rank_errors_are_those_of_the_best_approximation():
     assert errors[0] == 1 and errors[-1] == 0
 
 
-def test_rank_figure_counts_parameters():
-    widgets.rank_figure(np.eye(64, 32), 4)
+def test_rank_figure_counts_parameters(monkeypatch):
+    monkeypatch.setenv("COURSE_PROFILE", "smoke")
+    widgets.rank_slider(np.eye(64, 32), 4)
     assert title() == "rank 4 of 32: error 93.5 %, 384 of 2,048 parameters (18.8 %)"
     with pytest.raises(ValueError, match="rank is 0 to 32"):
-        widgets.rank_figure(np.eye(64, 32), 33)
+        widgets.rank_slider(np.eye(64, 32), 33)
     with pytest.raises(ValueError, match="two dimensions"):
-        widgets.rank_errors(np.ones(3))
+        widgets.rank_slider(np.ones(3))
 
 
 def test_rank_slider_moves(live):
@@ -138,33 +134,11 @@ def test_rank_slider_moves(live):
     assert title().startswith("rank 5 ")
 
 
-# --- the mask viewer -------------------------------------------------------------
-
-
-def test_mask_figure_counts_learned_tokens():
-    widgets.mask_figure(EXAMPLES, "second")
-    assert title() == "second: 2 of 3 tokens are learned"
-    widgets.mask_figure(list(EXAMPLES.values()), 0)
-    assert title() == "0: 2 of 4 tokens are learned"
-    with pytest.raises(ValueError, match="there are: first, second"):
-        widgets.mask_figure(EXAMPLES, "third")
-    with pytest.raises(ValueError, match="no example to show"):
-        widgets.mask_figure([])
-
-
-def test_mask_viewer_changes_the_example(live):
-    tool = widgets.mask_viewer(EXAMPLES)
-    assert title().startswith("first")
-    controls_of(tool)["example"].value = "second"
-    assert title().startswith("second")
-
-
 # --- without widgets -------------------------------------------------------------
 
 TOOLS = {
     "planner": lambda: widgets.memory_planner(model="smollm2-360m"),
     "rank": lambda: widgets.rank_slider(torch.eye(8), 3),
-    "mask": lambda: widgets.mask_viewer(EXAMPLES),
 }
 
 
@@ -187,11 +161,8 @@ def test_a_tool_where_widgets_are(tool, live):
 
 
 def test_a_card_may_be_written_in_small_letters():
-    from course_utils import widgets as widget_figures
-
     size = {"batch_size": 1, "sequence_length": 512}
     small, large = (
-        widget_figures.plan("llama-3.2-1b", "full", gpu=gpu, **size)
-        for gpu in ("t4", "T4")
+        widgets._plan("llama-3.2-1b", "full", gpu=gpu, **size) for gpu in ("t4", "T4")
     )
     assert small.total == large.total
