@@ -16,7 +16,8 @@ LESSONS = sorted((rules.ROOT / "notebooks").glob("*.ipynb"))
 MODULES = [
     path
     for room in ("course_utils", "maintenance")
-    for path in (rules.ROOT / room).rglob("*.py")
+    for path in sorted((rules.ROOT / room).rglob("*.py"))
+    if not {"benchmarks", "data_sets"} & set(path.parts)
 ]
 # Written in C++, without a signature; a few words each.
 NO_SIGNATURE = {"torch.device", "torch.Generator"}
