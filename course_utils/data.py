@@ -167,12 +167,10 @@ def _split_files(folder: Path, name: str) -> dict[str, Path]:
             raise DataError(both, "one file for each split", cure, file=name)
         files[path.stem] = path
     if not files:
-        raise DataError(
-            "a folder without train, validation or test files",
-            "train.jsonl, validation.jsonl or test.jsonl",
-            "Name one of its files instead, or rename them so.",
-            file=name,
-        )
+        fault = "a folder without train, validation or test files"
+        expected = "train.jsonl, validation.jsonl or test.jsonl"
+        cure = "Name one of its files instead, or rename them so."
+        raise DataError(fault, expected, cure, file=name)
     return files
 
 
@@ -455,10 +453,8 @@ def _check_order(record: Record, column: str, roles: list[str]) -> None:
         due = "user" if role == "assistant" else "assistant"
         expected = f"user and assistant in turn, so {due} in turn {number}"
         if role == "system":
-            fault, expected = (
-                f"a system turn in place {number}",
-                "the system turn first",
-            )
+            fault = f"a system turn in place {number}"
+            expected = "the system turn first"
             cure = "Move it to the beginning, or delete it."
         elif wrong == 0 or roles[wrong - 1] == "system":
             fault = f"the {role}'s turn first"
@@ -470,10 +466,8 @@ def _check_order(record: Record, column: str, roles: list[str]) -> None:
         fault, expected = "no assistant turn", "at least one, to learn from"
         cure = "Add the answer."
     elif roles[-1] == "user":
-        fault, expected = (
-            f"the user's turn last (turn {len(roles)})",
-            "an assistant turn last",
-        )
+        fault = f"the user's turn last (turn {len(roles)})"
+        expected = "an assistant turn last"
         cure = "Add the answer, or delete that turn."
     else:
         return

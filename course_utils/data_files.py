@@ -100,21 +100,16 @@ def read_records(path: Path) -> list[Record]:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(
-            f"the file type {suffix!r}" if suffix else "a file name without a type",
-            "one of " + ", ".join(SUFFIXES),
-            "Save the data as .jsonl: one JSON object a line, in UTF-8.",
-            file=path,
-        )
+        fault = f"the file type {suffix!r}" if suffix else "a file name without a type"
+        cure = "Save the data as .jsonl: one JSON object a line, in UTF-8."
+        raise DataError(fault, "one of " + ", ".join(SUFFIXES), cure, file=path)
     if suffix == ".parquet":
         records = _read_parquet(path)
     else:
         records = _PARSERS[suffix](path, _read_text(path))
     if not records:
-        cure = "Add records, or name another file."
-        raise DataError(
-            "a file without a record", "at least one record", cure, file=path
-        )
+        fault, cure = "a file without a record", "Add records, or name another file."
+        raise DataError(fault, "at least one record", cure, file=path)
     return records
 
 
@@ -132,12 +127,9 @@ _SIGNATURES = {
 def _read_text(path: Path) -> str:
     raw = path.read_bytes()
     if not raw.strip():
-        raise DataError(
-            "a file of blanks" if raw else "an empty file",
-            "at least one record",
-            "Check that the file was saved and that this is the right one.",
-            file=path,
-        )
+        fault = "a file of blanks" if raw else "an empty file"
+        cure = "Check that the file was saved and that this is the right one."
+        raise DataError(fault, "at least one record", cure, file=path)
     for signature, (content, cure) in _SIGNATURES.items():
         if raw.startswith(signature):
             raise DataError(content, "UTF-8 text", cure, file=path)
@@ -145,24 +137,22 @@ def _read_text(path: Path) -> str:
     nul = raw.find(b"\0")
     if nul >= 0:
         cure = "The file is binary, damaged or UTF-16: save it again as UTF-8."
-        place = _place(raw, nul)
-        raise DataError("a NUL byte (0x00)", "UTF-8 text", cure, file=path, **place)
+        place = _place(path, raw, nul)
+        raise DataError("a NUL byte (0x00)", "UTF-8 text", cure, **place)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"the byte 0x{raw[error.start]:02X}, which is not UTF-8",
-            "UTF-8 text",
-            "Save it again as UTF-8 (it may be Latin-1, GBK or Windows-1252).",
-            file=path,
-            **_place(raw, error.start),
-        ) from None
+        fault = f"the byte 0x{raw[error.start]:02X}, which is not UTF-8"
+        cure = "Save it again as UTF-8 (it may be Latin-1, GBK or Windows-1252)."
+        place = _place(path, raw, error.start)
+        raise DataError(fault, "UTF-8 text", cure, **place) from None
 
 
-def _place(raw: bytes, position: int) -> dict[str, int]:
+def _place(path: Path, raw: bytes, position: int) -> dict[str, Any]:
     start = raw.rfind(b"\n", 0, position) + 1
     before = raw[start:position].decode("utf-8", errors="replace")
-    return {"line": raw.count(b"\n", 0, position) + 1, "column": len(before) + 1}
+    line = raw.count(b"\n", 0, position) + 1
+    return {"file": path, "line": line, "column": len(before) + 1}
 
 
 # --- JSON ---
@@ -189,13 +179,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
+        fault = f'the field "{twice}" twice in one object'
         cure = "Delete or rename one of the two."
-        raise DataError(
-            f'the field "{twice}" twice in one object',
-            "each field once",
-            cure,
-            column=twice,
-        )
+        raise DataError(fault, "each field once", cure, column=twice)
     return fields
 
 
@@ -269,10 +255,9 @@ def _parse_json(path: Path, text: str) -> list[Record]:
         return text[position : position + 1]
 
     def broken(fault: str, cure: str) -> DataError:
-        place = {"line": line, "column": position - text.rfind("\n", 0, position)}
-        return DataError(
-            f"broken JSON ({fault})", "valid JSON", cure, file=path, **place
-        )
+        column = position - text.rfind("\n", 0, position)
+        place = {"file": path, "line": line, "column": column}
+        return DataError(f"broken JSON ({fault})", "valid JSON", cure, **place)
 
     if go_to(0) != "[":
         value, end = _decode(path, text, line, position)
@@ -328,13 +313,10 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
                 records.append(Record(str(path), line, "line", fields))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(
-            f"broken CSV ({error})",
-            'quoted fields such as "He said ""yes"", twice"',
-            "Close the quote that opens in this record, or use .jsonl.",
-            file=path,
-            line=line,
-        ) from None
+        fault = f"broken CSV ({error})"
+        expected = 'quoted fields such as "He said ""yes"", twice"'
+        cure = "Close the quote that opens in this record, or use .jsonl."
+        raise DataError(fault, expected, cure, file=path, line=line) from None
     finally:
         csv.field_size_limit(usual_limit)
     return records

@@ -115,7 +115,6 @@ def tokenize_dataset(
     *,
     template: str | Template = "chatml",
     max_length: int | None = None,
-    system: str | None = None,
 ) -> datasets.Dataset:
     """`tokenize_example` over a data set; the result is kept in memory.
 
@@ -124,11 +123,12 @@ def tokenize_dataset(
     """
     import datasets
 
-    options = {"template": template, "max_length": max_length, "system": system}
     columns: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
     for row, example in enumerate(dataset):
         try:
-            features = tokenize_example(example, tokenizer, **options)
+            features = tokenize_example(
+                example, tokenizer, template=template, max_length=max_length
+            )
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from error
         for name, values in features.items():
@@ -353,9 +353,7 @@ def _encode(
 
 
 @lru_cache(maxsize=8)
-def _special_tokens(
-    tokenizer: Any, size: int
-) -> tuple[dict[str, _Special], re.Pattern]:
+def _special_tokens(tokenizer: Any, size: int) -> tuple[dict, re.Pattern]:
     """Tokens outside the ordinary vocabulary, and a pattern to split text at them.
 
     `size`, the number of tokens, is there for the cache: tokens may be added.

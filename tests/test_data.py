@@ -659,6 +659,22 @@ def test_the_larger_sets_share_validation_and_test(name, times):
     assert data_hash(name) != data_hash("home_commands")
 
 
+def test_a_folder_names_the_splits_that_it_shares(tmp_path):
+    for name, count in (("small", 2), ("large", 5)):
+        (tmp_path / name).mkdir()
+        _numbered(tmp_path / name, count, "train.jsonl")
+    _numbered(tmp_path / "small", 3, "test.jsonl")
+    large = tmp_path / "large"
+    alone = data_hash(large)
+    write(large, "shared_splits.json", '["../small/test.jsonl"]')
+    assert len(load_examples(large)) == 5
+    assert len(load_examples(large, "test")) == 3
+    assert data_hash(large) != alone
+    write(large, "shared_splits.json", '["../small/train.jsonl"]')
+    with pytest.raises(DataError, match="one file for each split"):
+        load_examples(large)
+
+
 def test_an_own_folder_of_that_name_shares_nothing(tmp_path):
     folder = tmp_path / "home_commands_large"
     folder.mkdir()
