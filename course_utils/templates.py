@@ -1,12 +1,14 @@
-"""Prompt templates, and the records that fill them.
+"""Prompt templates, the records that fill them, and the text that results.
 
-A template decides what stands around the user's words. Here are the templates and the
-one shape that every record is read into; `course_utils.layout` brings them together.
+A template decides what stands around the user's words. `read_example` reads a record,
+whichever its columns, into a `Conversation`; `lay_out` writes one as pieces of text,
+each of them learned or not, and `course_utils.formatting` makes token ids of these.
 """
 
 from __future__ import annotations
 
 import datetime
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,30 +26,17 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class Template:
-    """The layout of one conversation.
+    """The layout of one conversation, with `{system}`, `{text}` and `{input}` in it."""
 
-    Attributes:
-        name: its key in `TEMPLATES`.
-        turn: one user turn and the header of the answer; `{system}` (first turn
-            only), `{text}` and `{input}` are filled in.
-        system: what `{system}` becomes when there is system text.
-        end: closes each answer; None means the tokenizer's end-of-sequence token.
-        input: what `{input}` becomes; None joins an input to the text by a blank line.
-        between: stands before each turn but the first.
-        default_system: the whole `{system}` when the record has no system text.
-        default_system_with_input: the same for a record with an input.
-        repeat_bos: put the beginning-of-sequence token before later turns too.
-    """
-
-    name: str
-    turn: str = ""
-    system: str = ""
-    end: str | None = None
-    input: str | None = None
-    between: str = ""
-    default_system: str = ""
-    default_system_with_input: str = ""
-    repeat_bos: bool = False
+    name: str  # its key in `TEMPLATES`
+    turn: str = ""  # a user turn and the header of the answer; `{system}` in the first
+    system: str = ""  # what `{system}` becomes when there is system text
+    end: str | None = None  # closes an answer; None: the tokenizer's end of sequence
+    input: str | None = None  # `{input}`; None joins an input to the text, a line apart
+    between: str = ""  # stands before each turn but the first
+    default_system: str = ""  # the whole `{system}` where there is no system text
+    default_system_with_input: str = ""  # the same for a record with an input
+    repeat_bos: bool = False  # put the beginning of sequence before later turns, too
 
 
 TEMPLATES: Mapping[str, Template] = {
@@ -85,7 +74,7 @@ TEMPLATES: Mapping[str, Template] = {
         system="{text}\n\n",
         between="\n\n",
     ),
-    # Whatever chat template the tokenizer carries: see below.
+    # Whatever chat template the tokenizer carries: see `_own_pieces`.
     "tokenizer": Template("tokenizer"),
 }
 
@@ -167,10 +156,12 @@ def with_examples(
         turn = layout.turn.replace("{system}", "").replace("{input}", "")
         shots += turn.replace("{text}", example["prompt"])
         shots += example["completion"] + layout.end
-    name = f"{layout.name} with {len(examples)} examples"
-    opening = layout.system.replace("{text}", system) + shots
-    with_own = layout.system + shots  # other system text stands above the same examples
-    return replace(layout, name=name, system=with_own, default_system=opening)
+    return replace(
+        layout,
+        name=f"{layout.name} with {len(examples)} examples",
+        system=layout.system + shots,  # the examples stay below other system text
+        default_system=layout.system.replace("{text}", system) + shots,
+    )
 
 
 def read_example(
@@ -189,14 +180,15 @@ def read_example(
     messages = example.get("messages")
     if isinstance(prompt, list):  # the conversational form of TRL
         messages = prompt + (completion if isinstance(completion, list) else [])
-    pair = isinstance(prompt, str) and isinstance(completion, str)
-    if messages is not None and not pair:
+    is_pair = isinstance(prompt, str) and isinstance(completion, str)
+    if messages is not None and not is_pair:
         return _read_messages(messages, system)
     text, extra, answer = prompt, "", completion
-    asked, given = example.get("instruction"), example.get("input") or ""
-    parted = template.input is not None and asked
-    if text is None or (parted and text in (asked, f"{asked}\n\n{given}")):
-        text, extra = asked, given
+    instruction, context = example.get("instruction"), example.get("input") or ""
+    joined = (instruction, f"{instruction}\n\n{context}")  # as `load_examples` joins
+    has_place = template.input is not None and instruction
+    if text is None or (has_place and text in joined):
+        text, extra = instruction, context
         answer = example.get("output") if completion is None else completion
     if text is None:
         raise ValueError(
@@ -211,38 +203,52 @@ def read_example(
     return Conversation(system, (Exchange(text, extra, answer),))
 
 
+def first_misplaced_turn(roles: Sequence[str]) -> int | None:
+    """Index of the first turn that is out of order, or None.
+
+    A system turn comes first if at all; then user and assistant take turns.
+
+    >>> first_misplaced_turn(["system", "user", "user"])
+    2
+    """
+    begin = 1 if roles and roles[0] == "system" else 0
+    for i in range(begin, len(roles)):
+        if roles[i] != ("user", "assistant")[(i - begin) % 2]:
+            return i
+    return None
+
+
 def _read_messages(messages: list, system: str | None) -> Conversation:
-    turns = [(message["role"], message["content"]) for message in messages]
-    for role, content in turns:
+    for message in messages:
+        role, content = message["role"], message["content"]
         if not isinstance(content, str):
             raise ValueError(f"the {role} turn's content is not text: {content!r}")
-    if turns and turns[0][0] == "system":
-        system = turns.pop(0)[1]
-    roles = [role for role, _ in turns]
-    if not turns or roles != (["user", "assistant"] * len(turns))[: len(turns)]:
+    roles = [message["role"] for message in messages]
+    texts = [message["content"] for message in messages]
+    misplaced = first_misplaced_turn(roles)
+    if roles and roles[0] == "system":
+        roles, (system, *texts) = roles[1:], texts
+    if not texts or misplaced is not None:
         raise ValueError(
             "after an optional system turn, turns must alternate user, assistant, "
             f"beginning with user; found {roles}"
         )
-    texts = [content for _, content in turns]
     answers = [*texts[1::2], None] if len(texts) % 2 else texts[1::2]
     pairs = zip(texts[::2], answers, strict=True)
-    return Conversation(system, tuple(Exchange(text, "", a) for text, a in pairs))
+    return Conversation(
+        system, tuple(Exchange(text, "", answer) for text, answer in pairs)
+    )
 
 
-# --- layout ---
-# A conversation becomes pieces of text, each of them learned or not.
-#
-# `lay_out` uses one of the course's templates or the chat template that a tokenizer
-# carries; `course_utils.encoding` turns the pieces into token ids.
+# --- from a conversation to pieces of text ---
 
 
 class Piece(NamedTuple):
     """A stretch of the rendered conversation."""
 
     text: str
-    literal: bool  # True: words of the record, in which no special token is read
-    learned: bool  # True: the model is trained to produce it
+    literal: bool = False  # words of the record, in which no special token is read
+    learned: bool = False  # the model is trained to produce it
 
 
 def lay_out(
@@ -260,29 +266,24 @@ def lay_out(
     """
     if template.name == "tokenizer":
         return _own_pieces(conversation, tokenizer)
-    end, pieces = template.end, []
-    if end is None and any(e.answer is not None for e in conversation.exchanges):
-        end = getattr(tokenizer, "eos_token", None)
-        if not end:
-            raise ValueError(
-                f"the {template.name} template ends an answer with the tokenizer's "
-                "end-of-sequence token: "
-                + ("it has none, set tokenizer.eos_token" if tokenizer else "pass one")
-            )
+    answered = any(exchange.answer is not None for exchange in conversation.exchanges)
+    end = _end_of_answer(template, tokenizer) if answered else ""
+    pieces = []
     for i, exchange in enumerate(conversation.exchanges):
         if i:
             bos = template.repeat_bos and tokenizer and leading_bos(tokenizer)
-            pieces.append(Piece(bos or template.between, False, False))
+            pieces.append(Piece(bos or template.between))
         system = _system_pieces(conversation, template, tokenizer) if i == 0 else []
         fills = {
             "{system}": system,
-            "{text}": [Piece(exchange.text, True, False)],
+            "{text}": [Piece(exchange.text, literal=True)],
             "{input}": _fill(template.input, exchange.input) if exchange.input else [],
         }
         for part in re.split(r"(\{\w+\})", template.turn):
-            pieces += fills.get(part, [Piece(part, False, False)])
+            pieces += fills.get(part, [Piece(part)])
         if exchange.answer is not None:
-            pieces += [Piece(exchange.answer, True, True), Piece(end, False, True)]
+            pieces.append(Piece(exchange.answer, literal=True, learned=True))
+            pieces.append(Piece(end, learned=True))
     return [piece for piece in pieces if piece.text]
 
 
@@ -294,10 +295,21 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
+def _end_of_answer(template: Template, tokenizer: Any) -> str:
+    if template.end is not None:
+        return template.end
+    if end := getattr(tokenizer, "eos_token", None):
+        return end
+    cure = "it has none, set tokenizer.eos_token" if tokenizer else "pass one"
+    raise ValueError(
+        f"the {template.name} template ends an answer with the tokenizer's "
+        f"end-of-sequence token: {cure}"
+    )
+
+
 def _fill(pattern: str, text: str) -> list[Piece]:
     before, _, after = pattern.partition("{text}")
-    marks = Piece(before, False, False), Piece(after, False, False)
-    return [marks[0], Piece(text, True, False), marks[1]]
+    return [Piece(before), Piece(text, literal=True), Piece(after)]
 
 
 def _system_pieces(
@@ -307,15 +319,16 @@ def _system_pieces(
     if template.input is not None and conversation.exchanges[0].input:
         default = template.default_system_with_input
     if template.name == "chatml" and getattr(tokenizer, "chat_template", None):
-        before = _own_default_system(tokenizer, str(tokenizer.chat_template))
-        if before is not None:
-            lead, default = before.partition("<|im_start|>")[0], before
+        own = _own_default_system(tokenizer, str(tokenizer.chat_template))
+        if own is not None:
+            lead, default = own.partition("<|im_start|>")[0], own
     if conversation.system is None:
-        return [Piece(default, False, False)]
-    return [Piece(lead, False, False), *_fill(template.system, conversation.system)]
+        return [Piece(default)]
+    return [Piece(lead), *_fill(template.system, conversation.system)]
 
 
-# The caches below have the chat template as a key: it may be replaced.
+# --- the chat template that a tokenizer carries ---
+# The caches have its text as a key: it may be replaced.
 
 
 @lru_cache(maxsize=8)
@@ -323,8 +336,8 @@ def _own_default_system(tokenizer: Any, _chat_template: str) -> str | None:
     """What the tokenizer's own template writes first, if it is ChatML; else None."""
     user = [{"role": "user", "content": "?"}]
     rendered = tokenizer.apply_chat_template(user, tokenize=False)
-    before, found, _ = rendered.partition("<|im_start|>user\n?<|im_end|>")
-    return before if found else None
+    before, turn, _ = rendered.partition("<|im_start|>user\n?<|im_end|>")
+    return before if turn else None
 
 
 def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
@@ -342,9 +355,20 @@ _MARK = "\t\ue000{}\ue001\t"  # the tabs show whether the template strips what i
 _MARKS = re.compile("(\t?)\ue000(\\d+)\ue001(\t?)")
 
 
+class _OwnTurn(NamedTuple):
+    index: int  # among the messages
+    keeps_left: str  # empty where the template strips the text on this side
+    keeps_right: str
+    after: str  # what follows the text
+
+    def text_of(self, content: str) -> str:
+        content = content if self.keeps_left else content.lstrip()
+        return content if self.keeps_right else content.rstrip()
+
+
 class _OwnLayout(NamedTuple):
     first: str  # before the first turn's text
-    turns: list[tuple[int, bool, bool, str]]  # which, strips left, right; what follows
+    turns: list[_OwnTurn]
     opening: str  # after the last user text when an answer is asked for
     ending: str  # after the last answer
 
@@ -354,20 +378,20 @@ def _own_layout(
     tokenizer: Any, _chat_template: str, roles: tuple[str, ...], _day: datetime.date
 ) -> _OwnLayout:
     """Render the chat template, which may tell the day, with marks for the texts."""
-    turns = [{"role": r, "content": _MARK.format(i)} for i, r in enumerate(roles)]
-    first, *parts = _MARKS.split(_render(tokenizer, turns))
-    split = [
-        (int(parts[k + 1]), not parts[k], not parts[k + 2], parts[k + 3])
-        for k in range(0, len(parts), 4)
-    ]
-    if sorted(turn[0] for turn in split) != list(range(len(roles))):
+    marked = [{"role": r, "content": _MARK.format(i)} for i, r in enumerate(roles)]
+    first, *parts = _MARKS.split(_render(tokenizer, marked))
+    turns = []
+    for k in range(0, len(parts), 4):
+        left, index, right, after = parts[k : k + 4]
+        turns.append(_OwnTurn(int(index), left, right, after))
+    if sorted(turn.index for turn in turns) != list(range(len(roles))):
         raise ValueError("the chat template leaves out or repeats a turn of this chat")
     user = [{"role": "user", "content": _MARK.format(0)}]
     asking = _render(tokenizer, user, add_generation_prompt=True)
-    ending = split[-1][3]
+    ending = turns[-1].after
     if not ending.strip():
         raise ValueError("the chat template puts nothing after an answer to end it")
-    return _OwnLayout(first, split, _MARKS.split(asking)[-1], ending)
+    return _OwnLayout(first, turns, _MARKS.split(asking)[-1], ending)
 
 
 def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
@@ -392,32 +416,24 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     layout = _own_layout(tokenizer, str(tokenizer.chat_template), roles, today)
 
     pieces, before = [], layout.first
-    for index, strips_left, strips_right, after in layout.turns:
-        text, answers = messages[index]["content"], roles[index] == "assistant"
+    for turn in layout.turns:
+        is_answer = roles[turn.index] == "assistant"
         opening = before
-        if answers and before.startswith(layout.opening):
+        if is_answer and before.startswith(layout.opening):
             opening = layout.opening
-        pieces.append(Piece(opening, False, False))
-        if text is None:  # asked for, not given: the prompt ends here
+        pieces.append(Piece(opening))
+        content = messages[turn.index]["content"]
+        if content is None:  # asked for, not given: the prompt ends here
             return [piece for piece in pieces if piece.text]
-        text = text.lstrip() if strips_left else text
-        text = text.rstrip() if strips_right else text
-        if answers and not text:
+        text = turn.text_of(content)
+        if is_answer and not text:
             raise ValueError("nothing to learn: an answer is only white space")
-        pieces.append(Piece(before[len(opening) :], False, True))
-        pieces.append(Piece(text, True, answers))
-        end = _common_start(after, layout.ending) if answers else ""
-        pieces.append(Piece(end, False, True))
-        before = after[len(end) :]
-    pieces = [piece for piece in [*pieces, Piece(before, False, False)] if piece.text]
-    rendered = _render(tokenizer, messages)
-    if "".join(piece.text for piece in pieces) != rendered:
+        end = os.path.commonprefix([turn.after, layout.ending]) if is_answer else ""
+        pieces.append(Piece(before[len(opening) :], learned=True))
+        pieces.append(Piece(text, literal=True, learned=is_answer))
+        pieces.append(Piece(end, learned=True))
+        before = turn.after[len(end) :]
+    pieces = [piece for piece in [*pieces, Piece(before)] if piece.text]
+    if "".join(piece.text for piece in pieces) != _render(tokenizer, messages):
         raise ValueError("the chat template rewrites the text of this chat's turns")
     return pieces
-
-
-def _common_start(a: str, b: str) -> str:
-    length = 0
-    while length < min(len(a), len(b)) and a[length] == b[length]:
-        length += 1
-    return a[:length]

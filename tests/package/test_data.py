@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from course_utils import data
-from course_utils.data import DataError, data_hash, list_bundled, load_examples
-from course_utils.data_files import Record, mixed_column
+from course_utils.data import DataError, _bundled_sets, data_hash, load_examples
+from course_utils.data_files import Record
 from course_utils.runtime import data_folder
 
 PAIR = '{"prompt": "a", "completion": "b"}\n'
@@ -416,7 +416,7 @@ def test_unknown_set_lists_the_names():
     with pytest.raises(DataError) as caught:
         load_examples("home_comands")
     message = str(caught.value)
-    assert all(name in message for name in list_bundled())
+    assert all(name in message for name in _bundled_sets())
     assert "Did you mean home_commands or home_commands_wide or" in message
     with pytest.raises(DataError, match="a hub id its owner"):
         load_examples("zzzzzz")
@@ -639,7 +639,7 @@ def test_own_folder_with_split_files(tmp_path):
 
 
 def test_every_bundled_set_loads_and_hashes():
-    names = list_bundled()
+    names = _bundled_sets()
     assert {"home_commands", "instructions", "instructions/chats"} <= set(names)
     for name in names:
         examples = load_examples(name, "all")
@@ -657,6 +657,22 @@ def test_the_larger_sets_share_validation_and_test(name, times):
         assert load_examples(name, split).to_list() == ours.to_list()
     assert len(load_examples(name)) >= times * len(load_examples("home_commands"))
     assert data_hash(name) != data_hash("home_commands")
+
+
+def test_a_folder_names_the_splits_that_it_shares(tmp_path):
+    for name, count in (("small", 2), ("large", 5)):
+        (tmp_path / name).mkdir()
+        _numbered(tmp_path / name, count, "train.jsonl")
+    _numbered(tmp_path / "small", 3, "test.jsonl")
+    large = tmp_path / "large"
+    alone = data_hash(large)
+    write(large, "shared_splits.json", '["../small/test.jsonl"]')
+    assert len(load_examples(large)) == 5
+    assert len(load_examples(large, "test")) == 3
+    assert data_hash(large) != alone
+    write(large, "shared_splits.json", '["../small/train.jsonl"]')
+    with pytest.raises(DataError, match="one file for each split"):
+        load_examples(large)
 
 
 def test_an_own_folder_of_that_name_shares_nothing(tmp_path):
@@ -776,7 +792,7 @@ def test_the_index_links_every_set_and_its_licence():
     root = data_folder()
     index = (root / "README.md").read_text(encoding="utf-8")
     assert "CC BY 4.0" in index
-    for name in list_bundled():
+    for name in _bundled_sets():
         assert f"`{name}`" in index, name
     for link in re.findall(r"\]\(([^)#:]+)\)", index):
         assert (root / link).exists(), link
@@ -815,6 +831,6 @@ def test_the_first_value_of_another_kind_is_found_quickly(monkeypatch):
     for place in (1, 2, 3211, 4999):
         rows = [{"id": "x" if i == place else i} for i in range(5000)]
         records = [Record("a.jsonl", i + 1, "line", row) for i, row in enumerate(rows)]
-        error = mixed_column("id", [row["id"] for row in rows], records)
+        error = data._mixed_column("id", [row["id"] for row in rows], records)
         assert error.line == place + 1
     assert len(tried) < 60

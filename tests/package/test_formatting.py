@@ -23,12 +23,11 @@ from course_utils import templates as layout
 from course_utils.formatting import (
     TEMPLATES,
     CompletionCollator,
+    _end_of_turn_suffix,
     end_of_turn_ids,
-    end_of_turn_suffix,
     format_prompt,
     generation_prompt,
     pack_examples,
-    token_rows,
     tokenize_dataset,
     tokenize_example,
     with_examples,
@@ -222,7 +221,7 @@ def check_labels(name, template, prompt, completion):
     start = labels.count(-100)
     assert labels == [-100] * start + ids[start:]
     assert ids[:start] == generation_prompt(prompt, tokenizer, template=template)
-    suffix = end_of_turn_suffix(tokenizer, template)
+    suffix = _end_of_turn_suffix(tokenizer, template)
     answer = ids[start : len(ids) - len(suffix)]
     assert ids[len(ids) - len(suffix) :] == suffix
     stops = set(end_of_turn_ids(tokenizer, template))
@@ -336,7 +335,7 @@ def test_chatml_is_the_built_in_models_own_rendering(builtin, template):
             features = tokenize_example(example, builtin, template=template)
             assert features["input_ids"] == own_rendering(builtin, example)
             assert builtin.decode(learned(features)) == completion + "<|im_end|>\n"
-    assert end_of_turn_suffix(builtin) == builtin("<|im_end|>\n").input_ids
+    assert _end_of_turn_suffix(builtin, "chatml") == builtin("<|im_end|>\n").input_ids
 
 
 def test_chatml_keeps_another_models_default_system_turn():
@@ -634,7 +633,7 @@ def test_a_long_chat_loses_its_oldest_exchanges():
     assert learned(cut) == learned(expected)
 
 
-# Data sets and rows
+# Data sets
 
 
 def test_tokenize_dataset_is_tokenize_example_row_by_row():
@@ -647,17 +646,6 @@ def test_tokenize_dataset_is_tokenize_example_row_by_row():
     rows[4]["completion"] = ""
     with pytest.raises(ValueError, match="row 4: nothing to learn"):
         tokenize_dataset(rows, byte_level())
-
-
-def test_token_rows_show_every_token():
-    tokenizer = byte_level()
-    features = tokenize_example(LIGHT, tokenizer)
-    rows = token_rows(features, tokenizer)
-    assert [row["id"] for row in rows] == features["input_ids"]
-    assert [row["label"] for row in rows] == features["labels"]
-    assert "".join(r["text"] for r in rows) == tokenizer.decode(features["input_ids"])
-    answer = "".join(row["text"] for row in rows if row["learned"])
-    assert answer == LIGHT["completion"] + "<|im_end|>\n"
 
 
 # Padding

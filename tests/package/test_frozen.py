@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from course_utils import records, runtime
-from course_utils.data import _hash_split, data_hash, list_bundled
+from course_utils.data import _bundled_sets, _hash_split, data_hash
 from course_utils.evaluation import stratified
 from course_utils.training_speed import SeededBatches
 from maintenance.runs.lists import LESSON_RUNS
@@ -88,7 +88,7 @@ def now() -> dict:
     lessons = sorted((ROOT / "notebooks").glob("0[0-6]_*.ipynb"))
     return {
         "runs": identities(),
-        "data": {name: data_hash(name) for name in list_bundled()},
+        "data": {name: data_hash(name) for name in _bundled_sets()},
         "orders": seeded_orders(),
         "choices": choices(),
         "names": used_names(lessons),
@@ -120,7 +120,7 @@ def test_every_recorded_run_is_one_that_is_defined(frozen):
 
 
 def test_data_sets_keep_their_hash(frozen):
-    assert {name: data_hash(name) for name in list_bundled()} == frozen["data"]
+    assert {name: data_hash(name) for name in _bundled_sets()} == frozen["data"]
 
 
 def test_batches_keep_their_order(frozen):
