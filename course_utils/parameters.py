@@ -36,9 +36,7 @@ METHODS = {
 def peft_config(method: str | PeftConfig, **options: Any) -> PeftConfig:
     """Turn a method's name and its options into PEFT's own config object.
 
-    Args:
-        method: a key of `METHODS`, or a PEFT config, of which a copy is returned.
-        **options: PEFT's fields for that config, with PEFT's defaults.
+    The method is a key of `METHODS`, or a PEFT config, of which a copy is returned.
 
     Raises:
         ValueError: the method is unknown, or options come with a PEFT config.
@@ -66,12 +64,8 @@ def skeleton(config: PretrainedConfig, task_type: Any = None) -> torch.nn.Module
 
     The last few are kept, as a slider asks for the same one many times.
 
-    Args:
-        config: a transformers configuration.
-        task_type: PEFT's `"CAUSAL_LM"` (also None) or `"SEQ_CLS"`.
-
     Raises:
-        ValueError: another task type.
+        ValueError: a task other than PEFT's `"CAUSAL_LM"` (also None) and `"SEQ_CLS"`.
     """
     task = getattr(task_type, "value", task_type)
     autos = {
@@ -374,10 +368,8 @@ def adapter_bytes(
     encoder; a LoRA that targets an embedding saves the base embeddings too.
 
     Args:
-        config: a transformers configuration.
         method: as in `adapter_parameters`; `"full"` gives the whole model.
         dtype: what is stored. PEFT keeps adapters in float32, whatever the base is.
-        **options: as in `adapter_parameters`.
 
     Raises:
         ValueError: as in `adapter_parameters`.

@@ -188,7 +188,7 @@ class LiveBytes(TorchDispatchMode):
 
 def _swap(model: nn.Module, wanted, make) -> None:
     for name, module in list(model.named_modules()):
-        if wanted(name, module):
+        if wanted(module):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, make(module))
 
@@ -211,7 +211,7 @@ def _build(request: Request) -> nn.Module:
             packed, head = _linear4bit_class(), model.get_output_embeddings()
             _swap(
                 model,
-                lambda name, m: type(m) is nn.Linear and m is not head,
+                lambda m: type(m) is nn.Linear and m is not head,
                 lambda m: packed(m, request),
             )
             model.is_loaded_in_4bit = True
@@ -228,11 +228,7 @@ def _build(request: Request) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
-    _swap(
-        model,
-        lambda name, m: type(m) is nn.Dropout and m.p > 0,
-        lambda m: Dropout(m.p),
-    )
+    _swap(model, lambda m: type(m) is nn.Dropout and m.p > 0, lambda m: Dropout(m.p))
     return model
 
 
@@ -241,15 +237,15 @@ def _give_storage(model: nn.Module, count: LiveBytes) -> None:
 
     `Module.to` refuses fake tensors, and fake CUDA tensors abort a CPU build of torch.
     """
-    done: dict[int, torch.Tensor] = {}
-    kept = []
+    # by the id of the old tensor, which is held so that no other gets its id
+    replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
         packed = hasattr(module, "compute_dtype") and hasattr(module, "absmax")
         for store in (module._parameters, module._buffers):
             for name, old in list(store.items()):
                 if old is None:
                     continue
-                if id(old) not in done:
+                if id(old) not in replaced:
                     new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
                     kind = "activations"  # tables such as the rotary frequencies
                     if packed and store is module._buffers:
@@ -258,9 +254,8 @@ def _give_storage(model: nn.Module, count: LiveBytes) -> None:
                         new = nn.Parameter(new, requires_grad=old.requires_grad)
                         kind = "adapters" if old.requires_grad else "weights"
                     count.add(new, kind)
-                    done[id(old)] = new
-                    kept.append(old)
-                store[name] = done[id(old)]
+                    replaced[id(old)] = old, new
+                store[name] = replaced[id(old)][1]
 
 
 def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
@@ -341,10 +336,9 @@ def dry_run(request: Request) -> dict[str, Any]:
             for p in trained:
                 count.add(p, "weights")
         state, paged = _optimizer_state(request, model, count)
-        static = {k: count.now.get(k, 0) for k in ("weights", "quantization")}
-        static["adapters"] = count.now.get("adapters", 0)
+        kinds = ("weights", "quantization", "adapters", "gradients", "optimizer")
+        static = {kind: count.now.get(kind, 0) for kind in kinds}
         static["gradients"] = sum(p.numel() * p.dtype.itemsize for p in trained)
-        static["optimizer"] = count.now.get("optimizer", 0)
         for p in trained:
             if request.gradient_accumulation:
                 p.grad = torch.empty_like(p)
@@ -366,7 +360,7 @@ def dry_run(request: Request) -> dict[str, Any]:
             loss.backward()
         del state
     return {
-        "parts": {k: v for k, v in count.at_peak.items() if v},
+        "parts": count.at_peak,
         "static_parts": static,
         "moment": count.peak_moment,
         "trainable": sum(p.numel() for p in trained),

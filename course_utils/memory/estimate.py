@@ -32,7 +32,7 @@ from course_utils.runtime import get_profile
 
 # --- what is asked ---------------------------------------------------------------
 
-METHODS = ("full", "lora", "qlora", "prompt_tuning", "prefix_tuning")
+_METHODS = ("full", "lora", "qlora", "prompt_tuning", "prefix_tuning")
 
 
 _CHOICES: dict[str, tuple] = {
@@ -220,8 +220,8 @@ def _method_and_config(method: Any, options: dict[str, Any]) -> tuple[str, Any]:
         if options:
             raise ValueError(f"{sorted(options)} belong in the PEFT config itself")
         return str(method.peft_type.value).lower(), method
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if method not in _METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(_METHODS)}")
     if method == "full":
         if options:
             raise ValueError(f"full fine-tuning takes no {', '.join(sorted(options))}")

@@ -1,6 +1,6 @@
 """The closed form of a training step's memory: arithmetic on a configuration.
 
-It adds up what a step keeps for the next one (`static_parts`) and what automatic
+It adds up what a step keeps for the next one (`_static_parts`) and what automatic
 differentiation keeps of each decoder layer of the Llama family, as transformers writes
 it (`Layer`), and takes the largest of three moments (`_moments`): the loss, the first
 layer that the backward pass reaches, and the last one. It takes milliseconds. The cards
@@ -111,9 +111,9 @@ def gpu_gib(gpu: str | float) -> float:
 
 # --- what is kept from step to step ----------------------------------------------
 
-FAMILIES = ("llama", "mistral", "qwen2")
+_FAMILIES = ("llama", "mistral", "qwen2")
 #: Where the input of each linear layer comes from.
-SOURCES = {
+_SOURCES = {
     "q_proj": "attention",
     "k_proj": "attention",
     "v_proj": "attention",
@@ -198,23 +198,23 @@ class Shapes:
         return sum(size * count for (size, _), count in self.trained.items())
 
 
-def read_shapes(request: Request) -> Shapes:
+def _read_shapes(request: Request) -> Shapes:
     """Read the shapes off a model without weights.
 
     Raises:
         ValueError: for a model family or an adapter that has no closed form here.
     """
     config, method = request.config, request.method
-    if config.model_type not in FAMILIES:
+    if config.model_type not in _FAMILIES:
         raise ValueError(
             f"no closed form for {config.model_type!r} (there is one for "
-            f"{', '.join(FAMILIES)}): use engine='exact'"
+            f"{', '.join(_FAMILIES)}): use engine='exact'"
         )
     model = skeleton(config)
     packed = Counter(
         module.weight.numel()
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in SOURCES
+        if name.rpartition(".")[2] in _SOURCES
     )
     trained: Counter = Counter()
     ranks: dict[int, dict] = {}
@@ -243,12 +243,12 @@ def _lora_layers(model: Any, peft: Any):
         raise ValueError(f"no closed form for {', '.join(unknown)}: engine='exact'")
     for path, module in target_modules(model, peft):
         place = re.search(r"layers\.(\d+)\..*?(\w+)$", path)
-        if not place or place[2] not in SOURCES:
+        if not place or place[2] not in _SOURCES:
             raise ValueError(f"no closed form for LoRA on {path}: engine='exact'")
         yield int(place[1]), place[2], lora_rank(path, peft), *features(path, module)
 
 
-def static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int]:
+def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int]:
     """Bytes kept from step to step, by kind, and the bytes of paged optimizer state."""
     full = request.method == "full"
     w = BYTES[request.dtype]
@@ -332,7 +332,7 @@ class Layer:
         autocast, a = self.r.autocast, ADAPTER_BYTES
         dropout = getattr(self.r.peft, "lora_dropout", 0)
         for name, (rank, width) in self.ranks.items():
-            source = SOURCES[name]
+            source = _SOURCES[name]
             x = self.w if source in ("attention", "mlp") else self.c
             if self.r.quantization and autocast:
                 size, copied = self.c, x != self.c
@@ -429,8 +429,8 @@ def closed_form(request: Request) -> dict[str, Any]:
     Raises:
         ValueError: where there is no closed form.
     """
-    shapes = read_shapes(request)
-    static, paged = static_parts(request, shapes)
+    shapes = _read_shapes(request)
+    static, paged = _static_parts(request, shapes)
     moments = _moments(request, shapes, static["gradients"])
     moment = max(moments, key=lambda name: sum(moments[name]))
     at_peak = zip(("activations", "logits", "gradients"), moments[moment], strict=True)
