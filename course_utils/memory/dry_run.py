@@ -2,7 +2,9 @@
 
 The model is built from its configuration with fake tensors (shape and dtype, no
 bytes), one forward, backward and optimizer step runs, and a dispatch mode adds up the
-bytes of every storage alive. It needs no weights and no GPU.
+bytes of every storage alive. It needs no weights and no GPU. What bitsandbytes, TRL and
+a GPU do in kernels of their own does not run on such tensors: stand-ins at the top
+allocate the same bytes at the same moments, and do no arithmetic.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import copy
 import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -23,16 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from course_utils.memory.formula import (
     TILE_TOKENS,
     TILE_WORDS,
-    Request,
     optimizer_state_bytes,
     quantization_constants,
 )
 
-# --- memory_fakes ---
-# Stand-ins for the exact memory engine: the same allocations, no arithmetic.
-#
-# What bitsandbytes, TRL and a GPU do in kernels of their own does not run on tensors
-# without data; these do, and allocate the same bytes at the same moments.
+if TYPE_CHECKING:
+    from course_utils.memory.estimate import Request
 
 
 class Matmul4bit(torch.autograd.Function):
@@ -51,7 +49,7 @@ class Matmul4bit(torch.autograd.Function):
         return grad.to(ctx.dtype) @ weight, None, None
 
 
-def linear4bit_class() -> type:
+def _linear4bit_class() -> type:
     """A `bitsandbytes` Linear4bit without data, so that PEFT wraps it as the real."""
     import bitsandbytes
 
@@ -66,9 +64,8 @@ def linear4bit_class() -> type:
             self.weight = nn.Parameter(packed, requires_grad=False)
             self.weight.compress_statistics = request.double_quant
             self.weight.quant_type = request.quantization
-            for name, length, dtype in quantization_constants(
-                size, request.double_quant
-            ):
+            constants = quantization_constants(size, request.double_quant)
+            for name, length, dtype in constants:
                 dtype = getattr(torch, dtype)
                 tensor = torch.empty(length, dtype=dtype, device=device)
                 self.register_buffer(name, tensor)
@@ -142,6 +139,9 @@ class Dropout(nn.Module):
         return torch.native_dropout(x, self.p, self.training)[0]
 
 
+# --- the step --------------------------------------------------------------------
+
+
 class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all live storages by kind and keeps the largest sum."""
 
@@ -188,12 +188,12 @@ class LiveBytes(TorchDispatchMode):
 
 def _swap(model: nn.Module, wanted, make) -> None:
     for name, module in list(model.named_modules()):
-        if wanted(name, module):
+        if wanted(module):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, make(module))
 
 
-def build(request: Request) -> nn.Module:
+def _build(request: Request) -> nn.Module:
     """The model of the request on the meta device, adapters attached."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -202,16 +202,16 @@ def build(request: Request) -> nn.Module:
     config.use_cache = request.method == "prefix_tuning"
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = "eager" if request.attention == "eager" else "sdpa"
+    attention = "eager" if request.attention == "eager" else "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, request.dtype), attn_implementation=kind
+            config, dtype=getattr(torch, request.dtype), attn_implementation=attention
         )
         if request.quantization:
-            packed, head = linear4bit_class(), model.get_output_embeddings()
+            packed, head = _linear4bit_class(), model.get_output_embeddings()
             _swap(
                 model,
-                lambda name, m: type(m) is nn.Linear and m is not head,
+                lambda m: type(m) is nn.Linear and m is not head,
                 lambda m: packed(m, request),
             )
             model.is_loaded_in_4bit = True
@@ -225,15 +225,10 @@ def build(request: Request) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = get_peft_model(model, peft, low_cpu_mem_usage=True)
-        dtype = getattr(torch, request.adapter_dtype)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-    _swap(
-        model,
-        lambda name, m: type(m) is nn.Dropout and m.p > 0,
-        lambda m: Dropout(m.p),
-    )
+                parameter.data = parameter.data.to(torch.float32)
+    _swap(model, lambda m: type(m) is nn.Dropout and m.p > 0, lambda m: Dropout(m.p))
     return model
 
 
@@ -242,15 +237,15 @@ def _give_storage(model: nn.Module, count: LiveBytes) -> None:
 
     `Module.to` refuses fake tensors, and fake CUDA tensors abort a CPU build of torch.
     """
-    done: dict[int, torch.Tensor] = {}
-    kept = []
+    # by the id of the old tensor, which is held so that no other gets its id
+    replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
         packed = hasattr(module, "compute_dtype") and hasattr(module, "absmax")
         for store in (module._parameters, module._buffers):
             for name, old in list(store.items()):
                 if old is None:
                     continue
-                if id(old) not in done:
+                if id(old) not in replaced:
                     new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
                     kind = "activations"  # tables such as the rotary frequencies
                     if packed and store is module._buffers:
@@ -259,25 +254,24 @@ def _give_storage(model: nn.Module, count: LiveBytes) -> None:
                         new = nn.Parameter(new, requires_grad=old.requires_grad)
                         kind = "adapters" if old.requires_grad else "weights"
                     count.add(new, kind)
-                    done[id(old)] = new
-                    kept.append(old)
-                store[name] = done[id(old)]
+                    replaced[id(old)] = old, new
+                store[name] = replaced[id(old)][1]
 
 
 def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
     """The state that the optimizer keeps, as tensors, and the bytes that are paged."""
     state, paged = [], 0
-    words = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        size, there = optimizer_state_bytes(
+        size, movable = optimizer_state_bytes(
             request.optimizer,
             p.numel(),
             p.dtype.itemsize,
-            embedding=any(p is one for one in words),
+            embedding=any(p is table for table in tables),
         )
-        paged += there
+        paged += movable
         if size:
             state.append(torch.empty(size, dtype=torch.uint8))
             count.add(state[-1], "optimizer")
@@ -285,13 +279,12 @@ def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
 
 
 def _prepare(model: nn.Module, request: Request, count: LiveBytes) -> None:
-
     model.train()
     if request.gradient_checkpointing:
-        how = {"use_reentrant": False, "preserve_rng_state": False}
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         with warnings.catch_warnings():  # newer transformers have another name for it
             warnings.simplefilter("ignore")
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if request.method != "full":
             model.enable_input_require_grads()
     if request.loss == "chunked":
@@ -334,7 +327,7 @@ def dry_run(request: Request) -> dict[str, Any]:
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    model = build(request)
+    model = _build(request)
     count = LiveBytes(request.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_storage(model, count)
@@ -343,10 +336,9 @@ def dry_run(request: Request) -> dict[str, Any]:
             for p in trained:
                 count.add(p, "weights")
         state, paged = _optimizer_state(request, model, count)
-        static = {k: count.now.get(k, 0) for k in ("weights", "quantization")}
-        static["adapters"] = count.now.get("adapters", 0)
+        kinds = ("weights", "quantization", "adapters", "gradients", "optimizer")
+        static = {kind: count.now.get(kind, 0) for kind in kinds}
         static["gradients"] = sum(p.numel() * p.dtype.itemsize for p in trained)
-        static["optimizer"] = count.now.get("optimizer", 0)
         for p in trained:
             if request.gradient_accumulation:
                 p.grad = torch.empty_like(p)
@@ -368,7 +360,7 @@ def dry_run(request: Request) -> dict[str, Any]:
             loss.backward()
         del state
     return {
-        "parts": {k: v for k, v in count.at_peak.items() if v},
+        "parts": count.at_peak,
         "static_parts": static,
         "moment": count.peak_moment,
         "trainable": sum(p.numel() for p in trained),

@@ -58,10 +58,6 @@ FORWARDS: dict[str, tuple[str, ...]] = {
         *PEFT_FIELDS,
     ),
     "course_utils.memory.estimate.estimate_memory": PEFT_FIELDS,
-    "course_utils.memory.formula.make_request": (
-        "course_utils.memory.estimate.estimate_memory",
-        *PEFT_FIELDS,
-    ),
     "course_utils.parameters.adapter_parameters": PEFT_FIELDS,
     "torch.nn.LSTM": ("torch.nn.RNNBase",),
     "torch.nn.GRU": ("torch.nn.RNNBase",),
