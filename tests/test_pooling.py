@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_classification import small_bert
+from small_models import small_bert
 
 from course_utils import models
 from course_utils.models import mean_pooler_class, use_mean_pooling
