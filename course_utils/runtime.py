@@ -41,20 +41,14 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Where a lesson runs.
+    """Where a lesson runs, and how."""
 
-    Attributes:
-        name: ``"smoke"``, ``"cpu"`` or ``"t4"``: the size of the run.
-        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        dtype: the dtype to compute in. Trainable parameters stay in float32
-            wherever this is float16 (a gradient scaler needs it).
-        seed: the seed every lesson starts from.
-    """
-
-    name: str
-    device: str
+    name: str  # "smoke", "cpu" or "t4": the size of the run
+    device: str  # "cpu", "cuda" or "mps"
+    # To compute in. Trainable parameters stay in float32 wherever this is float16 (a
+    # gradient scaler needs it).
     dtype: torch.dtype
-    seed: int = DEFAULT_SEED
+    seed: int = DEFAULT_SEED  # every lesson starts from it
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
