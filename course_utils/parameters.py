@@ -439,6 +439,7 @@ class ParameterCount:
     Attributes:
         total: all parameters, tied ones once.
         trainable: those that training changes (`requires_grad`).
+        frozen, trainable_percent: the rest, and the trained share from 0 to 100.
         bytes: bytes that hold all of them, quantization constants included.
 
     Examples:
@@ -450,11 +451,18 @@ class ParameterCount:
     trainable: int
     bytes: int
 
+    @property
+    def frozen(self) -> int:
+        return self.total - self.trainable
+
+    @property
+    def trainable_percent(self) -> float:
+        return 100 * self.trainable / self.total if self.total else 0.0
+
     def __str__(self) -> str:
-        percent = 100 * self.trainable / self.total if self.total else 0.0
         return (
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-            f"trainable%: {percent:.4f}"
+            f"trainable%: {self.trainable_percent:.4f}"
         )
 
 

@@ -11,7 +11,13 @@ from peft import (
     get_peft_model,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -53,6 +59,22 @@ def random_llama(seed=0, **changes):
         "initializer_range": 0.4,
     }
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def small_bert(name=None, *, num_labels):
+    """Two layers, no dropout, and the byte tokenizer, as `load_classifier` gives."""
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=160,
+        num_labels=num_labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config).eval(), byte_tokenizer()
 
 
 PEFT = {

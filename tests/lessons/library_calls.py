@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     ),
     r"transformers\.PreTrainedTokenizerFast": (
         {"tokenizer_object", "chat_template"},
-        "read from **kwargs; test_gguf_files makes a tokenizer with both",
+        "read from **kwargs; test_models makes a tokenizer with both",
     ),
 }
 # Calls whose **kwargs go to other signatures: those keywords are checked there.

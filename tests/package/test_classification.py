@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import byte_tokenizer
-from transformers import BertConfig, BertForSequenceClassification
+from small_models import byte_tokenizer, small_bert
 
 from course_utils import records
 from course_utils.classification import (
@@ -53,21 +52,6 @@ METHODS = {
 }
 
 
-def small_bert(name=None, *, num_labels):
-    config = BertConfig(
-        vocab_size=259,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=160,
-        num_labels=num_labels,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForSequenceClassification(config).eval(), byte_tokenizer()
-
-
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A tiny encoder and eight short texts a class, the same in every split."""
@@ -81,9 +65,10 @@ def small(monkeypatch, tmp_path):
 
 def test_labels_become_numbers_in_the_order_of_the_names():
     assert label_names(ROWS) == NAMES
-    rows = tokenize_texts(ROWS[:3], byte_tokenizer(), NAMES, max_length=4)
+    rows = [ROWS[0], ROWS[1], ROWS[2] | {"text": "a" * 500}]
+    rows = tokenize_texts(rows, byte_tokenizer(), NAMES)
     assert rows["labels"] == [0, 1, 2]
-    assert [len(ids) for ids in rows["input_ids"]] == [4, 4, 4]
+    assert [len(ids) for ids in rows["input_ids"]] == [5, 5, 128]
     with pytest.raises(ValueError, match="'bad' is not one of"):
         tokenize_texts(ROWS[:1], byte_tokenizer(), ["good"])
 

@@ -1,17 +1,23 @@
-"""Checks, guesses, cards and saved results."""
+"""Exercises and their tests, checks, guesses, cards and saved results."""
 
+import ast
 import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from course_utils import lessons, runtime
-from course_utils import lessons as exercises
+from course_utils.lessons import REGISTER as EXERCISES
+from course_utils.lessons import Exercise
 
 
 @pytest.fixture(autouse=True)
 def one_exercise(monkeypatch):
-    four = exercises.Exercise("97.1", lambda a, *, right: a == right, "Count again.")
-    monkeypatch.setattr(exercises, "REGISTER", {"97.1": four})
+    four = Exercise("97.1", lambda a, *, right: a == right, "Count again.")
+    monkeypatch.setattr(lessons, "REGISTER", {"97.1": four})
 
 
 @pytest.fixture
@@ -57,6 +63,97 @@ def test_check_never_raises():
 def test_an_array_valued_comparison_is_no_answer():
     torch = pytest.importorskip("torch")
     assert lessons.check("97.1", torch.tensor([4, 4]), right=4) == "wrong"
+
+
+@pytest.mark.parametrize("answer", ["four", None, [], object(), float("nan")])
+def test_an_exception_in_a_test_means_wrong(answer):
+    assert not Exercise("97.1", lambda a: 1 / 0, "hint").accepts(answer)
+    assert not Exercise("97.1", lambda a: a + 1 == 5, "hint").accepts(answer)
+
+
+def test_missing_facts_mean_wrong_and_not_an_error():
+    assert not Exercise("97.1", lambda a, *, total: a == total, "h").accepts(1)
+
+
+def registrations():
+    """Return number and hint of each registered test, in the order of the file."""
+    return [
+        (
+            ast.literal_eval(decorator.args[0]),
+            ast.literal_eval(decorator.keywords[0].value),
+        )
+        for node in ast.parse(Path(lessons.__file__).read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        for decorator in node.decorator_list
+    ]
+
+
+def test_exercises_are_numbered_without_a_gap_and_have_a_hint():
+    numbers = [tuple(map(int, number.split("."))) for number, _ in registrations()]
+    expected = [
+        (lesson, m + 1)
+        for lesson, count in sorted(Counter(n for n, _ in numbers).items())
+        for m in range(count)
+    ]
+    assert numbers == expected and {lesson for lesson, _ in numbers} >= set(range(9))
+    assert all(hint.strip() for _, hint in registrations())
+    assert {n: e.hint for n, e in EXERCISES.items()} == dict(registrations())
+
+
+def test_a_check_loads_torch_only_where_its_test_needs_it():
+    code = (
+        "import sys\nfrom course_utils.lessons import check\n"
+        "assert check('0.1', 269_030_016) == check('8.1', 2500) == 'correct'\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
+        "assert check('3.2', 0, W=0, A=0, B=0, alpha=1, r=1) == 'wrong'\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "facts", "right", "wrong"),
+    [
+        (
+            "3.3",
+            {"names": [f"layers.{i}.{p}" for i in (2, 20) for p in ("q_proj", "up")]},
+            (r"layers\.20\.q_proj", r".*[12]\d\..*[qv]_proj"),
+            (r"layers\.2.*q_proj", r"layers\.20\..*", "(", 20),
+        ),
+        ("8.1", {}, (2500, 2500.0), (100, 2400, 50)),
+        (
+            "8.2",
+            {"points": {"A": (1, 0.3), "B": (2, 0.2), "C": (2, 0.5), "D": (3, 0.5)}},
+            (["A", "C"], ("C", "A")),
+            (["C"], ["A", "B", "C"], ["A", "A", "C"], "AC D", []),
+        ),
+        (
+            "8.3",
+            {"losses": {1e-3: 0.6, 3e-4: 0.5, 3e-3: None}},
+            (1e-4, 0.0001),
+            (3e-4, 1e-2, 1e-3),
+        ),
+    ],
+)
+def test_an_exercise_takes_right_answers_and_no_others(number, facts, right, wrong):
+    exercise = EXERCISES[number]
+    assert all(exercise.accepts(answer, **facts) for answer in right)
+    assert not any(exercise.accepts(answer, **facts) for answer in wrong)
+
+
+def test_a_whole_number_may_come_from_a_tensor():
+    import torch
+
+    values = torch.tensor([3.0, 1.0, 0.5])
+    rank = ((values**2).cumsum(0) / (values**2).sum() < 0.9).sum() + 1
+    rank_of, batch_of = EXERCISES["4.3"], EXERCISES["2.4"]
+    assert rank_of.accepts(rank, singular_values=values)
+    assert rank_of.accepts(2, singular_values=values)
+    assert not rank_of.accepts(torch.tensor(1), singular_values=values)
+    assert not rank_of.accepts(2.0, singular_values=values)
+    assert batch_of.accepts(12.0, peak_gib=lambda batch: batch + 1.5)
+    assert not batch_of.accepts(12.5, peak_gib=lambda batch: batch + 1.5)
 
 
 def test_a_notebook_does_not_echo_the_verdict(capsys):

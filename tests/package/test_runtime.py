@@ -1,7 +1,12 @@
-"""The profile and its dtype are right for each kind of machine, faked."""
+"""Profile and dtype for each kind of machine, faked; files; memory that is kept."""
 
 import importlib.metadata
+import json
+import os
 import random
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -76,13 +81,13 @@ def test_amx_alone_is_enough_for_bf16(machine, monkeypatch):
     monkeypatch.setattr(
         torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False
     )
-    assert runtime.choose_dtype("cpu") == torch.bfloat16
+    assert runtime._choose_dtype("cpu") == torch.bfloat16
 
 
 def test_arm_processors_compute_in_float32(machine, monkeypatch):
     machine(cpu_bf16=True)
     monkeypatch.setattr(runtime.platform, "machine", lambda: "aarch64")
-    assert runtime.choose_dtype("cpu") == torch.float32
+    assert runtime._choose_dtype("cpu") == torch.float32
 
 
 def test_environment_chooses_and_argument_wins(machine, monkeypatch):
@@ -138,14 +143,14 @@ def test_bad_seed_is_refused(seed):
 
 def test_folders_of_a_checkout(monkeypatch):
     monkeypatch.delenv("COURSE_BUILD", raising=False)
-    root = runtime.checkout_folder()
+    root = runtime._checkout_folder()
     assert runtime.data_folder() == root / "data"
     assert runtime.build_folder() == root / "build"
 
 
 def test_build_folder_without_a_checkout(monkeypatch, tmp_path):
     monkeypatch.delenv("COURSE_BUILD", raising=False)
-    monkeypatch.setattr(runtime, "checkout_folder", lambda: None)
+    monkeypatch.setattr(runtime, "_checkout_folder", lambda: None)
     monkeypatch.chdir(tmp_path)
     assert runtime.build_folder() == tmp_path / "build"
     assert runtime.data_folder().name == "_data"
@@ -190,9 +195,199 @@ def test_floors_of_an_installed_package_are_those_of_its_metadata(
     lines += ['ruff>=0.14; extra == "dev"']
     known = {"course-utils": lines}
     monkeypatch.setattr(importlib.metadata, "requires", known.__getitem__)
-    monkeypatch.setattr(runtime, "checkout_folder", lambda: None)
+    monkeypatch.setattr(runtime, "_checkout_folder", lambda: None)
     assert runtime.version_floors() == in_checkout
 
 
 def test_versions_are_those_installed():
     assert runtime.versions()["torch"] != "absent"
+
+
+# --- putting a file into its place, where another process has it open ---
+
+
+@pytest.fixture
+def pair(tmp_path):
+    source, target = tmp_path / "new", tmp_path / "old"
+    source.write_text("new")
+    target.write_text("old")
+    return source, target
+
+
+def refuse(monkeypatch, times, system):
+    """`os.replace` is refused so many times, on such a system."""
+    calls, real = [], os.replace
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) <= times:
+            raise PermissionError(13, "Access is denied")
+        real(source, target)
+
+    monkeypatch.setattr(runtime.os, "replace", replace)
+    monkeypatch.setattr(runtime.os, "name", system)
+    monkeypatch.setattr(runtime.time, "sleep", lambda seconds: None)
+    return calls
+
+
+def test_a_file_takes_the_place_of_another(pair):
+    source, target = pair
+    runtime.replace_file(source, target)
+    assert target.read_text() == "new" and not source.exists()
+
+
+def test_windows_is_asked_again(pair, monkeypatch):
+    source, target = pair
+    calls = refuse(monkeypatch, 5, "nt")
+    runtime.replace_file(str(source), str(target))
+    monkeypatch.undo()
+    assert len(calls) == 6 and target.read_text() == "new"
+
+
+def test_other_systems_mean_it(pair, monkeypatch):
+    calls = refuse(monkeypatch, 5, "posix")
+    with pytest.raises(PermissionError):
+        runtime.replace_file(*map(str, pair))
+    assert len(calls) == 1
+
+
+def test_patience_ends(pair, monkeypatch):
+    refuse(monkeypatch, 10**9, "nt")
+    monkeypatch.setattr(runtime, "PATIENCE_S", 0.0)
+    with pytest.raises(PermissionError, match="denied"):
+        runtime.replace_file(*map(str, pair))
+
+
+# --- freed memory is kept, where it is asked to and where it can ---
+
+
+needs_glibc = pytest.mark.skipif(
+    runtime._glibc() is None, reason="there is no glibc here"
+)
+
+# Takes, fills and frees a block three times; prints the page faults of the last time.
+CHILD = """
+import ctypes, json, resource, sys
+from course_utils import runtime
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+size = 2**26
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return int([line for line in lines if line.startswith("VmRSS")][0].split()[1])
+if "keep" in sys.argv:
+    assert runtime.keep_freed_memory()
+for _ in range(3):
+    before = faults()
+    block = libc.malloc(size)
+    libc.memset(block, 1, size)
+    libc.free(block)
+    last = faults() - before
+kept = resident()
+if "give" in sys.argv:
+    runtime.give_back_memory()
+print(json.dumps({"faults": last, "given": 1024 * (kept - resident()) / size}))
+"""
+
+
+def child(*words):
+    command = [sys.executable, "-c", CHILD, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_glibc
+def test_a_block_that_was_freed_is_taken_again_without_page_faults():
+    assert child("keep")["faults"] < 8
+    assert child()["faults"] >= 16  # 32 pages of 2 MiB, or 16,384 of 4 KiB
+
+
+@needs_glibc
+def test_what_is_kept_can_be_given_back():
+    assert child("keep", "give")["given"] > 0.9
+    assert child("keep")["given"] < 0.1
+
+
+@needs_glibc
+def test_an_older_glibc_gets_the_most_that_it_accepts(monkeypatch):
+    settings = []
+
+    class Old:
+        def mallopt(self, what, value):
+            settings.append((what, value))
+            return value <= 2**25 or what != runtime.M_MMAP_THRESHOLD
+
+    monkeypatch.setattr(runtime, "_glibc", Old)
+    assert runtime.keep_freed_memory()
+    assert settings[1:] == [
+        (runtime.M_MMAP_THRESHOLD, 2**25),
+        (runtime.M_TRIM_THRESHOLD, 2**31 - 1),
+    ]
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_elsewhere_nothing_is_done(monkeypatch, capsys, system):
+    monkeypatch.setattr(runtime.sys, "platform", system)
+    assert runtime.keep_freed_memory() is False
+    runtime.give_back_memory()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: object())
+    assert runtime.keep_freed_memory() is False
+    runtime.give_back_memory()
+
+
+def test_what_a_process_holds_is_read_where_linux_says_it(monkeypatch):
+    if sys.platform == "linux":
+        assert 10 * 2**20 < runtime.resident_bytes() < 2**40
+
+    def absent(*args, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", absent)
+    assert runtime.resident_bytes() is None
+
+
+def test_a_long_training_gives_back_what_is_too_much(monkeypatch):
+    from course_utils.training_callbacks import BoundedMemory
+
+    held, given = [], []
+    monkeypatch.setattr(runtime, "resident_bytes", lambda: held[-1])
+    monkeypatch.setattr(runtime, "give_back_memory", lambda: given.append(held[-1]))
+    callback, state = BoundedMemory(), SimpleNamespace(global_step=10)  # resumed
+    callback.on_train_begin(None, state, None)
+    for held_now in (50, 100, 80, 150, 151, 90, 149, 200):
+        held.append(held_now)
+        state.global_step += 1
+        callback.on_step_end(None, state, None)
+    assert given == [151, 200]
+    held.append(None)  # no Linux
+    callback.on_step_end(None, state, None)
+
+
+@needs_glibc
+def test_every_training_on_a_cpu_is_bounded(tmp_path):
+    from small_models import byte_tokenizer, random_llama
+    from transformers import Trainer
+
+    from course_utils.formatting import CompletionCollator
+    from course_utils.runtime import Profile
+    from course_utils.training import prepare_trainer, training_arguments
+
+    trainer = Trainer(
+        random_llama(),
+        training_arguments(Profile("cpu", "cpu", torch.float32, 0), tmp_path),
+        data_collator=CompletionCollator(byte_tokenizer()),
+        train_dataset=[],
+    )
+    prepare_trainer(trainer)
+    names = [type(c).__name__ for c in trainer.callback_handler.callbacks]
+    assert "BoundedMemory" in names

@@ -13,7 +13,6 @@ from course_utils.scoring import (
     field_f1,
     matches,
     parse_json_object,
-    same_json,
 )
 
 values = st.recursive(
@@ -76,7 +75,7 @@ def test_the_two_scores_agree_where_they_must(one, two):
     assert exact_match([a], [a]) == field_f1([a], [a]) == 1.0
     assert field_f1([a], [b]) == field_f1([b], [a])
     assert 0.0 <= field_f1([a], [b]) <= 1.0
-    if same_json(one, two):
+    if scoring._same_json(one, two):
         assert field_f1([a], [b]) == exact_match([a], [b]) == 1.0
 
 

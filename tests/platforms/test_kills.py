@@ -2,7 +2,7 @@
 
 SIGKILL cannot be caught, so nothing is tidied up. Slow: `pytest -m slow -s
 tests/platforms/test_kills.py` prints how often each job was killed. Some kills of each
-kind are in the ordinary tests too (test_training, test_bundled).
+kind are in the ordinary tests too (test_training, test_models).
 """
 
 import contextlib
