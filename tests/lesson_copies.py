@@ -92,12 +92,18 @@ def make_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 @dataclass(frozen=True)
 class Run:
-    """One execution: pytest's verdict, its output, blocked connections, seconds."""
+    """One execution: pytest's verdict, its output, blocked connections, seconds.
+
+    Attributes:
+        seconds, processor_s: by the clock, and those that processors computed, which
+            company on the machine does not change; 0 where the system does not say.
+    """
 
     ok: bool
     output: str
     blocked: list[str]
     seconds: float
+    processor_s: float
     notebook: nbformat.NotebookNode
 
     @property
@@ -139,7 +145,7 @@ def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> Run:
         }
     )
     command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "-q"]
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), _processor_s()
     run = subprocess.run(
         [*command, "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(path)],
         cwd=ROOT,
@@ -148,7 +154,14 @@ def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> Run:
         capture_output=True,
         text=True,
     )
-    seconds = time.perf_counter() - started
+    seconds, computed = time.perf_counter() - started, _processor_s() - computed
     blocked = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     executed = nbformat.read(path, as_version=4)
-    return Run(run.returncode == 0, run.stdout + run.stderr, blocked, seconds, executed)
+    output = run.stdout + run.stderr
+    return Run(run.returncode == 0, output, blocked, seconds, computed, executed)
+
+
+def _processor_s() -> float:
+    """Processor seconds of the processes that this one has started and that ended."""
+    times = os.times()
+    return times.children_user + times.children_system
