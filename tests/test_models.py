@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from teacher_forcing import MARGIN, lacking, worst
 
 from course_utils import models
 
@@ -60,12 +61,15 @@ def test_builtin_model_is_the_one_we_say():
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.dtype == torch.float32 and not model.training
     tokenizer = models.load_tokenizer()
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt"
-    )
-    out = model.generate(**ids, max_new_tokens=10, do_sample=False)
-    assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    cities = {}
+    for city in ("Paris", "Rome"):
+        question, answer = (
+            "What is the capital of France?",
+            f"The capital of France is {city}.",
+        )
+        cities[city] = worst(lacking(model, tokenizer, [question], [answer]))
+    assert cities["Paris"] < MARGIN
+    assert cities["Rome"] > 2 * MARGIN
 
 
 def test_folder_by_argument_and_by_environment(folder, monkeypatch, capfd):

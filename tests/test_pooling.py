@@ -98,4 +98,4 @@ def test_the_built_in_encoder_reads_meaning_from_the_mean():
         vectors = model.bert(**batch).pooler_output
     assert vectors.norm(dim=1).tolist() == pytest.approx([384**0.5] * 3, rel=1e-4)
     near, far = (torch.cosine_similarity(vectors[0], v, dim=0) for v in vectors[1:])
-    assert near > far
+    assert near > far + 0.05  # 0.70 and 0.57 in float32
