@@ -95,13 +95,15 @@ class GuardedRun:
 
     Attributes:
         notebook: as far as it was executed.
-        seconds: of the execution.
+        seconds, processor_s: by the clock, and those that processors computed, which
+            company on the machine does not change; 0 where the system does not say.
         failure: which cell failed and why, with the traceback; else empty.
         blocked: the outward connections that were tried, caught errors too.
     """
 
     notebook: nbformat.NotebookNode
     seconds: float
+    processor_s: float
     failure: str
     blocked: list[str]
 
@@ -135,7 +137,15 @@ def execute(notebook: nbformat.NotebookNode, name: str, folder: Path) -> Guarded
     environment["no_proxy"] = "localhost,127.0.0.1"
     environment["PYTHONPATH"] = os.pathsep.join([str(GUARD), str(ROOT)])
     environment["COURSE_BLOCKED_LOG"] = str(log)
+    computed = _processor_s()
     run = runner.execute(notebook, folder, environment)
+    computed = _processor_s() - computed
     nbformat.write(run.notebook, folder / f"{name}.ipynb")
     blocked = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return GuardedRun(run.notebook, run.seconds, run.details, blocked)
+    return GuardedRun(run.notebook, run.seconds, computed, run.details, blocked)
+
+
+def _processor_s() -> float:
+    """Processor seconds of the processes that this one has started and that ended."""
+    times = os.times()
+    return times.children_user + times.children_system

@@ -12,10 +12,12 @@ from peft import (
 )
 from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
+from teacher_forcing import MARGIN, of_record, worst
 from trl import SFTTrainer
 
 from course_utils.formatting import CompletionCollator
 from course_utils.inference import generate
+from course_utils.models import load_model, load_tokenizer
 from course_utils.parameters import adapter_parameters, count_parameters
 from course_utils.records import load_record
 from course_utils.runtime import Profile, data_folder, set_seed
@@ -261,13 +263,41 @@ def test_a_recorded_run_starts_from_the_instructions(monkeypatch):
     torch.testing.assert_close(rows.detach(), expected, rtol=0, atol=1e-4)
 
 
-def test_the_kept_prefix_is_that_of_its_record():
+@pytest.fixture
+def kept():
     folder = data_folder() / "adapters" / "06_prefix_tuning"
     if not folder.exists():
         pytest.skip("make runs LESSON=06 has not kept a prefix yet")
     (run,) = [r for r in load_record("06_prefix")["runs"] if r["label"] == "prefix"]
+    return folder, run
+
+
+def test_the_kept_prefix_is_that_of_its_record(kept):
+    folder, run = kept
     file = folder / "adapter_model.safetensors"
     assert file.stat().st_size == run["measured"]["adapter_bytes"]
     (rows,) = load_file(file).values()
     assert rows.shape == (run["settings"]["method"]["num_virtual_tokens"], 30 * 2 * 192)
     assert rows.numel() == run["trainable_parameters"]
+
+
+@pytest.mark.model
+# bfloat16 takes seconds for an answer where the processor has none
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 24), (torch.bfloat16, 8)])
+def test_the_kept_prefix_gives_the_answers_of_its_record(kept, dtype, count):
+    folder, run = kept
+    model = PeftModel.from_pretrained(load_model(dtype=dtype), folder)
+    assert worst(of_record(model, load_tokenizer(), run, count)) < MARGIN
+
+
+@pytest.mark.model
+def test_another_prefix_than_the_kept_one_would_be_seen(kept):
+    """Not one in another order: its keys have no positions, and attention is a sum."""
+    folder, run = kept
+    model = PeftModel.from_pretrained(load_model(dtype=torch.float32), folder)
+    rows = model.prompt_encoder["default"].embedding.weight.data
+    right = rows.clone()
+    first = torch.cat([0 * right[:1], right[1:]])
+    for wrong in (0 * right, 0.5 * right, 1.5 * right, first):
+        rows.copy_(wrong)
+        assert worst(of_record(model, load_tokenizer(), run, 8)) > 2 * MARGIN

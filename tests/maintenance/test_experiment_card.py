@@ -76,8 +76,9 @@ def test_the_recorded_cases_can_be_planned_and_told_apart():
 
 @pytest.mark.model
 def test_a_record_of_cases_and_of_one_that_failed(folder, monkeypatch, capsys):
-    cases = [case(method) for method in ("lora", "qlora", "prefix_tuning")]
-    cases.append(replace(case("full"), loss="logits"))
+    fast = {"learning_rate": 1e-2}  # a gain that bfloat16 does not round away
+    cases = [case(method, **fast) for method in ("lora", "qlora", "prefix_tuning")]
+    cases.append(case("full", loss="logits", **fast))
     broken = replace(case("lora"), label="broken", optimizer="sgd", steps=1)
     real = card.measure_case
 
@@ -106,7 +107,7 @@ def test_a_record_of_cases_and_of_one_that_failed(folder, monkeypatch, capsys):
         assert sum(measured["predicted_parts"].values()) == measured["predicted_bytes"]
         assert 0 < measured["kept_bytes"] < measured["peak_bytes"]
         assert len(one["loss"]) == len(measured["steps"]) == 2
-        assert one["loss"][1] < one["loss"][0]
+        assert one["loss"][1] < one["loss"][0] - 1e-3  # the least gain is 0.01
     record["summary"]["memory_ratio"]["lora"] = 1.0
     assert differences(record)
 

@@ -203,7 +203,7 @@ def test_a_failed_save_leaves_the_old_file(folder, monkeypatch):
 
 def _save_often(folder, seconds, together):
     records.data_folder = lambda: folder
-    together.wait(120)
+    together.wait(600)
     for _ in range(20):
         save_record("03_lora", draft(seconds=seconds))
 
@@ -218,7 +218,7 @@ def test_two_writers_never_leave_a_broken_file(folder):
     ]
     for writer in writers:
         writer.start()
-    together.wait(120)
+    together.wait(600)
     while any(writer.is_alive() for writer in writers):
         try:
             found = load_record("03_lora")["seconds"]

@@ -251,7 +251,7 @@ def test_labels_are_the_completion_for_any_text(name, template, prompt, completi
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", TOKENIZERS)
 @MANY
 @given(st.sampled_from(BUILT), TEXTS, TEXTS.filter(bool))

@@ -90,7 +90,7 @@ def compare_with_allocator(cases, layers):
 
 
 @pytest.mark.model
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_exact_is_within_5_percent_of_the_real_allocator():
     compare_with_allocator(real_cases((3, 64))[:6], layers=3)
 

@@ -18,6 +18,7 @@ import torch
 from gguf import GGUFWriter
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_models import small_bert
+from teacher_forcing import MARGIN, lacking, worst
 from transformers import AutoTokenizer
 
 from course_utils import models
@@ -64,20 +65,23 @@ def offline(monkeypatch):
 def test_builtin_model_is_the_one_we_say():
     models.load_model()
     times = []
-    while not times or (times[-1] >= 3 and len(times) < 5):  # others may be busy here
-        start = time.perf_counter()
+    while not times or (times[-1] >= 3 and len(times) < 5):
+        start = time.process_time()  # of this process: others may be busy here
         model = models.load_model(dtype=torch.float32)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 3, times
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.dtype == torch.float32 and not model.training
     tokenizer = models.load_tokenizer()
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt"
-    )
-    out = model.generate(**ids, max_new_tokens=10, do_sample=False)
-    assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    cities = {}
+    for city in ("Paris", "Rome"):
+        question, answer = (
+            "What is the capital of France?",
+            f"The capital of France is {city}.",
+        )
+        cities[city] = worst(lacking(model, tokenizer, [question], [answer]))
+    assert cities["Paris"] < MARGIN
+    assert cities["Rome"] > 2 * MARGIN
 
 
 def test_folder_by_argument_and_by_environment(folder, monkeypatch, capfd):
@@ -386,7 +390,7 @@ def test_the_built_in_encoder_reads_meaning_from_the_mean():
         vectors = model.bert(**batch).pooler_output
     assert vectors.norm(dim=1).tolist() == pytest.approx([384**0.5] * 3, rel=1e-4)
     near, far = (torch.cosine_similarity(vectors[0], v, dim=0) for v in vectors[1:])
-    assert near > far
+    assert near > far + 0.05  # 0.70 and 0.57 in float32
 
 
 # --- packages that carry a model ---
@@ -482,10 +486,10 @@ def test_a_killed_conversion_leaves_nothing_that_is_read(bundle, tmp_path):
     for _ in range(5):
         dead = set(partial(tmp_path))  # what the one before left
         child = start_child(tmp_path, slow_s=0.2)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not set(partial(tmp_path)) - dead and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert set(partial(tmp_path)) - dead, "no conversion began in two minutes"
+        assert set(partial(tmp_path)) - dead, "no conversion began in ten minutes"
         time.sleep(chance.uniform(0, 0.5))
         child.send_signal(signal.SIGKILL)
         killed += child.wait() == -signal.SIGKILL
@@ -500,7 +504,7 @@ def test_a_killed_conversion_leaves_nothing_that_is_read(bundle, tmp_path):
 
 def test_two_processes_at_once_convert_once(bundle, tmp_path):
     children = [start_child(tmp_path, slow_s=0.02) for _ in range(2)]
-    folders = {child.communicate(timeout=200)[0] for child in children}
+    folders = {child.communicate(timeout=600)[0] for child in children}
     assert [child.returncode for child in children] == [0, 0]
     assert len(folders) == 1 and conversions(tmp_path) == 1
 

@@ -76,7 +76,7 @@ def simulate(python: str, folder: Path) -> dict:
     }
     before, start = packages(python), time.perf_counter()
     client = NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": str(content)}}
+        notebook, timeout=1800, resources={"metadata": {"path": str(content)}}
     )
     client.execute()
     seconds, after = time.perf_counter() - start, packages(python)

@@ -272,7 +272,7 @@ def test_results_go_to_drive_too(colab):
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_lesson_00_begins_on_a_pretended_colab(tmp_path, monkeypatch):
     found = importlib.metadata.version
     if Version(found("huggingface_hub")) >= Version("2"):

@@ -61,7 +61,7 @@ class Job:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(600)
 
 
 @pytest.fixture
