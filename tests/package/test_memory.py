@@ -252,6 +252,9 @@ def test_exact_takes_what_has_no_formula():
 def test_optimizer_state_is_what_the_optimizer_keeps(name, elements):
     import bitsandbytes.optim as bnb
 
+    # It remembers the place in its list of a weight that is to keep 32 bits, and holds
+    # every later optimizer of the process to it (0.50.2).
+    bnb.GlobalOptimManager.get_instance().initialize()
     makers = {
         "adamw": torch.optim.AdamW,
         "adamw_8bit": bnb.AdamW8bit,
