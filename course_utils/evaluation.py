@@ -14,33 +14,149 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_utils import scoring
-from course_utils.formatting import IGNORE, tokenize_example
-from course_utils.inference import decodes, generate, inference_state, left_batch
+from course_utils.formatting import IGNORE, CompletionCollator, tokenize_example
+from course_utils.inference import base_model, generate, inference_state
 from course_utils.scoring import exact_match, field_f1
 from course_utils.templates import find_template
+from course_utils.training_speed import completion_loss, without_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from course_utils.templates import Template
 
-__all__ = [
-    "AnswerShare",
-    "Evaluation",
-    "Forgetting",
-    "Perplexity",
-    "answer_share",
-    "evaluate",
-    "exact_match",
-    "field_f1",
-    "forgetting",
-    "free_text",
-    "perplexity",
-    "stratified",
-]
+# Qwen3's own template has it before each answer, so a model tuned by it writes it.
+_EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 
-# --- selection ---
-# Which records of a data set to measure on, and their columns.
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers of a model to a data set, and their scores.
+
+    Attributes:
+        exact_match: share of answers equal to the reference, 0 to 1: as JSON, or as
+            text where `as_text`.
+        field_f1: micro F1 over the fields of the JSON objects, 0 to 1; NaN where
+            `as_text`.
+        predictions, references, prompts: in the order of the data.
+        slices: the slice of each example, or None where the data has none.
+        seconds: wall seconds of the generation.
+        as_text: the answers are free text, not JSON.
+    """
+
+    exact_match: float
+    field_f1: float
+    predictions: tuple[str, ...]
+    references: tuple[str, ...]
+    prompts: tuple[str, ...]
+    slices: tuple[str, ...] | None
+    seconds: float
+    as_text: bool = False
+
+    def by_slice(self) -> dict[str, float]:
+        """Exact match of each slice, 0 to 1; empty where the data has no slices."""
+        if self.slices is None:
+            return {}
+        score = _score(self.as_text)
+        return scoring.by_slice(self.predictions, self.references, self.slices, score)
+
+    def mistakes(self) -> list[tuple[str, str, str]]:
+        """(prompt, prediction, reference) of each answer that is not an exact match."""
+        score = _score(self.as_text)
+        rows = zip(self.prompts, self.predictions, self.references, strict=True)
+        return [(p, a, r) for p, a, r in rows if not score([a], [r])]
+
+    def __str__(self) -> str:
+        n = len(self.references)
+        head = f"exact match {self.exact_match:.1%} of {n} · "
+        head += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
+        head += f"{self.seconds:.1f} s"
+        slices = self.by_slice()
+        if len(slices) < 2:
+            return head
+        width = max(map(len, slices))
+        lines = [
+            f"  {name:<{width}}  {share:6.1%} of {self.slices.count(name)}"
+            for name, share in slices.items()
+        ]
+        return "\n".join([head, *lines])
+
+
+def _score(as_text: bool) -> Any:
+    return scoring.exact_text if as_text else exact_match
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    template: str | Template | None = "chatml",
+    system: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    as_text: bool = False,
+) -> Evaluation:
+    """Generate an answer to each prompt, and score it against the completion.
+
+    Args:
+        dataset: records with ``prompt`` and ``completion`` (one JSON object, unless
+            ``as_text``), and perhaps ``slice``.
+        limit: score that many records only, chosen by ``stratified``: the same ones
+            every time, each slice in its share. None scores all.
+        max_new_tokens: None takes 8 more than the longest completion has tokens. A
+            right answer that is spread over lines and indented needs more.
+        as_text: compare answers as text, not as JSON.
+
+    Raises:
+        ValueError: the data set is empty, a record has no prompt or completion, or a
+            completion is not a JSON object.
+
+    >>> print(Evaluation(0.5, 0.75, ("{}", "?"), ("{}", "{}"), ("a", "b"), None, 2.0))
+    exact match 50.0% of 2 · field F1 0.750 · 2.0 s
+    """
+    records = stratified(dataset, limit)
+    prompts, references = _column(records, "prompt"), _column(records, "completion")
+    slices = _column(records, "slice") if "slice" in records[0] else None
+    if not as_text:
+        exact_match(references, references)  # a broken reference is said now
+    if max_new_tokens is None:
+        encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
+        max_new_tokens = max(map(len, encoded)) + 8
+    # A layout with a place of its own for the input needs the record's fields.
+    by_fields = template is not None and find_template(template).input is not None
+    start = time.perf_counter()
+    predictions = generate(
+        model,
+        tokenizer,
+        records if by_fields else prompts,
+        template=template,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    predictions = [_EMPTY_THOUGHT.sub("", text) for text in predictions]
+    seconds = time.perf_counter() - start
+    return Evaluation(
+        _score(as_text)(predictions, references),
+        float("nan") if as_text else field_f1(predictions, references),
+        tuple(predictions),
+        references,
+        prompts,
+        slices,
+        seconds,
+        as_text,
+    )
+
+
+def free_text(references: Iterable[str]) -> bool:
+    """Whether none of `references` is a JSON object: compare such answers as text.
+
+    >>> free_text(["yes", "no"]), free_text(["yes", "{}"])
+    (True, False)
+    """
+    return all(scoring.parse_json_object(text) is None for text in references)
 
 
 def stratified(
@@ -85,17 +201,18 @@ def stratified(
     return [records[i] for i in sorted(chosen)]
 
 
-def column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, ...]:
-    """The strings of one column; a ValueError names the record that has none."""
+def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, ...]:
+    """The strings of one column.
+
+    Raises:
+        ValueError: names the record that has none.
+    """
     for i, record in enumerate(records):
-        if not isinstance(record.get(name), str):
-            found = type(record.get(name)).__name__
-            raise ValueError(f"record {i}: {name!r} must be a string, found {found}")
+        value = record.get(name)
+        if not isinstance(value, str):
+            other = type(value).__name__
+            raise ValueError(f"record {i}: {name!r} must be a string, found {other}")
     return tuple(record[name] for record in records)
-
-
-# --- likelihood ---
-# How likely a model finds the right answers: completion loss and perplexity.
 
 
 @dataclass(frozen=True)
@@ -125,75 +242,34 @@ def perplexity(
     dataset: Iterable[Mapping[str, Any]],
     *,
     template: str | Template = "chatml",
-    system: str | None = None,
     limit: int | None = None,
-    max_length: int | None = None,
     batch_size: int = 16,
 ) -> Perplexity:
     """Perplexity of the completions, each given its prompt.
 
     PPL = exp(-(1/N) Σ log p(token | all tokens before it)), summed over the N tokens
     of all completions, their end of turn included: the tokens that training learns.
-    Logits are made from the first learned position on, not for the prompts.
 
     Args:
-        model, tokenizer: as for ``generate``.
         dataset: records that ``tokenize_example`` reads.
-        template, system, max_length: as for ``tokenize_example``.
         limit: as for ``evaluate``.
-        batch_size: records at once.
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
-    layout = {"template": template, "system": system, "max_length": max_length}
     records = stratified(dataset, limit)
-    rows = [tokenize_example(record, tokenizer, **layout) for record in records]
+    rows = [tokenize_example(row, tokenizer, template=template) for row in records]
     rows.sort(key=lambda row: len(row["input_ids"]))
-    if not decodes(model):
-        batch_size = 1  # no padding, so nothing that such a model could mistake
+    collate, device = CompletionCollator(tokenizer), base_model(model).device
     total, tokens = 0.0, 0
     with torch.no_grad(), inference_state(model):
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            first = [_first_learned(row["labels"]) for row in batch]
-            lengths = [len(row["labels"]) for row in batch]
-            keep = max(n - i for n, i in zip(lengths, first, strict=True)) + 1
-            labels = torch.full((len(batch), keep), IGNORE)
-            for place, row in zip(labels, batch, strict=True):
-                end = row["labels"][-keep:]
-                place[keep - len(end) :] = torch.tensor(end)
-            logits = _last_logits(model, [r["input_ids"] for r in batch], first, keep)
-            labels = labels[:, -logits.shape[1] + 1 :].to(logits.device)
-            learned = labels != IGNORE
-            chosen = logits[:, :-1][learned].float()
-            total += cross_entropy(chosen, labels[learned], reduction="sum").item()
-            tokens += int(learned.sum())
+            batch = collate(rows[start : start + batch_size])
+            tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
+            batch = without_padding(model, batch)
+            batch = {name: values.to(device) for name, values in batch.items()}
+            total += completion_loss(model, batch, learned_tokens=1).item()
     loss = total / tokens
     return Perplexity(loss, math.exp(loss), tokens)
-
-
-def _first_learned(labels: Sequence[int]) -> int:
-    return next(i for i, label in enumerate(labels) if label != IGNORE)
-
-
-def _last_logits(model: Any, rows: list[list[int]], first: list[int], keep: int) -> Any:
-    """Logits (B, at most `keep`, V) of the last positions, rows aligned at their end.
-
-    What the rows share is read once, but for the token before a learned one.
-    """
-    import torch
-
-    if decodes(model):
-        batch = left_batch(model, rows, share_at_most=min(first) - 1)
-        return batch.network(**batch.inputs, logits_to_keep=keep).logits
-    device = model.get_input_embeddings().weight.device
-    ids = torch.tensor(rows, device=device)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -keep:]
-
-
-# --- forgetting ---
-# General questions before and after a fine-tuning: what the model forgot.
 
 
 @dataclass(frozen=True)
@@ -202,8 +278,7 @@ class AnswerShare:
 
     Attributes:
         share: 0 to 1.
-        correct: one truth value a question.
-        answers, prompts: strings, in the order of the data.
+        correct, answers, prompts: in the order of the data.
     """
 
     share: float
@@ -215,14 +290,12 @@ class AnswerShare:
         return f"{sum(self.correct)} of {len(self.correct)} answers ({self.share:.1%})"
 
 
-def contains_answer(text: str, expected: Sequence[str]) -> bool:
-    """Say whether `text` holds one of the expected answers as whole words.
+def _contains_answer(text: str, expected: Sequence[str]) -> bool:
+    """Whether `text` holds one of the expected answers as whole words, in any case.
 
-    Upper and lower case are the same.
-
-    >>> contains_answer("It is PARIS, of course.", ["Paris"])
+    >>> _contains_answer("It is PARIS, of course.", ["Paris"])
     True
-    >>> contains_answer("There are 14 of them.", ["4"])
+    >>> _contains_answer("There are 14 of them.", ["4"])
     False
     """
     words = "|".join(re.escape(answer.strip()) for answer in expected)
@@ -241,28 +314,27 @@ def answer_share(
     """Ask general questions; count the answers that contain the expected one.
 
     Args:
-        model, tokenizer: as for ``generate``.
         dataset: records with ``prompt`` and ``answers`` (strings that each count as
             right, or one string), or ``answer``, one string.
         limit: as for ``evaluate``.
-        max_new_tokens, options: as for ``generate``.
+        options: passed on to ``generate``.
 
     Raises:
         ValueError: a record has no answer to look for.
     """
     records = stratified(dataset, limit)
-    prompts = column(records, "prompt")
+    prompts = _column(records, "prompt")
     expected = [_expected(i, record) for i, record in enumerate(records)]
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options
     )
-    correct = tuple(map(contains_answer, answers, expected))
+    correct = tuple(map(_contains_answer, answers, expected))
     return AnswerShare(sum(correct) / len(correct), correct, tuple(answers), prompts)
 
 
 def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
-    found = record.get("answers") or record.get("answer")
-    texts = [found] if isinstance(found, str) else list(found or ())
+    answers = record.get("answers") or record.get("answer")
+    texts = [answers] if isinstance(answers, str) else list(answers or ())
     texts = [text for text in texts if text.strip()]  # a blank would stand everywhere
     if not texts:
         raise ValueError(
@@ -308,135 +380,3 @@ def forgetting(
     pairs = zip(share0.prompts, share0.correct, share1.correct, strict=True)
     lost = tuple(prompt for prompt, was, still in pairs if was and not still)
     return Forgetting(loss1.loss - loss0.loss, share1.share - share0.share, lost)
-
-
-_EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Answers of a model to a data set, and their scores.
-
-    Attributes:
-        exact_match: share of answers equal to the reference, 0 to 1: as JSON, or as
-            text where `as_text`.
-        field_f1: micro F1 over the fields of the JSON objects, 0 to 1; NaN where
-            `as_text`.
-        predictions, references, prompts: strings, in the order of the data.
-        slices: the slice of each example, or None where the data has none.
-        seconds: wall seconds of the generation.
-        as_text: the answers are free text, not JSON.
-    """
-
-    exact_match: float
-    field_f1: float
-    predictions: tuple[str, ...]
-    references: tuple[str, ...]
-    prompts: tuple[str, ...]
-    slices: tuple[str, ...] | None
-    seconds: float
-    as_text: bool = False
-
-    def by_slice(self) -> dict[str, float]:
-        """Exact match of each slice, 0 to 1; empty where the data has no slices."""
-        if self.slices is None:
-            return {}
-        score = scoring.exact_text if self.as_text else exact_match
-        return scoring.by_slice(self.predictions, self.references, self.slices, score)
-
-    def mistakes(self) -> list[tuple[str, str, str]]:
-        """(prompt, prediction, reference) of each answer that is not an exact match."""
-        score = scoring.exact_text if self.as_text else exact_match
-        rows = zip(self.prompts, self.predictions, self.references, strict=True)
-        return [(p, a, r) for p, a, r in rows if not score([a], [r])]
-
-    def __str__(self) -> str:
-        n = len(self.references)
-        head = f"exact match {self.exact_match:.1%} of {n} · "
-        head += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
-        head += f"{self.seconds:.1f} s"
-        slices = self.by_slice()
-        if len(slices) < 2:
-            return head
-        width = max(map(len, slices))
-        lines = [
-            f"  {name:<{width}}  {share:6.1%} of {self.slices.count(name)}"
-            for name, share in slices.items()
-        ]
-        return "\n".join([head, *lines])
-
-
-def free_text(references: Iterable[str]) -> bool:
-    """Whether none of `references` is a JSON object: compare such answers as text.
-
-    >>> free_text(["yes", "no"]), free_text(["yes", "{}"])
-    (True, False)
-    """
-    return all(scoring.parse_json_object(text) is None for text in references)
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Iterable[Mapping[str, Any]],
-    *,
-    template: str | Template | None = "chatml",
-    system: str | None = None,
-    limit: int | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int | None = None,
-    as_text: bool = False,
-) -> Evaluation:
-    """Generate an answer to each prompt and score it against the completion.
-
-    Args:
-        model, tokenizer, template, system, batch_size: as for ``generate``.
-        dataset: records with ``prompt`` and ``completion`` (one JSON object, unless
-            ``as_text``), and perhaps ``slice``.
-        limit: score that many records only, chosen by ``stratified``: the same ones
-            every time, each slice in its share. None scores all.
-        max_new_tokens: None takes 8 more than the longest completion has tokens. A
-            right answer that is spread over lines and indented needs more.
-        as_text: compare answers as text, not as JSON.
-
-    Raises:
-        ValueError: the data set is empty, a record has no prompt or completion, or a
-            completion is not a JSON object.
-
-    >>> print(Evaluation(0.5, 0.75, ("{}", "?"), ("{}", "{}"), ("a", "b"), None, 2.0))
-    exact match 50.0% of 2 · field F1 0.750 · 2.0 s
-    """
-    records = stratified(dataset, limit)
-    prompts, references = column(records, "prompt"), column(records, "completion")
-    slices = column(records, "slice") if "slice" in records[0] else None
-    if not as_text:
-        exact_match(references, references)  # a broken reference is said now
-    if max_new_tokens is None:
-        encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
-        max_new_tokens = max(map(len, encoded)) + 8
-    # A layout with a place of its own for the input needs the record's fields.
-    whole = template is not None and find_template(template).input is not None
-    start = time.perf_counter()
-    predictions = generate(
-        model,
-        tokenizer,
-        records if whole else prompts,
-        template=template,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-    # Qwen3's own template has it before each answer, so a model tuned by it writes it.
-    predictions = [_EMPTY_THOUGHT.sub("", text) for text in predictions]
-    seconds = time.perf_counter() - start
-    score = scoring.exact_text if as_text else exact_match
-    return Evaluation(
-        score(predictions, references),
-        float("nan") if as_text else field_f1(predictions, references),
-        tuple(predictions),
-        references,
-        prompts,
-        slices,
-        seconds,
-        as_text,
-    )

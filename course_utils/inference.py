@@ -2,6 +2,11 @@
 
 Every function takes the user's raw text and lays it out by a template; text that
 looks like a special token stays text. The model and the tokenizer are left as found.
+
+The loop does three things that a general ``model.generate`` leaves out: tokens that
+all prompts begin with (a system turn, virtual tokens) are read once for the whole
+batch; a row that has ended leaves the batch; and nothing of the model has to be set
+for it, so nothing has to be set back.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from course_utils.formatting import end_of_turn_ids, generation_prompt
 
@@ -20,10 +25,183 @@ if TYPE_CHECKING:
 
     from course_utils.templates import Template
 
-__all__ = ["Comparison", "compare_generations", "generate", "stream"]
+Pick = Callable[["torch.Tensor"], "torch.Tensor"]  # logits (B, V) -> tokens (B,)
 
-# --- comparison ---
-# Answers of several models side by side, as text and as a Markdown table.
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Mapping[str, Any]],
+    *,
+    template: str | Template | None = "chatml",
+    system: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> list[str]:
+    """Answer each prompt; greedy, so the same answers every time.
+
+    A batch holds prompts of similar length, padded on the left, and each answer is
+    the one that its prompt gets alone (in 16 bits a near tie may fall otherwise).
+    An answer ends before the template's end of turn or the model's end of sequence.
+    A repetition penalty in the model's own generation settings is not applied.
+
+    Args:
+        model: any causal language model, a PEFT model included, in any mode.
+        prompts: user texts; records, laid out with their fields, a last answer left
+            out; or texts that are laid out already (``template=None``).
+        template: a name in ``formatting.TEMPLATES``; None adds nothing.
+        system: None takes the template's default.
+        batch_size: None means 128 on a CPU, 32 elsewhere.
+        do_sample: draw from the model's distribution instead of taking its maximum.
+        temperature: divides the logits.
+        top_p: keep the likeliest tokens that reach this probability.
+        seed: of the drawing; None continues torch's own.
+
+    Raises:
+        TypeError: `prompts` is one string, or holds something else than strings
+            and records.
+        ValueError: an empty prompt, one too long for the model, or an option out of
+            its range.
+    """
+    import torch
+
+    rows = _token_rows(model, tokenizer, prompts, template, system, max_new_tokens)
+    stop = _stop_ids(model, tokenizer, template)
+    pick = _picker(model, do_sample, temperature, top_p, seed)
+    if batch_size is None:
+        batch_size = 128 if base_model(model).device.type == "cpu" else 32
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+    settings = {"stop": stop, "max_new_tokens": max_new_tokens}
+    sampling = {"do_sample": do_sample}
+    if do_sample:
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+
+    own_loop = _decodes(model)
+    longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    answers: list[list[int]] = [[] for _ in rows]
+    fork = torch.random.fork_rng(enabled=seed is not None and not own_loop)
+    with torch.no_grad(), inference_state(model), fork:
+        if seed is not None and not own_loop:
+            torch.manual_seed(seed)  # once: each batch draws anew
+        for start in range(0, len(rows), batch_size):
+            places = longest_first[start : start + batch_size]
+            batch = [rows[i] for i in places]
+            if own_loop:
+                for pairs in _decode_rows(model, batch, pick=pick, **settings):
+                    for row, token in pairs:
+                        answers[places[row]].append(token)
+            else:
+                written = _library_rows(model, batch, sampling=sampling, **settings)
+                for i, tokens in zip(places, written, strict=True):
+                    answers[i] = tokens
+    return [_text(tokenizer, tokens) for tokens in answers]
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    template: str | Template | None = "chatml",
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Answer one prompt, piece by piece as it is written; no piece is empty.
+
+    The pieces together are the string that ``generate`` returns for the same options.
+    Until the last piece is taken, or the iterator is closed, the model stays in
+    evaluation mode. A model that only ``model.generate`` can run gives its answer in
+    one piece.
+
+    Raises:
+        TypeError: `prompt` is not a string.
+        ValueError: an empty prompt, one too long, or an option out of its range.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"the prompt is a string, not {type(prompt).__name__}")
+    sampling = {"do_sample": do_sample, "temperature": temperature}
+    sampling |= {"top_p": top_p, "seed": seed}
+    layout = {"template": template, "system": system, "max_new_tokens": max_new_tokens}
+    if not _decodes(model):
+        return iter(generate(model, tokenizer, [prompt], **layout, **sampling))
+    rows = _token_rows(model, tokenizer, [prompt], template, system, max_new_tokens)
+    stop = _stop_ids(model, tokenizer, template)
+    pick = _picker(model, **sampling)
+    return _pieces(model, tokenizer, rows, stop, max_new_tokens, pick)
+
+
+def _pieces(model, tokenizer, rows, stop, max_new_tokens, pick) -> Iterator[str]:
+    import torch
+
+    tokens: list[int] = []
+    sent = ""
+    with inference_state(model):
+        steps = _decode_rows(
+            model, rows, stop=stop, max_new_tokens=max_new_tokens, pick=pick
+        )
+        while True:
+            with torch.no_grad():  # not around the yield: it would reach the caller
+                pairs = next(steps, [])
+            if not pairs:
+                break
+            tokens.append(pairs[0][1])
+            text = _text(tokenizer, tokens)
+            if text.endswith("\ufffd"):
+                continue  # half a character: wait for the rest
+            if len(text) > len(sent) and text.startswith(sent):
+                yield text[len(sent) :]
+                sent = text
+        rest = _text(tokenizer, tokens)[len(sent) :]
+        if rest:
+            yield rest
+
+
+def compare_generations(
+    models: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    references: Sequence[str] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Answer the same prompts with several models, side by side.
+
+    Args:
+        models: {name: a model, or the list of its answers made earlier}. Training
+            changes a model in place: keep the answers from before as a list.
+        references: the right answers, for a last column.
+        options: passed on to ``generate``.
+
+    Raises:
+        ValueError: a list of answers, or of references, has not one for each prompt.
+
+    >>> both = compare_generations({"before": ["Sure!"], "after": ["{}"]}, None, ["Hi"])
+    >>> print(both)
+    prompt  Hi
+    before  Sure!
+    after   {}
+    """
+    answers = {}
+    for name, model in models.items():
+        texts = model
+        if not isinstance(model, list | tuple):
+            texts = generate(model, tokenizer, prompts, **options)
+        if len(texts) != len(prompts):
+            raise ValueError(f"{name}: {len(texts)} answers to {len(prompts)} prompts")
+        answers[name] = tuple(texts)
+    if references is not None and len(references) != len(prompts):
+        raise ValueError(f"{len(references)} references for {len(prompts)} prompts")
+    right = None if references is None else tuple(references)
+    return Comparison(tuple(prompts), answers, right)
 
 
 @dataclass(frozen=True)
@@ -41,7 +219,7 @@ class Comparison:
     references: tuple[str, ...] | None = None
 
     def _columns(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Pairs, since a model may be called "prompt"."""
+        # Pairs, since a model may be called "prompt".
         right = [("right answer", self.references)] if self.references else []
         return [("prompt", self.prompts), *self.answers.items(), *right]
 
@@ -78,30 +256,9 @@ def _cell(text: str) -> str:
     return f"{fence}{space}{text}{space}{fence}" if text else "*(empty)*"
 
 
-# --- decoding ---
-# The generation loop: a batch of prompts through the model, one token a step.
-#
-# It does three things that a general ``model.generate`` leaves out: tokens that all
-# prompts begin with (a system turn, virtual tokens of prompt or prefix tuning) are read
-# once for the whole batch; a row that has ended leaves the batch; and nothing of the
-# model has to be set for it, so nothing has to be set back.
-
-Pick = Callable[["torch.Tensor"], "torch.Tensor"]  # logits (B, V) -> tokens (B,)
-
-
-class Batch(NamedTuple):
-    """Rows ready for one forward pass, their shared tokens read already.
-
-    Attributes:
-        network: what to call: the model, or under virtual tokens its base.
-        shared: how many tokens of each row are in the cache already.
-        inputs: ``input_ids`` (B, T) padded on the left, ``attention_mask``
-            (B, past + T), ``position_ids`` (B, T), ``past_key_values``.
-    """
-
-    network: Any
-    shared: int
-    inputs: dict[str, Any]
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
@@ -109,7 +266,7 @@ def inference_state(model: Any) -> Iterator[None]:
     """Put every module into evaluation mode, and back as found, also on an error.
 
     In evaluation mode dropout and gradient checkpointing rest, whatever is switched
-    on; ``use_cache`` and the generation settings are set for ``library_rows`` alone.
+    on. The generation settings are put back, which ``_library_rows`` sets.
 
     The output layer gets the states of the last positions as one block of memory.
     They come as a view into all B·T of them, and PyTorch multiplies such a view with
@@ -118,11 +275,7 @@ def inference_state(model: Any) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     base = base_model(model)
-    found = [(base, "generation_config", getattr(base, "generation_config", None))]
-    text_config = base.config.get_text_config()
-    for config in {id(c): c for c in (base.config, text_config)}.values():
-        if hasattr(config, "use_cache"):
-            found.append((config, "use_cache", config.use_cache))
+    settings = getattr(base, "generation_config", None)
     head = base.get_output_embeddings()
     hook = None if head is None else head.register_forward_pre_hook(_one_block)
     try:
@@ -133,8 +286,7 @@ def inference_state(model: Any) -> Iterator[None]:
             hook.remove()
         for module, training in modes:
             module.training = training
-        for owner, name, value in found:
-            setattr(owner, name, value)
+        base.generation_config = settings
 
 
 def _one_block(module: Any, args: tuple) -> tuple:
@@ -144,32 +296,27 @@ def _one_block(module: Any, args: tuple) -> tuple:
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
-def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def decodes(model: Any) -> bool:
-    """Say whether the loop can run this model.
+def _decodes(model: Any) -> bool:
+    """Whether the loop can run this model; others go through ``_library_rows``.
 
     It needs explicit positions, a cache that only grows, and virtual tokens (if any)
-    that stand before the prompt. Other models go through ``library_rows``.
+    that stand before the prompt.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     base = base_model(model)
-    wanted = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-    if not wanted <= set(inspect.signature(type(base).forward).parameters):
+    needed = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+    if not needed <= set(inspect.signature(type(base).forward).parameters):
         return False
     layers = DynamicCache(config=base.config).layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         return False
-    kinds = {None, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
-    return _virtual_tokens(model) in kinds
+    before_the_prompt = {None, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
+    return _prompt_method(model) in before_the_prompt
 
 
-def _virtual_tokens(model: Any) -> str | None:
+def _prompt_method(model: Any) -> str | None:
     """The active prompt-learning method of a PEFT model, by PEFT's name for it."""
     if getattr(model, "_adapters_disabled", False) or not hasattr(model, "peft_config"):
         return None
@@ -177,41 +324,22 @@ def _virtual_tokens(model: Any) -> str | None:
     return config.peft_type.value if config.is_prompt_learning else None
 
 
-def virtual_length(model: Any) -> int:
-    """How many virtual tokens stand before each row: 0 without prompt learning."""
-    if _virtual_tokens(model) is None:
-        return 0
-    return model.active_peft_config.num_virtual_tokens
-
-
-def left_batch(
-    model: Any, rows: Sequence[Sequence[int]], *, share_at_most: int | None = None
-) -> Batch:
+def _left_batch(
+    model: Any, rows: Sequence[Sequence[int]]
+) -> tuple[Any, dict[str, Any]]:
     """Read what all rows share, then pad the rest of each on its left.
 
-    Args:
-        rows: B lists of token ids, none empty.
-        share_at_most: leave the tokens from this position on to the forward pass;
-            None shares all but a row's last token.
+    Returns:
+        What to call: the model, or under virtual tokens its base; and its inputs:
+        ``input_ids`` (B, T), ``attention_mask`` (B, past + T), ``position_ids``
+        (B, T), ``past_key_values``.
     """
     import torch
-    from transformers import DynamicCache
 
-    base, method = base_model(model), _virtual_tokens(model)
-    device = base.get_input_embeddings().weight.device
-    network, cache, virtual = model, DynamicCache(config=base.config), 0
-    if method == "PREFIX_TUNING":
-        network, cache = base, model.get_prompt(1)
-    elif method is not None:
-        network, embeds = base, model.get_prompt(1)
-        embeds = embeds.to(base.get_input_embeddings().weight.dtype)
-        base(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-    if method is not None:
-        virtual = cache.get_seq_length()
-
-    limit = min(map(len, rows)) - 1
-    limit = limit if share_at_most is None else min(limit, share_at_most)
-    shared = _common_prefix(rows, limit) if len(rows) > 1 else 0
+    network, cache = _read_virtual_tokens(model)
+    device = base_model(model).get_input_embeddings().weight.device
+    virtual = cache.get_seq_length()
+    shared = _common_prefix(rows) if len(rows) > 1 else 0
     if shared:
         network(
             input_ids=torch.tensor([list(rows[0][:shared])], device=device),
@@ -224,14 +352,8 @@ def left_batch(
     past = virtual + shared
     if past and len(rows) > 1:
         cache.batch_repeat_interleave(len(rows))
-
-    length = max(map(len, rows)) - shared
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), past + length, dtype=torch.long)
-    mask[:, :past] = 1
-    for i, row in enumerate(rows):
-        input_ids[i, length - len(row) + shared :] = torch.tensor(row[shared:])
-        mask[i, past + length - len(row) + shared :] = 1
+    input_ids, mask = _pad_left([row[shared:] for row in rows])
+    mask = torch.cat([mask.new_ones(len(rows), past), mask], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
     inputs = {
         "input_ids": input_ids.to(device),
@@ -240,10 +362,39 @@ def left_batch(
         "past_key_values": cache,
         "use_cache": True,
     }
-    return Batch(network, shared, inputs)
+    return network, inputs
 
 
-def _common_prefix(rows: Sequence[Sequence[int]], limit: int) -> int:
+def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
+    """What to call, and a cache of one row that holds the virtual tokens, if any."""
+    from transformers import DynamicCache
+
+    base, method = base_model(model), _prompt_method(model)
+    if method == "PREFIX_TUNING":
+        return base, model.get_prompt(1)
+    cache = DynamicCache(config=base.config)
+    if method is None:
+        return model, cache
+    embeds = model.get_prompt(1).to(base.get_input_embeddings().weight.dtype)
+    base(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    return base, cache
+
+
+def _pad_left(
+    rows: Sequence[Sequence[int]], pad: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both (B, T), of rows aligned at their end."""
+    import torch
+
+    length = max(map(len, rows))
+    ids = [[pad] * (length - len(row)) + list(row) for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, the last one of each left out."""
+    limit = min(map(len, rows)) - 1
     low, high = min(rows), max(rows)  # the two that differ earliest
     n = 0
     while n < limit and low[n] == high[n]:
@@ -251,7 +402,7 @@ def _common_prefix(rows: Sequence[Sequence[int]], limit: int) -> int:
     return n
 
 
-def decode_rows(
+def _decode_rows(
     model: Any,
     rows: Sequence[Sequence[int]],
     *,
@@ -266,26 +417,26 @@ def decode_rows(
     """
     import torch
 
-    network, _, inputs = left_batch(model, rows)
+    network, inputs = _left_batch(model, rows)
     cache = inputs["past_key_values"]
-    here = list(range(len(rows)))  # the row at each place of the batch; None: ended
+    row_at: list[int | None] = list(range(len(rows)))  # by place; None: ended
     for step in range(max_new_tokens):
         logits = network(**inputs, logits_to_keep=1).logits[:, -1]
         tokens = pick(logits)
         pairs = []
         for place, token in enumerate(tokens.tolist()):
-            if here[place] is not None and token in stop:
-                here[place] = None
-            elif here[place] is not None:
-                pairs.append((here[place], token))
+            if row_at[place] is not None and token in stop:
+                row_at[place] = None
+            elif row_at[place] is not None:
+                pairs.append((row_at[place], token))
         yield pairs
         if not pairs or step + 1 == max_new_tokens:
             return
         mask, positions = inputs["attention_mask"], inputs["position_ids"][:, -1:] + 1
-        if len(pairs) <= 0.9 * len(here):  # moving the cache costs too: not every step
-            stay = [i for i, row in enumerate(here) if row is not None]
-            here = [here[i] for i in stay]
-            index = torch.tensor(stay, device=mask.device)
+        if len(pairs) <= 0.9 * len(row_at):  # moving the cache costs too
+            places = [i for i, row in enumerate(row_at) if row is not None]
+            row_at = [row_at[i] for i in places]
+            index = torch.tensor(places, device=mask.device)
             cache.batch_select_indices(index)
             tokens, mask, positions = tokens[index], mask[index], positions[index]
         inputs |= {
@@ -295,28 +446,21 @@ def decode_rows(
         }
 
 
-def library_rows(
+def _library_rows(
     model: Any,
     rows: Sequence[Sequence[int]],
     *,
     stop: set[int],
     max_new_tokens: int,
-    options: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> list[list[int]]:
-    """The same through ``model.generate``, for models that ``decodes`` refuses."""
-    import torch
+    """The same through ``model.generate``, for models that ``_decodes`` refuses."""
     from transformers import GenerationConfig
 
     base = base_model(model)
     base.generation_config = GenerationConfig()  # no repetition penalty of its own
-    for config in (base.config, base.config.get_text_config()):
-        config.use_cache = True
-    length = max(map(len, rows))
-    input_ids = torch.full((len(rows), length), min(stop, default=0))
-    mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, length - len(row) :] = torch.tensor(row)
-        mask[i, length - len(row) :] = 1
+    pad = min(stop, default=0)
+    input_ids, mask = _pad_left(rows, pad)
     device = base.get_input_embeddings().weight.device
     written = model.generate(
         input_ids=input_ids.to(device),
@@ -324,206 +468,16 @@ def library_rows(
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(stop) or None,
-            pad_token_id=min(stop, default=0),
+            pad_token_id=pad,
             use_cache=True,
-            **options,
+            **sampling,
         ),
     )
     answers = []
-    for row in written[:, length:].tolist():
+    for row in written[:, input_ids.shape[1] :].tolist():
         end = next((i for i, token in enumerate(row) if token in stop), len(row))
         answers.append(row[:end])
     return answers
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Mapping[str, Any]],
-    *,
-    template: str | Template | None = "chatml",
-    system: str | None = None,
-    max_new_tokens: int = 64,
-    batch_size: int | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-) -> list[str]:
-    """Answer each prompt; greedy, so the same answers every time.
-
-    A batch holds prompts of similar length, padded on the left, and each answer is
-    the one that its prompt gets alone (in 16 bits a near tie may fall otherwise).
-    An answer ends before the template's end of turn or the model's end of sequence.
-    A repetition penalty in the model's own generation settings is not applied.
-
-    Args:
-        model: any causal language model, a PEFT model included, in any mode.
-        tokenizer: its tokenizer; only read, its padding side does not matter.
-        prompts: user texts, or texts that are laid out already (``template=None``);
-            a record in place of a text is laid out with its fields, a last answer
-            left out.
-        template: a name in ``formatting.TEMPLATES``; None adds nothing.
-        system: system text; None takes the template's default.
-        max_new_tokens: an answer is cut there.
-        batch_size: prompts at once; None means 128 on a CPU, 32 elsewhere.
-        do_sample: draw from the model's distribution instead of taking its maximum.
-        temperature: divides the logits; only with `do_sample`.
-        top_p: keep the likeliest tokens that reach this probability; only with
-            `do_sample`.
-        seed: of the drawing; None continues torch's own.
-
-    Returns:
-        One string a prompt, in the order of `prompts`.
-
-    Raises:
-        TypeError: `prompts` is one string, or holds something else than strings
-            and records.
-        ValueError: an empty prompt, one too long for the model, or an option out of
-            its range.
-    """
-    import torch
-
-    rows = _token_rows(model, tokenizer, prompts, template, system, max_new_tokens)
-    stop = _stop_ids(model, tokenizer, template)
-    pick = _picker(model, do_sample, temperature, top_p, seed)
-    if batch_size is None:
-        batch_size = 128 if base_model(model).device.type == "cpu" else 32
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-    settings = {"stop": stop, "max_new_tokens": max_new_tokens}
-    options = {"do_sample": do_sample}
-    if do_sample:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-
-    own_loop = decodes(model)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    answers: list[list[int]] = [[] for _ in rows]
-    fork = torch.random.fork_rng(enabled=seed is not None and not own_loop)
-    with torch.no_grad(), inference_state(model), fork:
-        if seed is not None and not own_loop:
-            torch.manual_seed(seed)  # once: each batch draws anew
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = [rows[i] for i in chosen]
-            if own_loop:
-                for pairs in decode_rows(model, batch, pick=pick, **settings):
-                    for row, token in pairs:
-                        answers[chosen[row]].append(token)
-            else:
-                written = library_rows(model, batch, options=options, **settings)
-                for i, tokens in zip(chosen, written, strict=True):
-                    answers[i] = tokens
-    return [_text(tokenizer, tokens) for tokens in answers]
-
-
-def stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    template: str | Template | None = "chatml",
-    system: str | None = None,
-    max_new_tokens: int = 256,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Answer one prompt, piece by piece as it is written.
-
-    The pieces together are the string that ``generate`` returns. Until the last piece
-    is taken, or the iterator is closed, the model stays in evaluation mode. A model
-    that only ``model.generate`` can run gives its answer in one piece.
-
-    Args:
-        model, tokenizer, template, system: as for ``generate``.
-        prompt: one user text.
-        max_new_tokens, do_sample, temperature, top_p, seed: as for ``generate``.
-
-    Returns:
-        An iterator over pieces of text, none empty.
-
-    Raises:
-        TypeError: `prompt` is not a string.
-        ValueError: as for ``generate``.
-    """
-    if not isinstance(prompt, str):
-        raise TypeError(f"the prompt is a string, not {type(prompt).__name__}")
-    sampling = {"do_sample": do_sample, "temperature": temperature}
-    sampling |= {"top_p": top_p, "seed": seed}
-    layout = {"template": template, "system": system, "max_new_tokens": max_new_tokens}
-    if not decodes(model):
-        return iter(generate(model, tokenizer, [prompt], **layout, **sampling))
-    rows = _token_rows(model, tokenizer, [prompt], template, system, max_new_tokens)
-    stop = _stop_ids(model, tokenizer, template)
-    pick = _picker(model, **sampling)
-    return _pieces(model, tokenizer, rows, stop, max_new_tokens, pick)
-
-
-def _pieces(model, tokenizer, rows, stop, max_new_tokens, pick) -> Iterator[str]:
-    import torch
-
-    tokens: list[int] = []
-    sent = ""
-    with inference_state(model):
-        steps = decode_rows(
-            model, rows, stop=stop, max_new_tokens=max_new_tokens, pick=pick
-        )
-        while True:
-            with torch.no_grad():  # not around the yield: it would reach the caller
-                pairs = next(steps, [])
-            if not pairs:
-                break
-            tokens.append(pairs[0][1])
-            text = _text(tokenizer, tokens)
-            whole = not text.endswith("\ufffd")  # half a character: wait for the rest
-            if whole and len(text) > len(sent) and text.startswith(sent):
-                yield text[len(sent) :]
-                sent = text
-        rest = _text(tokenizer, tokens)[len(sent) :]
-        if rest:
-            yield rest
-
-
-def compare_generations(
-    models: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    references: Sequence[str] | None = None,
-    **options: Any,
-) -> Comparison:
-    """Answer the same prompts with several models, side by side.
-
-    Args:
-        models: {name: a model, or the list of its answers made earlier}. Training
-            changes a model in place: keep the answers from before as a list.
-        tokenizer: the tokenizer of all these models.
-        prompts: user texts.
-        references: the right answers, for a last column.
-        options: passed on to ``generate``.
-
-    Raises:
-        ValueError: a list of answers, or of references, has not one for each prompt.
-
-    >>> both = compare_generations({"before": ["Sure!"], "after": ["{}"]}, None, ["Hi"])
-    >>> print(both)
-    prompt  Hi
-    before  Sure!
-    after   {}
-    """
-    answers = {}
-    for name, model in models.items():
-        given = isinstance(model, list | tuple)
-        made = model if given else generate(model, tokenizer, prompts, **options)
-        if len(made) != len(prompts):
-            raise ValueError(f"{name}: {len(made)} answers to {len(prompts)} prompts")
-        answers[name] = tuple(made)
-    if references is not None and len(references) != len(prompts):
-        raise ValueError(f"{len(references)} references for {len(prompts)} prompts")
-    right = None if references is None else tuple(references)
-    return Comparison(tuple(prompts), answers, right)
 
 
 def _token_rows(
@@ -535,8 +489,11 @@ def _token_rows(
         raise ValueError(f"max_new_tokens must be 1 or more, not {new}")
     if template is None and system is not None:
         raise ValueError("with template=None the system text stands in the prompt")
-    rows, longest = [], getattr(base_model(model).config, "max_position_embeddings", 0)
-    virtual = virtual_length(model)
+    longest = getattr(base_model(model).config, "max_position_embeddings", 0)
+    virtual = 0
+    if _prompt_method(model) is not None:
+        virtual = model.active_peft_config.num_virtual_tokens
+    rows = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str if template is None else str | Mapping):
             raise TypeError(f"prompt {i} is {type(prompt).__name__}, not a string")

@@ -15,22 +15,23 @@ A lesson builds the library's own trainer in full view, then makes it ready:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_utils import runtime as heap
-from course_utils.memory import estimate_memory
+from course_utils import runtime
+from course_utils.inference import base_model
+from course_utils.memory import GIB, estimate_memory
 from course_utils.memory.estimate import MemoryEstimate, unfused
-from course_utils.memory.formula import GIB
-from course_utils.runtime import Profile, give_back_memory
+from course_utils.runtime import Profile
 from course_utils.training_speed import (
     completion_loss,
+    set_attention,
     shared_beginning,
     use_completion_loss,
     use_seeded_batches,
@@ -42,22 +43,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LossHistory",
+    "OutOfMemory",
     "completion_loss",
     "find_checkpoint",
-    "fix_trainable_dtype",
     "plan_settings",
     "prepare_trainer",
     "sft_config",
     "shared_beginning",
     "training_arguments",
 ]
-
-# --- training_memory ---
-# When memory is short: say before, or after, which setting to lower and to what.
-#
-# `prepare_trainer` adds this. The numbers are the planner's (`course_utils.memory`),
-# the
-# advice is trainer settings that can be pasted.
 
 # transformers' names of optimizers -> the planner's
 OPTIMIZERS = {
@@ -72,220 +66,8 @@ OPTIMIZERS = {
 }
 
 
-class OutOfMemory(RuntimeError):
-    """Memory ran out, or would; the message says which setting to lower, to what."""
-
-
-def plan_settings(
-    plan: MemoryEstimate, *, device: str, examples: int | None = None
-) -> dict[str, Any]:
-    """The trainer settings that a memory plan stands for.
-
-    Args:
-        plan: from `memory.t4_plan`, `memory.estimate_memory` or `cheapest_change`.
-        device: `"cuda"`, `"cpu"` or `"mps"`. On CUDA 8-bit AdamW is the paged one,
-            which moves its state to the host rather than fail.
-        examples: examples that each optimiser step shall see in all, at least; None
-            takes the plan's batch.
-
-    Returns:
-        Keywords for `sft_config` and `training_arguments`.
-
-    >>> from course_utils.memory import t4_plan
-    >>> plan = t4_plan("llama-3.2-1b", "lora", batch_size=2, sequence_length=512)
-    >>> plan_settings(plan, device="cuda", examples=16)["gradient_accumulation_steps"]
-    8
-    """
-    request = plan.request
-    fused = "adamw_torch" if device == "mps" else "adamw_torch_fused"
-    eight = "paged_adamw_8bit" if device == "cuda" else "adamw_bnb_8bit"
-    names = {"adamw": fused, "adamw_8bit": eight, "sgd_momentum": "sgd"}
-    return {
-        "per_device_train_batch_size": request.batch_size,
-        "gradient_accumulation_steps": math.ceil(
-            (examples or request.batch_size) / request.batch_size
-        ),
-        "gradient_checkpointing": request.gradient_checkpointing,
-        "optim": names.get(request.optimizer, request.optimizer),
-    }
-
-
-def trainer_estimate(trainer: Any) -> MemoryEstimate | None:
-    """Predict the peak of a built trainer's steps; None where there is no formula.
-
-    Args:
-        trainer: with a data set that has `input_ids`; its longest record counts.
-    """
-    from course_utils.training_callbacks import QuickAttention
-
-    args, model = trainer.args, trainer.model
-    data = trainer.train_dataset
-    if "input_ids" not in (getattr(data, "column_names", None) or ()):
-        return None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    configs = list(getattr(model, "peft_config", {}).values())
-    four_bit = getattr(base.config, "quantization_config", None)
-    if four_bit is not None and not getattr(four_bit, "load_in_4bit", False):
-        return None
-    stored = (p for p in base.parameters() if p.is_floating_point())
-    frozen = [p for p in stored if configs and not p.requires_grad] or [
-        p for p in base.parameters() if p.is_floating_point()
-    ]
-    half = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
-    chunked = "compute_loss" in vars(trainer) or _is_sft(trainer)
-    callbacks = trainer.callback_handler.callbacks
-    quick = any(isinstance(callback, QuickAttention) for callback in callbacks)
-    method = configs[0].peft_type.value.lower() if configs else "full"
-    alone = args.per_device_train_batch_size == 1 and args.fp16
-    attention = "math" if alone and unfused(base.config, method) else "sdpa"
-    try:
-        return estimate_memory(
-            base.config,
-            configs[0] if configs else "full",
-            batch_size=args.per_device_train_batch_size,
-            sequence_length=max(map(len, data["input_ids"])),
-            dtype=frozen[0].dtype,
-            autocast=half,
-            optimizer=OPTIMIZERS[str(getattr(args.optim, "value", args.optim))],
-            gradient_checkpointing=args.gradient_checkpointing,
-            attention="eager" if quick else attention,
-            loss="chunked" if chunked else "logits",
-            quantization=four_bit.bnb_4bit_quant_type if four_bit else None,
-            gradient_accumulation=args.gradient_accumulation_steps > 1,
-        )
-    except (ValueError, KeyError):
-        return None
-
-
-def free_bytes(device: str) -> int | None:
-    """Bytes that this process may still take on a device; None if nothing says it."""
-    if device == "cuda":
-        import torch
-
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + unused
-    try:
-        import psutil
-    except ImportError:
-        return None
-    give_back_memory()  # what the process has freed and kept is free for it, too
-    return psutil.virtual_memory().available
-
-
-def advice(trainer: Any, plan: MemoryEstimate | None, room: int | None) -> str:
-    """Say which settings to lower, and to what.
-
-    Args:
-        trainer: the trainer.
-        plan: what it is predicted to need; None where there is no formula.
-        room: bytes that the whole run may take, weights included; None if unknown.
-    """
-    args, device = trainer.args, trainer.args.device.type
-    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    examples = batch * steps
-    if plan is None or room is None:
-        if batch == 1:
-            return "Take a smaller model or shorter records: the batch is 1 already."
-        smaller = max(b for b in range(1, batch // 2 + 1) if examples % b == 0)
-        new = f"per_device_train_batch_size={smaller}"
-        more = f"gradient_accumulation_steps={examples // smaller}"
-        return f"Set {new}, {more}: the same examples a step, fewer activations."
-    need = f"The plan for this run is {_size(plan.total)} at its peak"
-    if plan.total <= room:
-        room = int(0.8 * plan.total)
-        need += ", which should have fitted: restart the kernel, and close what else "
-        need += "holds memory. If it fails again, aim for 20 % less"
-    else:
-        need += f", and there is room for {_size(room)}"
-    change = plan.cheapest_change(room / GIB)
-    if change is None:
-        return f"{need}. No change of settings is enough: take a smaller model."
-    words, smaller = change
-    now = {
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": steps,
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "optim": OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim))),
-    }
-    new = plan_settings(smaller, device=device, examples=examples)
-    if smaller.request.optimizer == now["optim"]:
-        del new["optim"]
-    todo = [f"{k}={v!r}" for k, v in new.items() if v != now.get(k)]
-    if smaller.request.quantization != plan.request.quantization:
-        todo.append('load_model(quantization="nf4") under the adapter')
-    if smaller.request.loss != plan.request.loss:
-        todo.append("SFTTrainer, whose loss never holds all logits")
-    return (
-        f"{need}. The cheapest change is {words}: set {', '.join(todo)} "
-        f"(then {_size(smaller.total)})."
-    )
-
-
-def _held_bytes(trainer: Any) -> int:
-    """Bytes of a run that are there already: weights, gradients, optimiser state."""
-    tensors = [*trainer.model.parameters()]
-    tensors += [p.grad for p in tensors if p.grad is not None]
-    for state in getattr(trainer.optimizer, "state", {}).values():
-        tensors += [value for value in state.values() if hasattr(value, "element_size")]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def use_memory_advice(trainer: Any) -> None:
-    """Let a trainer that runs out of memory, or is about to, say what to lower."""
-    train, evaluate = trainer.train, trainer.evaluate
-    own_optimizer = trainer.optimizer is not None  # of which the plan knows nothing
-
-    def advised_train(*args: Any, **options: Any) -> Any:
-        plan, device = trainer_estimate(trainer), trainer.args.device.type
-        free = free_bytes(device)
-        room = None if free is None else free + _held_bytes(trainer)
-        if plan is not None and room is not None:
-            if plan.static > room and not own_optimizer:
-                raise OutOfMemory(
-                    f"there is not enough memory for this run. "
-                    f"{advice(trainer, plan, room)}"
-                )
-            if plan.total > room:
-                print(f"Memory may run out. {advice(trainer, plan, room)}")
-        return _advised(train, lambda: advice(trainer, plan, room), args, options)
-
-    def advised_evaluate(*args: Any, **options: Any) -> Any:
-        size = trainer.args.per_device_eval_batch_size
-        words = f"Set per_device_eval_batch_size={max(1, size // 2)} (now {size})."
-        return _advised(evaluate, lambda: words, args, options)
-
-    trainer.train, trainer.evaluate = advised_train, advised_evaluate
-
-
-def _advised(run: Callable, words: Callable[[], str], args: Any, options: Any) -> Any:
-    try:
-        return run(*args, **options)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, OutOfMemory) or not _is_memory(error):
-            raise
-        raise OutOfMemory(f"memory ran out. {words()}") from error
-
-
-def _is_memory(error: Exception) -> bool:
-    import torch
-
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, kinds) or any(word in str(error) for word in words)
-
-
-def _is_sft(trainer: Any) -> bool:
-    return any(kind.__name__ == "SFTTrainer" for kind in type(trainer).__mro__)
-
-
-def _size(size: int) -> str:
-    if size >= GIB / 10:
-        return f"{size / GIB:.1f} GiB"
-    return f"{size / 2**20:.1f} MiB"
-
-
 def _defaults(profile: Profile, output_dir: str | os.PathLike) -> dict[str, Any]:
-    """What both trainers are told, by profile; a lesson's own settings come after."""
+    """What both trainers get, by profile; a lesson's own settings come after."""
     dtype = str(profile.dtype).removeprefix("torch.")
     return {
         "output_dir": str(output_dir),
@@ -338,13 +120,11 @@ def training_arguments(
     step logged; no checkpoints, reports or progress bars.
 
     Args:
-        profile: from `runtime.get_profile()`.
-        output_dir: folder for checkpoints.
         settings: fields of `TrainingArguments`; they win over the defaults.
 
     Raises:
         ValueError: a learning rate or batch size that cannot train.
-        TypeError: a setting that there is not.
+        TypeError: there is no such setting.
     """
     from transformers import TrainingArguments
 
@@ -358,14 +138,8 @@ def sft_config(
 
     As `training_arguments`, and without gradient checkpointing, which TRL switches on
     by default: on a small model it costs time for memory that is not short. Records
-    keep their length (`max_length=None`); `tokenize_dataset` has cut them.
-
-    Args:
-        profile, output_dir: as for `training_arguments`.
-        settings: fields of `SFTConfig`; they win over the defaults.
-
-    Raises:
-        ValueError, TypeError: as for `training_arguments`.
+    keep their length (`max_length=None`); `tokenize_dataset` has cut them. It raises
+    what `training_arguments` does.
     """
     from trl import SFTConfig
 
@@ -384,14 +158,13 @@ def prepare_trainer(
 
     Progress in plain lines; trainable parameters in float32; a clear error before step
     1 where training could not work; a model that can generate afterwards, also after
-    an interruption; checkpoints that say when they are complete; the batches of a
-    resumed run as they would have been; advice where memory runs out. On a CPU, freed
-    memory is kept for the next step, within bounds (`course_utils.heap`); with `fast`
-    also what `course_utils.training_speed` lists; losses stay the same, within 1e-4 a
-    step in float32.
+    an interruption; checkpoints that say when they are complete, and a finished run
+    that is loaded, not trained on; the batches of a resumed run as they would have
+    been; advice where memory runs out. On a CPU, freed memory is kept for the next
+    step, within bounds; with `fast` also what `course_utils.training_speed` lists;
+    losses stay the same, within 1e-4 a step in float32.
 
     Args:
-        trainer: before `trainer.train()`.
         every: a line of progress every so many steps; None prints about eight.
         fast: False leaves the library's own loss and attention.
     """
@@ -399,50 +172,75 @@ def prepare_trainer(
 
     from course_utils import training_callbacks as callbacks
 
-    fix_trainable_dtype(trainer)
+    callbacks.fix_trainable_dtype(trainer.model)
     trainer.remove_callback(PrinterCallback)
-    for callback in (
-        callbacks.PlainProgress(every),
-        callbacks.CheckBeforeTraining(),
-        callbacks.ReadyToGenerate(trainer),
-        callbacks.MarkCheckpoints(),
-    ):
-        trainer.add_callback(callback)
+    trainer.add_callback(callbacks.PlainProgress(every))
+    trainer.add_callback(callbacks.CheckBeforeTraining())
+    trainer.add_callback(callbacks.MarkCheckpoints())
     use_seeded_batches(trainer)
-    use_memory_advice(trainer)
-    callbacks.keep_finished_runs(trainer)
-    callbacks.ready_after_interruption(trainer)
-    on_cpu = trainer.args.device.type == "cpu"
-    if on_cpu:
-        heap.keep_freed_memory()
+    if trainer.args.device.type == "cpu":
+        runtime.keep_freed_memory()
         trainer.add_callback(callbacks.BoundedMemory())
-    if fast and on_cpu:
-        use_completion_loss(trainer)
-        trainer.add_callback(callbacks.QuickAttention())
+        if fast:
+            use_completion_loss(trainer)
+            trainer.add_callback(callbacks.QuickAttention())
+    _wrap_train_and_evaluate(trainer)
 
 
-def fix_trainable_dtype(trainer: Any) -> int:
-    """Cast every trainable parameter to float32, and say how many were not.
+def _wrap_train_and_evaluate(trainer: Any) -> None:
+    """What has to happen around the trainer's own `train` and `evaluate`.
 
-    TRL casts the adapters of a quantised model to bfloat16, whatever `fp16` says; a
-    T4's gradient scaler then fails at step 1, and small updates are lost anywhere.
-
-    Args:
-        trainer: before `trainer.train()`; a model will do too.
-
-    Returns:
-        The number of parameter tensors that were cast.
+    Transformers calls `on_train_end` only where a run comes to its end; after an error
+    or a key the model would keep plain attention, the training mode and autocast.
     """
-    import torch
+    from course_utils.training_callbacks import load_finished_run
 
-    model, cast = trainer, 0
-    if not isinstance(trainer, torch.nn.Module):
-        model = trainer.model
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
-            cast += 1
-    return cast
+    library_train, library_evaluate = trainer.train, trainer.evaluate
+    own_optimizer = trainer.optimizer is not None  # of which the plan knows nothing
+
+    def train(resume_from_checkpoint: Any = None, **options: Any) -> Any:
+        config = base_model(trainer.model).config
+        attention = getattr(config, "_attn_implementation", None)
+        try:
+            if isinstance(resume_from_checkpoint, str | os.PathLike):
+                resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+                finished = load_finished_run(trainer, resume_from_checkpoint)
+                if finished is not None:
+                    return finished
+            plan = _trainer_estimate(trainer)
+            room = _free_bytes(trainer.args.device.type) + _held_bytes(trainer)
+            _warn_of_short_memory(trainer, plan, room, own_optimizer)
+            with _advised(lambda: _advice(trainer.args, plan, room)):
+                return library_train(
+                    resume_from_checkpoint=resume_from_checkpoint, **options
+                )
+        finally:
+            set_attention(trainer.model, attention)
+            _make_ready_to_generate(trainer)
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        size = trainer.args.per_device_eval_batch_size
+        smaller = f"per_device_eval_batch_size={max(1, size // 2)} (now {size})"
+        with _advised(lambda: f"Set {smaller}."):
+            return library_evaluate(*args, **options)
+
+    trainer.train, trainer.evaluate = train, evaluate
+
+
+def _make_ready_to_generate(trainer: Any) -> None:
+    """Evaluation mode, cache on, checkpointing and autocast off."""
+    model, base = trainer.model, base_model(trainer.model)
+    base.config.use_cache = True
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.use_cache = True
+    if trainer.args.gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+    own = model.__dict__.get("_original_forward")
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if own is not None:  # Accelerate unwraps too far: to below TRL's own forward
+        model.forward = own
+    model._is_accelerate_prepared = False  # or another training has no autocast
+    model.eval()
 
 
 @dataclass(frozen=True)
@@ -474,39 +272,227 @@ class LossHistory:
         """
 
         def read(key: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-            found = [(e["step"], float(e[key])) for e in log if key in e]
-            return tuple(s for s, _ in found), tuple(v for _, v in found)
+            entries = [entry for entry in log if key in entry]
+            steps = tuple(entry["step"] for entry in entries)
+            return steps, tuple(float(entry[key]) for entry in entries)
 
         return cls(*read("loss"), *read("eval_loss"))
 
 
 def find_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint that this course wrote, to resume from.
+    """The path of the newest complete checkpoint that this course wrote, or None.
 
     `trainer.train(resume_from_checkpoint=find_checkpoint(folder))` begins anew where
     there is none. A checkpoint counts only if its manifest is there and every file has
     the size the manifest says; one that a kill cut short does not.
+    """
+    from course_utils.training_callbacks import is_complete
+
+    complete = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if step and is_complete(path, int(step[1])):
+            complete[int(step[1])] = str(path)
+    return complete[max(complete)] if complete else None
+
+
+class OutOfMemory(RuntimeError):
+    """Memory ran out, or would; the message says which setting to lower, to what."""
+
+
+def plan_settings(
+    plan: MemoryEstimate, *, device: str, examples: int | None = None
+) -> dict[str, Any]:
+    """The trainer settings that a memory plan stands for.
 
     Args:
-        output_dir: the `output_dir` of the trainer's arguments.
+        device: `"cuda"`, `"cpu"` or `"mps"`. On CUDA 8-bit AdamW is the paged one,
+            which moves its state to the host rather than fail.
+        examples: examples that each optimiser step shall see in all, at least; None
+            takes the plan's batch.
 
     Returns:
-        Its path, or None.
+        Keywords for `sft_config` and `training_arguments`.
+
+    >>> from course_utils.memory import t4_plan
+    >>> plan = t4_plan("llama-3.2-1b", "lora", batch_size=2, sequence_length=512)
+    >>> plan_settings(plan, device="cuda", examples=16)["gradient_accumulation_steps"]
+    8
     """
-    folder = Path(output_dir)
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if step and _is_complete(path, int(step[1])):
-            found.append((int(step[1]), str(path)))
-    return max(found)[1] if found else None
+    request = plan.request
+    fused = "adamw_torch" if device == "mps" else "adamw_torch_fused"
+    eight = "paged_adamw_8bit" if device == "cuda" else "adamw_bnb_8bit"
+    names = {"adamw": fused, "adamw_8bit": eight, "sgd_momentum": "sgd"}
+    return {
+        "per_device_train_batch_size": request.batch_size,
+        "gradient_accumulation_steps": math.ceil(
+            (examples or request.batch_size) / request.batch_size
+        ),
+        "gradient_checkpointing": request.gradient_checkpointing,
+        "optim": names.get(request.optimizer, request.optimizer),
+    }
 
 
-def _is_complete(checkpoint: Path, step: int) -> bool:
+def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
+    """Predict the peak of a trainer's steps, by the longest record of its data.
+
+    None where there is no formula, or the data set has no `input_ids`.
+    """
+    args, model, data = trainer.args, trainer.model, trainer.train_dataset
+    if "input_ids" not in (getattr(data, "column_names", None) or ()):
+        return None
+    base = base_model(model)
+    four_bit = getattr(base.config, "quantization_config", None)
+    if four_bit is not None and not getattr(four_bit, "load_in_4bit", False):
+        return None
+    adapters = list(getattr(model, "peft_config", {}).values())
+    weights = [p for p in base.parameters() if p.is_floating_point()]
+    frozen = [p for p in weights if adapters and not p.requires_grad]
+    is_sft = any(parent.__name__ == "SFTTrainer" for parent in type(trainer).__mro__)
+    chunked = is_sft or "compute_loss" in vars(trainer)
     try:
-        manifest = json.loads((checkpoint / "complete.json").read_text())
-        files = dict(manifest["files"])
-        sizes = {name: (checkpoint / name).stat().st_size for name in files}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return manifest["step"] == step and bool(files) and sizes == files
+        return estimate_memory(
+            base.config,
+            adapters[0] if adapters else "full",
+            batch_size=args.per_device_train_batch_size,
+            sequence_length=max(map(len, data["input_ids"])),
+            dtype=(frozen or weights)[0].dtype,
+            autocast="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
+            optimizer=OPTIMIZERS[_optimizer_name(args)],
+            gradient_checkpointing=args.gradient_checkpointing,
+            attention=_attention_kernel(trainer, base.config, adapters),
+            loss="chunked" if chunked else "logits",
+            quantization=four_bit.bnb_4bit_quant_type if four_bit else None,
+            gradient_accumulation=args.gradient_accumulation_steps > 1,
+        )
+    except (ValueError, KeyError):
+        return None
+
+
+def _optimizer_name(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _attention_kernel(trainer: Any, config: Any, adapters: Sequence[Any]) -> str:
+    """The planner's name of the attention that will run in training."""
+    from course_utils.training_callbacks import QuickAttention
+
+    callbacks = trainer.callback_handler.callbacks
+    if any(isinstance(callback, QuickAttention) for callback in callbacks):
+        return "eager"
+    method = adapters[0].peft_type.value.lower() if adapters else "full"
+    alone = trainer.args.per_device_train_batch_size == 1 and trainer.args.fp16
+    return "math" if alone and unfused(config, method) else "sdpa"
+
+
+def _free_bytes(device: str) -> int:
+    """Bytes that this process may still take on a device."""
+    import psutil
+    import torch
+
+    if device == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    runtime.give_back_memory()  # what the process has freed and kept is free for it
+    return psutil.virtual_memory().available
+
+
+def _held_bytes(trainer: Any) -> int:
+    """Bytes of a run that are there already: weights, gradients, optimiser state."""
+    tensors = [*trainer.model.parameters()]
+    tensors += [p.grad for p in tensors if p.grad is not None]
+    for state in getattr(trainer.optimizer, "state", {}).values():
+        tensors += [value for value in state.values() if hasattr(value, "element_size")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _warn_of_short_memory(
+    trainer: Any, plan: MemoryEstimate | None, room: int, own_optimizer: bool
+) -> None:
+    """Print advice where memory may run out; raise where it must."""
+    if plan is None or plan.total <= room:
+        return
+    advice = _advice(trainer.args, plan, room)
+    if plan.static > room and not own_optimizer:
+        raise OutOfMemory(f"there is not enough memory for this run. {advice}")
+    print(f"Memory may run out. {advice}")
+
+
+@contextmanager
+def _advised(advice: Callable[[], str]) -> Iterator[None]:
+    """While inside, let an error of memory that ran out say what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, OutOfMemory) or not _ran_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"memory ran out. {advice()}") from error
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return by_type or any(word in str(error) for word in words)
+
+
+def _advice(args: TrainingArguments, plan: MemoryEstimate | None, room: int) -> str:
+    """Which settings to lower, and to what.
+
+    Args:
+        plan: what the run is predicted to need; None where there is no formula.
+        room: bytes that the whole run may take, weights included.
+    """
+    if plan is None:
+        return _advice_without_plan(args)
+    need = f"The plan for this run is {_size(plan.total)} at its peak"
+    if plan.total <= room:
+        room = int(0.8 * plan.total)
+        need += ", which should have fitted: restart the kernel, and close what else "
+        need += "holds memory. If it fails again, aim for 20 % less"
+    else:
+        need += f", and there is room for {_size(room)}"
+    change = plan.cheapest_change(room / GIB)
+    if change is None:
+        return f"{need}. No change of settings is enough: take a smaller model."
+    words, smaller = change
+    settings = ", ".join(_changed_settings(args, plan, smaller))
+    return (
+        f"{need}. The cheapest change is {words}: set {settings} "
+        f"(then {_size(smaller.total)})."
+    )
+
+
+def _advice_without_plan(args: TrainingArguments) -> str:
+    batch = args.per_device_train_batch_size
+    if batch == 1:
+        return "Take a smaller model or shorter records: the batch is 1 already."
+    examples = batch * args.gradient_accumulation_steps
+    smaller = max(b for b in range(1, batch // 2 + 1) if examples % b == 0)
+    return (
+        f"Set per_device_train_batch_size={smaller}, gradient_accumulation_steps="
+        f"{examples // smaller}: the same examples a step, fewer activations."
+    )
+
+
+def _changed_settings(
+    args: TrainingArguments, plan: MemoryEstimate, smaller: MemoryEstimate
+) -> list[str]:
+    """What to set for the smaller plan, as code; as many examples a step as now."""
+    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    new = plan_settings(smaller, device=args.device.type, examples=examples)
+    if smaller.request.optimizer == OPTIMIZERS.get(_optimizer_name(args)):
+        del new["optim"]
+    settings = [f"{k}={v!r}" for k, v in new.items() if v != getattr(args, k)]
+    if smaller.request.quantization != plan.request.quantization:
+        settings.append('load_model(quantization="nf4") under the adapter')
+    if smaller.request.loss != plan.request.loss:
+        settings.append("SFTTrainer, whose loss never holds all logits")
+    return settings
+
+
+def _size(size: int) -> str:
+    if size >= GIB / 10:
+        return f"{size / GIB:.1f} GiB"
+    return f"{size / 2**20:.1f} MiB"

@@ -15,8 +15,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from course_utils import runtime as heap
-from course_utils.runtime import replace_file
+from course_utils import runtime
 from course_utils.training_speed import refuse_virtual_tokens, set_attention
 
 MANIFEST = "complete.json"
@@ -36,7 +35,6 @@ class PlainProgress(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
     ) -> None:
-        logs = logs or {}
         if "eval_loss" in logs:
             print(f"step {state.global_step} · validation loss {logs['eval_loss']:.3f}")
         if "loss" not in logs:
@@ -58,25 +56,21 @@ class CheckBeforeTraining(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
     ) -> None:
-        check_trainable(model, fp16=args.fp16)
-        check_prompt_methods(model, args.gradient_checkpointing)
+        _check_trainable(model, fp16=args.fp16)
+        _check_prefixes(model, args.gradient_checkpointing)
         data = getattr(more.get("train_dataloader"), "dataset", None)
         if "position_ids" in (getattr(data, "column_names", None) or ()):
             refuse_virtual_tokens(model)
 
 
-def check_trainable(model: Any, *, fp16: bool) -> None:
-    """Raise unless there is something to train and all of it is float32.
-
-    Raises:
-        ValueError: says which parameter, why, and what to do.
-    """
+def _check_trainable(model: Any, *, fp16: bool) -> None:
+    """Raise unless there is something to train and all of it is float32."""
     import torch
 
-    found = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not found:
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
         raise ValueError("nothing to train: every parameter has requires_grad=False.")
-    for name, parameter in found:
+    for name, parameter in trainable:
         if not parameter.is_floating_point() or parameter.dtype == torch.float32:
             continue
         dtype = str(parameter.dtype).removeprefix("torch.")
@@ -86,47 +80,53 @@ def check_trainable(model: Any, *, fp16: bool) -> None:
             else "its small updates would be rounded away"
         )
         raise ValueError(
-            f"{name} is trainable in {dtype}: {reason}. Call "
-            "fix_trainable_dtype(trainer), or load the model with dtype=torch.float32 "
-            "for full fine-tuning."
+            f"{name} is trainable in {dtype}: {reason}. Call course_utils."
+            "training_callbacks.fix_trainable_dtype(model), or load the model with "
+            "dtype=torch.float32 for full fine-tuning."
         )
 
 
-def check_prompt_methods(model: Any, gradient_checkpointing: bool) -> None:
+def fix_trainable_dtype(model: Any) -> int:
+    """Cast every trainable parameter to float32; returns how many were not.
+
+    TRL casts the adapters of a quantised model to bfloat16, whatever `fp16` says; a
+    T4's gradient scaler then fails at step 1, and small updates are lost anywhere.
+    """
+    import torch
+
+    cast = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+            cast += 1
+    return cast
+
+
+def _check_prefixes(model: Any, gradient_checkpointing: bool) -> None:
     """Raise if prefix tuning meets gradient checkpointing.
 
-    Raises:
-        ValueError: prefixes are keys and values in a cache, which checkpointing drops;
-            the library's own error is a mismatch of shapes.
+    Prefixes are keys and values in a cache, which checkpointing drops; the library's
+    own error is a mismatch of shapes.
     """
     configs = getattr(model, "peft_config", {}).values()
     names = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs}
-    kinds = names & {"PREFIX_TUNING", "CARTRIDGE"}
+    methods = names & {"PREFIX_TUNING", "CARTRIDGE"}
     on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if kinds and (gradient_checkpointing or on):
+    if methods and (gradient_checkpointing or on):
         raise ValueError(
-            f"{kinds.pop()} does not work with gradient checkpointing: pass "
+            f"{methods.pop()} does not work with gradient checkpointing: pass "
             "gradient_checkpointing=False to the trainer's arguments, and call "
             "model.get_base_model().gradient_checkpointing_disable()."
         )
 
 
 class QuickAttention(TrainerCallback):
-    """Plain attention while training; afterwards the model's own."""
-
-    had: str | None = None
+    """Plain attention while training; what wraps `train` puts the model's own back."""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        self.had = set_attention(model, "eager")
-
-    def on_train_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
-        if self.had is not None:
-            set_attention(model, self.had)
-            self.had = None
+        set_attention(model, "eager")
 
 
 class BoundedMemory(TrainerCallback):
@@ -141,57 +141,13 @@ class BoundedMemory(TrainerCallback):
         self.usual, self.settled = 0, state.global_step + 3
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        held = heap.resident_bytes()
+        held = runtime.resident_bytes()
         if held is None:
             return
         if state.global_step <= self.settled:
             self.usual = max(self.usual, held)
         elif held > self.most * self.usual:
-            heap.give_back_memory()
-
-
-class ReadyToGenerate(TrainerCallback):
-    """After training: evaluation mode, cache on, checkpointing and autocast off."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.config.use_cache = True
-        if getattr(base, "generation_config", None) is not None:
-            base.generation_config.use_cache = True
-        if args.gradient_checkpointing:
-            base.gradient_checkpointing_disable()
-        own = model.__dict__.get("_original_forward")
-        self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        if own is not None:  # Accelerate unwraps too far: to below TRL's own forward
-            model.forward = own
-        model._is_accelerate_prepared = False  # or another training has no autocast
-        model.eval()
-
-
-def ready_after_interruption(trainer: Any) -> None:
-    """Let a run that ends by an error or a key leave a model like one that finished.
-
-    Transformers calls `on_train_end` only where a run comes to its end; without it the
-    model would keep plain attention, the training mode and autocast.
-    """
-    train = trainer.train
-
-    def train_and_finish(*args: Any, **options: Any) -> Any:
-        try:
-            return train(*args, **options)
-        except BaseException:
-            for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, QuickAttention | ReadyToGenerate):
-                    now = (trainer.args, trainer.state, trainer.control)
-                    callback.on_train_end(*now, model=trainer.model)
-            raise
-
-    trainer.train = train_and_finish
+            runtime.give_back_memory()
 
 
 class MarkCheckpoints(TrainerCallback):
@@ -210,50 +166,53 @@ class MarkCheckpoints(TrainerCallback):
         }
         draft = folder / f".{MANIFEST}.tmp"
         draft.write_text(json.dumps({"step": state.global_step, "files": files}))
-        replace_file(draft, folder / MANIFEST)
+        runtime.replace_file(draft, folder / MANIFEST)
 
 
-def _stopped_early(trainer: Any, state: TrainerState) -> bool:
-    """Whether the trainer's early stopping had lost its patience; more goes on."""
-    name = EarlyStoppingCallback.__name__
-    found = state.stateful_callbacks.get(name, {})
-    kept = found[0] if isinstance(found, list) else found
-    counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
-    return any(
-        counter >= callback.early_stopping_patience
-        for callback in trainer.callback_handler.callbacks
-        if isinstance(callback, EarlyStoppingCallback)
-    )
+def is_complete(checkpoint: Path, step: int) -> bool:
+    """Whether a checkpoint's manifest is there, and tells of its files as they are."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        files = dict(manifest["files"])
+        sizes = {name: (checkpoint / name).stat().st_size for name in files}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return manifest["step"] == step and bool(files) and sizes == files
 
 
-def keep_finished_runs(trainer: Any) -> None:
-    """Let `train` load a finished run's checkpoint instead of training on.
+def load_finished_run(trainer: Any, checkpoint: str | os.PathLike) -> Any:
+    """Load a checkpoint that is the end of its run, and return a `TrainOutput`.
 
     Transformers does one more step when it resumes from the last checkpoint of a run
     that was complete, and so changes the weights; after an early stop, whose patience
     it forgets, many more. Where the run was to end with its best weights, those are
     loaded.
+
+    Returns:
+        None, and nothing is loaded, where there is something left to train.
     """
-    train = trainer.train
+    folder, args = Path(checkpoint), trainer.args
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    done = state.epoch is not None and state.epoch >= args.num_train_epochs
+    if args.max_steps > 0:
+        done = state.global_step >= args.max_steps
+    if not (done or _stopped_early(trainer, state)):
+        return None
+    best = args.load_best_model_at_end and state.best_model_checkpoint
+    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(folder))
+    trainer.state = state
+    print(f"nothing left to train: {folder.name} is the end of this run")
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    return TrainOutput(state.global_step, sum(losses) / max(1, len(losses)), {})
 
-    def train_what_is_left(resume_from_checkpoint: Any = None, **options: Any) -> Any:
-        if not isinstance(resume_from_checkpoint, str | os.PathLike):
-            return train(resume_from_checkpoint=resume_from_checkpoint, **options)
-        folder, args = Path(resume_from_checkpoint), trainer.args
-        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        done = state.epoch is not None and state.epoch >= args.num_train_epochs
-        if args.max_steps > 0:
-            done = state.global_step >= args.max_steps
-        if not (done or _stopped_early(trainer, state)):
-            return train(resume_from_checkpoint=str(folder), **options)
-        best = args.load_best_model_at_end and state.best_model_checkpoint
-        wanted = best if best and Path(best).is_dir() else folder
-        trainer._load_from_checkpoint(str(wanted))
-        trainer.state = state
-        trainer.model.eval()
-        print(f"nothing left to train: {folder.name} is the end of this run")
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        mean = sum(losses) / max(1, len(losses))
-        return TrainOutput(state.global_step, mean, {})
 
-    trainer.train = train_what_is_left
+def _stopped_early(trainer: Any, state: TrainerState) -> bool:
+    """Whether the trainer's early stopping had lost its patience; more goes on."""
+    saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+    saved = saved[0] if isinstance(saved, list) else saved
+    counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return any(
+        counter >= callback.early_stopping_patience
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, EarlyStoppingCallback)
+    )

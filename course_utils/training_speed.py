@@ -1,10 +1,10 @@
 """Why the course's runs are fast on a CPU: the same loss and gradients, less work.
 
-Four things, each measured by `make bench`: no logits where nothing is learned;
+Each of these is measured by the benchmarks: no logits where nothing is learned;
 examples side by side in fewer rows, without padding, and what they all begin with read
-once a row (`course_utils.packed_batches`); plain attention instead of the fused kernel
-(whose backward pass is slow for short sequences on a CPU); and no cast of a LoRA
-layer's input to float32 that autocast would undo.
+once a row; plain attention instead of the fused kernel (whose backward pass is slow
+for short sequences on a CPU); and no cast of a LoRA layer's input to float32 that
+autocast would undo.
 """
 
 from __future__ import annotations
@@ -15,18 +15,10 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from course_utils.formatting import IGNORE, pack_examples
+from course_utils.inference import base_model
 
 if TYPE_CHECKING:
     import torch
-
-# --- packed_batches ---
-# A batch with less to compute: no padding, and a common beginning read once a row.
-#
-# In a causal model a token depends on those before it alone. So the states of a
-# beginning
-# that all examples share, such as a default system turn, are the same in each: a row
-# reads it once, and the rest of each example in that row attends to it. Each example
-# still sees nothing of its neighbours.
 
 # Models whose code keeps examples apart where positions begin again, by a test of each;
 # others are padded as usual.
@@ -34,118 +26,6 @@ PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 
 WIDEST = 256  # tokens: attention costs the square of a row's length
 SHARED_AT_LEAST = 8  # tokens: fewer are not worth a mask of their own
-
-
-def without_padding(
-    model: Any, batch: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """The same examples in fewer rows, side by side, each seeing itself alone.
-
-    The rows (first-fit decreasing, see `pack_examples`) are as long as leaves fewest
-    positions to compute, and at most `WIDEST` tokens unless an example is longer. The
-    loss is a sum over learned tokens, so it and its gradients stay the same up to
-    rounding. (Dropout, where a model has it, is drawn once for what a row shares.)
-
-    Args:
-        model: the model that will read the batch.
-        batch: ``input_ids``, ``labels``, ``attention_mask`` (B, T), padded.
-
-    Returns:
-        ``input_ids``, ``labels``, ``position_ids`` (rows, T), and with a beginning
-        read once a row ``attention_mask`` (rows, 1, T, T), which is added to attention
-        scores; the batch as it is where nothing would be gained, or where the model
-        has virtual tokens in front of each row, or does not tell packed examples apart.
-    """
-    import torch
-
-    if set(batch) != {"input_ids", "labels", "attention_mask"}:
-        return batch
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(config, "is_prompt_learning", False) for config in adapters):
-        return batch
-    config = getattr(model, "config", None)
-    mask = batch["attention_mask"].bool()
-    if getattr(config, "model_type", None) not in PACKABLE or not mask.any(dim=1).all():
-        return batch
-    examples = [
-        {name: batch[name][i][mask[i]].tolist() for name in ("input_ids", "labels")}
-        for i in range(len(mask))
-    ]
-    shared = shared_beginning(examples)
-    if shared < SHARED_AT_LEAST or getattr(config, "sliding_window", None):
-        shared = 0  # a mask of our own would replace that of the window
-    beginning = examples[0]["input_ids"][:shared]
-    rest = [{name: v[shared:] for name, v in one.items()} for one in examples]
-    longest, total = (f(len(one["input_ids"]) for one in rest) for f in (max, sum))
-    widths = range(longest, max(longest, min(WIDEST - shared, total)) + 1, 8)
-    tried = ((width, pack_examples(rest, width)) for width in widths)
-    width, rows = min(tried, key=lambda pair: (shared + pair[0]) * len(pair[1]))
-    if len(rows) * (shared + width) >= mask.numel():
-        return batch
-    packed: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": []}
-    for row in rows:
-        extra = width - len(row["input_ids"])
-        packed["input_ids"].append(row["input_ids"] + [0] * extra)
-        packed["labels"].append(row["labels"] + [IGNORE] * extra)
-        packed["position_ids"].append(row["position_ids"] + list(range(extra)))
-    made = {name: torch.tensor(values) for name, values in packed.items()}
-    if shared:
-        dtype = model.get_input_embeddings().weight.dtype
-        made = _after(torch.tensor(beginning), made, dtype)
-    return {name: v.to(batch["input_ids"].device) for name, v in made.items()}
-
-
-def shared_beginning(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
-    """How many tokens all examples begin with and none of them learns from.
-
-    The last position of a beginning predicts the token after it, which differs from
-    example to example: so the beginning ends one token before the first learned one.
-
-    >>> one = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]}
-    >>> shared_beginning([one, one | {"input_ids": [5, 6, 9, 8]}])
-    2
-    >>> shared_beginning([one, one])
-    2
-    """
-    if len(examples) < 2:
-        return 0
-    columns = zip(*(one["input_ids"] for one in examples), strict=False)
-    same = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
-    learned = (
-        sum(1 for _ in takewhile(lambda label: label == IGNORE, one["labels"]))
-        for one in examples
-    )
-    return max(min(same, min(learned) - 1), 0)
-
-
-def _after(
-    beginning: torch.Tensor, rows: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Put a beginning (P,) before each row, and a mask that lets all of it see it."""
-    import torch
-
-    count, width = rows["input_ids"].shape
-    size = len(beginning)
-    before = {
-        "input_ids": beginning,
-        "labels": torch.full((size,), IGNORE),
-        "position_ids": torch.arange(size),
-    }
-    positions = rows["position_ids"]
-    # Each example, and what fills a row up, has a number; the beginning has 0.
-    owner = torch.cat(
-        (torch.zeros(count, size), (positions == 0).cumsum(dim=1)), dim=1
-    ).long()
-    seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
-    seen = seen.tril()  # (rows, T, T): query by key
-    made = {
-        name: torch.cat((value.expand(count, size), rows[name]), dim=1)
-        for name, value in before.items()
-    }
-    made["position_ids"][:, size:] += size
-    hidden = torch.full(seen.shape, -torch.inf, dtype=dtype)
-    made["attention_mask"] = hidden.masked_fill(seen, 0)[:, None]
-    return made
 
 
 def completion_loss(
@@ -186,21 +66,6 @@ def completion_loss(
     return total / count
 
 
-def refuse_virtual_tokens(model: Any) -> None:
-    """Raise if a model that is to read packed rows has a prompt or prefix adapter.
-
-    Raises:
-        ValueError: it has.
-    """
-    configs = getattr(model, "peft_config", {}).values()
-    if any(getattr(config, "is_prompt_learning", False) for config in configs):
-        raise ValueError(
-            "packed examples and virtual tokens do not go together: one prompt would "
-            "stand before the whole row, and PEFT ignores position_ids. Put one "
-            "example into each row: CompletionCollator pads them."
-        )
-
-
 @contextmanager
 def _only_these_positions(head: Any, learned: torch.Tensor) -> Iterator[None]:
     """While inside, `head` sees the hidden states (B, T, d) of learned positions only.
@@ -220,6 +85,160 @@ def _only_these_positions(head: Any, learned: torch.Tensor) -> Iterator[None]:
         hook.remove()
 
 
+def refuse_virtual_tokens(model: Any) -> None:
+    """Raise a ValueError if a model that is to read packed rows has virtual tokens."""
+    if _has_virtual_tokens(model):
+        raise ValueError(
+            "packed examples and virtual tokens do not go together: one prompt would "
+            "stand before the whole row, and PEFT ignores position_ids. Put one "
+            "example into each row: CompletionCollator pads them."
+        )
+
+
+def _has_virtual_tokens(model: Any) -> bool:
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "is_prompt_learning", False) for config in configs)
+
+
+def without_padding(
+    model: Any, batch: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """The same examples in fewer rows, side by side, each seeing itself alone.
+
+    In a causal model a token depends on those before it alone. So the states of a
+    beginning that all examples share, such as a default system turn, are the same in
+    each: a row reads it once, and the rest of each example in it attends to it.
+
+    The rows (see `pack_examples`) are as long as leaves fewest positions to compute,
+    and at most `WIDEST` tokens unless an example is longer. The loss is a sum over
+    learned tokens, so it and its gradients stay the same up to rounding. (Dropout,
+    where a model has it, is drawn once for what a row shares.)
+
+    Args:
+        batch: ``input_ids``, ``labels``, ``attention_mask`` (B, T), padded.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids`` (rows, T), and with a beginning
+        read once a row ``attention_mask`` (rows, 1, T, T), which is added to attention
+        scores; the batch as it is where nothing would be gained, or where the model
+        has virtual tokens in front of each row, or does not tell packed examples apart.
+    """
+    import torch
+
+    if not _can_be_packed(model, batch):
+        return batch
+    mask = batch["attention_mask"].bool()
+    examples = [
+        {name: batch[name][i][mask[i]].tolist() for name in ("input_ids", "labels")}
+        for i in range(len(mask))
+    ]
+    shared = shared_beginning(examples)
+    if shared < SHARED_AT_LEAST or getattr(model.config, "sliding_window", None):
+        shared = 0  # a mask of our own would replace that of the window
+    beginning = examples[0]["input_ids"][:shared]
+    rest = [{k: values[shared:] for k, values in row.items()} for row in examples]
+    width, rows = _fewest_positions(rest, shared)
+    if len(rows) * (shared + width) >= mask.numel():
+        return batch
+    packed = _filled_up(rows, width)
+    if shared:
+        dtype = model.get_input_embeddings().weight.dtype
+        packed = _after(torch.tensor(beginning), packed, dtype)
+    device = batch["input_ids"].device
+    return {name: values.to(device) for name, values in packed.items()}
+
+
+def _can_be_packed(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
+    return (
+        set(batch) == {"input_ids", "labels", "attention_mask"}
+        and getattr(getattr(model, "config", None), "model_type", None) in PACKABLE
+        and not _has_virtual_tokens(model)
+        and bool(batch["attention_mask"].any(dim=1).all())
+    )
+
+
+def _fewest_positions(
+    examples: Sequence[Mapping[str, Sequence[int]]], shared: int
+) -> tuple[int, list[dict[str, list[int]]]]:
+    """The width of rows that leaves fewest positions to compute, and those rows."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    longest = max(lengths)
+    widest = max(longest, min(WIDEST - shared, sum(lengths)))
+    packings = (
+        (width, pack_examples(examples, width))
+        for width in range(longest, widest + 1, 8)
+    )
+    return min(packings, key=lambda pair: (shared + pair[0]) * len(pair[1]))
+
+
+def _filled_up(
+    rows: Sequence[Mapping[str, list[int]]], width: int
+) -> dict[str, torch.Tensor]:
+    """Rows as tensors (rows, width); what fills them up is a document of its own."""
+    import torch
+
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        extra = width - len(row["input_ids"])
+        columns["input_ids"].append(row["input_ids"] + [0] * extra)
+        columns["labels"].append(row["labels"] + [IGNORE] * extra)
+        columns["position_ids"].append(row["position_ids"] + list(range(extra)))
+    return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def shared_beginning(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
+    """How many tokens all examples begin with and none of them learns from.
+
+    The last position of a beginning predicts the token after it, which differs from
+    example to example: so the beginning ends one token before the first learned one.
+
+    >>> row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]}
+    >>> shared_beginning([row, row | {"input_ids": [5, 6, 9, 8]}])
+    2
+    >>> shared_beginning([row, row])
+    2
+    """
+    if len(examples) < 2:
+        return 0
+    columns = zip(*(row["input_ids"] for row in examples), strict=False)
+    same = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+    unlearned = (
+        sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
+        for row in examples
+    )
+    return max(min(same, min(unlearned) - 1), 0)
+
+
+def _after(
+    beginning: torch.Tensor, rows: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Put a beginning (P,) before each row, and a mask that lets all of it see it."""
+    import torch
+
+    count, width = rows["input_ids"].shape
+    size = len(beginning)
+    before = {
+        "input_ids": beginning,
+        "labels": torch.full((size,), IGNORE),
+        "position_ids": torch.arange(size),
+    }
+    positions = rows["position_ids"]
+    # Each example, and what fills a row up, has a number; the beginning has 0.
+    owner = torch.cat(
+        (torch.zeros(count, size), (positions == 0).cumsum(dim=1)), dim=1
+    ).long()
+    seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
+    seen = seen.tril()  # (rows, T, T): query by key
+    joined = {
+        name: torch.cat((value.expand(count, size), rows[name]), dim=1)
+        for name, value in before.items()
+    }
+    joined["position_ids"][:, size:] += size
+    hidden = torch.full(seen.shape, -torch.inf, dtype=dtype)
+    joined["attention_mask"] = hidden.masked_fill(seen, 0)[:, None]
+    return joined
+
+
 class SeededBatches:
     """A sampler: shuffled, and if asked with examples of similar length side by side.
 
@@ -237,12 +256,7 @@ class SeededBatches:
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        seed: int,
-        *,
-        together: int = 1,
+        self, lengths: Sequence[int], batch_size: int, seed: int, *, together: int = 1
     ) -> None:
         self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
         self.together = together  # as many batches are sorted by length as one
@@ -368,14 +382,12 @@ def use_seeded_batches(trainer: Any) -> None:
     )
 
 
-def set_attention(model: Any, name: str) -> str | None:
-    """Switch a model's attention kernel; returns the one it had.
+def set_attention(model: Any, name: str | None) -> None:
+    """Switch a model's attention kernel, unless the model names none.
 
     `"eager"` multiplies matrices one after the other; `"sdpa"` is PyTorch's fused
     kernel.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    had = getattr(base.config, "_attn_implementation", None)
-    if had is not None and had != name:
+    base = base_model(model)
+    if getattr(base.config, "_attn_implementation", None) not in (None, name):
         base.set_attn_implementation(name)
-    return had

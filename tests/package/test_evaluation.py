@@ -13,8 +13,8 @@ from course_utils.data import load_examples
 from course_utils.evaluation import (
     AnswerShare,
     Perplexity,
+    _contains_answer,
     answer_share,
-    contains_answer,
     evaluate,
     exact_match,
     forgetting,
@@ -193,12 +193,12 @@ def test_perplexity_leaves_the_model_as_found(method):
 
 
 def test_an_answer_counts_as_whole_words_only():
-    assert contains_answer("The answer is:  paris.", ["Paris"])
-    assert contains_answer("It has 8 legs", ["eight", "8"])
-    assert contains_answer("H2O (water)", ["H2O"])
-    assert not contains_answer("It has 18 legs", ["8", "eight"])
-    assert not contains_answer("Parisian", ["Paris"])
-    assert not contains_answer("anything", ["a.y"])
+    assert _contains_answer("The answer is:  paris.", ["Paris"])
+    assert _contains_answer("It has 8 legs", ["eight", "8"])
+    assert _contains_answer("H2O (water)", ["H2O"])
+    assert not _contains_answer("It has 18 legs", ["8", "eight"])
+    assert not _contains_answer("Parisian", ["Paris"])
+    assert not _contains_answer("anything", ["a.y"])
 
 
 def test_answer_share_and_forgetting(monkeypatch):

@@ -20,12 +20,13 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from course_utils import inference as decoding
 from course_utils.formatting import end_of_turn_ids, generation_prompt
 from course_utils.inference import (
+    _decode_rows,
+    _decodes,
     _picker,
+    base_model,
     compare_generations,
-    decodes,
     generate,
     stream,
 )
@@ -133,7 +134,7 @@ def test_wrong_positions_or_masks_would_be_seen(spoil, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(model, "forward", spoilt.__get__(model))
-    assert decodes(model)
+    assert _decodes(model)
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) != right
 
 
@@ -190,7 +191,7 @@ def test_other_architectures_answer_as_alone_too(name):
     torch.manual_seed(0)
     model, tokenizer = make().eval(), byte_tokenizer()
     model.generation_config.eos_token_id = 2
-    assert own_loop is None or decodes(model) is own_loop
+    assert own_loop is None or _decodes(model) is own_loop
     rows = [generation_prompt(p, tokenizer, template="plain") for p in PROMPTS]
     expected = [reference(model, row, {2}, 10) for row in rows]
     got = generate(model, tokenizer, PROMPTS, template="plain", max_new_tokens=10)
@@ -203,7 +204,7 @@ def test_the_librarys_sampling_draws_anew_in_each_batch():
     make, _ = OTHERS["sliding window"]
     torch.manual_seed(0)
     model, tokenizer = make().eval(), byte_tokenizer()
-    assert not decodes(model)
+    assert not _decodes(model)
     options = {"template": "plain", "max_new_tokens": 8, "do_sample": True, "seed": 0}
     before = torch.random.get_rng_state()
     answers = generate(model, tokenizer, ["Tell"] * 4, batch_size=1, **options)
@@ -213,7 +214,7 @@ def test_the_librarys_sampling_draws_anew_in_each_batch():
 
 
 def state(model, tokenizer):
-    base = decoding.base_model(model)
+    base = base_model(model)
     return (
         [module.training for module in model.modules()],
         [getattr(module, "gradient_checkpointing", None) for module in model.modules()],
@@ -228,7 +229,7 @@ def state(model, tokenizer):
 
 def after_a_trainer(model):
     """The state in which trainers leave a model."""
-    base = decoding.base_model(model)
+    base = base_model(model)
     model.train()
     base.gradient_checkpointing_enable()
     base.enable_input_require_grads()
@@ -273,7 +274,7 @@ def test_the_state_comes_back_when_generation_fails(method, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(decoding.base_model(model).lm_head, "forward", broken)
+    monkeypatch.setattr(base_model(model).lm_head, "forward", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(model, tokenizer, PROMPTS)
     assert state(model, tokenizer) == before
@@ -409,9 +410,7 @@ def test_sampling_draws_from_the_models_distribution():
     batch = ids.tolist() * 4000
     with torch.no_grad():
         pick = _picker(model, True, 1.0, 1.0, 0)
-        [pairs] = decoding.decode_rows(
-            model, batch, stop=set(), max_new_tokens=1, pick=pick
-        )
+        [pairs] = _decode_rows(model, batch, stop=set(), max_new_tokens=1, pick=pick)
     share = torch.bincount(torch.tensor([t for _, t in pairs]), minlength=259) / 4000
     assert (share - chances).abs().max() < 0.03
     same = [generate(model, tokenizer, PROMPTS, seed=3, **options) for _ in range(2)]
@@ -442,7 +441,7 @@ def test_a_character_of_several_tokens_comes_in_one_piece(monkeypatch):
     tokenizer = byte_tokenizer()
     answer = tokenizer("é灯!")["input_ids"]
     fake = lambda *args, **kwargs: ([(0, token)] for token in answer)  # noqa: E731
-    monkeypatch.setattr("course_utils.inference.decode_rows", fake)
+    monkeypatch.setattr("course_utils.inference._decode_rows", fake)
     assert list(stream(small(), tokenizer, "x")) == ["é", "灯", "!"]
 
 

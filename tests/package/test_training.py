@@ -1,9 +1,10 @@
-"""Training: the same losses with less work, arguments, checks, resume after a kill."""
+"""Arguments, a model that is ready afterwards, resume after a kill, short memory."""
 
 import json
+import math
 import os
 import random
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -13,146 +14,104 @@ import pytest
 import torch
 from peft import (
     LoraConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
     get_peft_model,
-    get_peft_model_state_dict,
 )
-from safetensors.torch import load_file
 from small_models import byte_tokenizer, random_llama
+from small_training import BF16, FP32, batch, build, wrapped
 from training_child import STEPS, records
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from trl import SFTTrainer
 
-from course_utils import training_callbacks as callbacks
+from course_utils import runtime, training
 from course_utils.formatting import CompletionCollator
+from course_utils.memory import GIB, t4_plan
 from course_utils.runtime import Profile
 from course_utils.training import (
     LossHistory,
-    completion_loss,
+    OutOfMemory,
+    _trainer_estimate,
     find_checkpoint,
-    fix_trainable_dtype,
+    plan_settings,
     prepare_trainer,
     sft_config,
     training_arguments,
 )
-from course_utils.training_speed import (
-    PACKABLE,
-    SeededBatches,
-    shared_beginning,
-    without_padding,
-)
 
 HERE = Path(__file__).parents[1]
-FP32 = Profile("cpu", "cpu", torch.float32, 0)
-BF16 = Profile("cpu", "cpu", torch.bfloat16, 0)
+T4 = Profile("t4", "cuda", torch.float16, 0)
 
 
-def begun(row, beginning):
-    """The same record, after so many tokens that all begin with."""
-    ids = [*range(50, 50 + beginning), *row["input_ids"]]
-    labels = [-100] * beginning + row["labels"]
-    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+# --- arguments ------------------------------------------------------------------------
 
 
-def batch(count=5, beginning=0):
-    rows = [begun(row, beginning) for row in records(count)]
-    return CompletionCollator(byte_tokenizer())(rows)
+@pytest.fixture
+def card(monkeypatch):
+    """Arguments for a card that is not here: nothing asks for the device."""
+    import transformers.training_args as module
 
-
-def build(kind, folder, model, profile=FP32, **settings):
-    make = training_arguments if kind is Trainer else sft_config
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4} | settings
-    return kind(
-        model=model,
-        args=make(profile, folder, **{"learning_rate": 1e-2} | settings),
-        train_dataset=records(),
-        eval_dataset=records(8, seed=9),
-        data_collator=CompletionCollator(byte_tokenizer()),
-        processing_class=byte_tokenizer(),
+    monkeypatch.setattr(
+        module.TrainingArguments, "device", property(lambda self: torch.device("cpu"))
     )
 
 
-def wrapped(method):
-    model = random_llama(initializer_range=0.05)
-    configs = {
-        "lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-        "prompt": PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
-        "prefix": PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
-    }
-    torch.manual_seed(4)
-    return get_peft_model(model, configs[method]) if method in configs else model
+def test_sft_trainer_leaves_tokenized_records_as_they_are(tmp_path):
+    trainer = build(SFTTrainer, tmp_path, random_llama())
+    data = records()
+    assert trainer.train_dataset["labels"][:] == data["labels"][:]
+    assert trainer.train_dataset["input_ids"][:] == data["input_ids"][:]
 
 
-# --- the same loss and the same gradients -------------------------------------------
+def test_arguments_follow_the_profile(tmp_path):
+    for make in (training_arguments, sft_config):
+        args = make(FP32, tmp_path)
+        assert (args.bf16, args.fp16, args.use_cpu) == (False, False, True)
+        assert make(BF16, tmp_path).bf16
+        assert not args.gradient_checkpointing and args.disable_tqdm
+        assert args.report_to in ([], "none") and args.save_strategy == "no"
+        assert make(FP32, tmp_path, seed=7, logging_steps=5).seed == 7
+        assert make(FP32, tmp_path, gradient_checkpointing=True).gradient_checkpointing
+        with pytest.raises(TypeError):
+            make(FP32, tmp_path, no_such_setting=1)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "prompt", "prefix"])
-def test_completion_loss_and_its_gradients_are_the_models_own(method):
-    model, data = wrapped(method).train(), batch()
-    own = model(**data).loss
-    own.backward()
-    expected = {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
-    model.zero_grad()
-    ours = completion_loss(model, data)
-    ours.backward()
-    assert ours.item() == pytest.approx(own.item(), abs=1e-6)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            dict(model.named_parameters())[name].grad, gradient, atol=1e-6, rtol=1e-4
-        )
-    assert expected
+def test_a_t4_gets_fp16_compute(card, tmp_path):
+    for make in (training_arguments, sft_config):
+        args = make(T4, tmp_path)
+        assert args.fp16 is True and args.bf16 is False and not args.use_cpu
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("beginning", [0, 12])
-def test_a_batch_without_padding_has_the_same_loss_and_gradients(
-    method, attention, beginning
-):
-    model, data = wrapped(method).train(), batch(9, beginning)
-    base = model.get_base_model() if method == "lora" else model
-    base.set_attn_implementation(attention)
-    packed = without_padding(model, data)
-    assert ("attention_mask" in packed) == bool(beginning)
-    share = packed["input_ids"].numel() / data["input_ids"].numel()
-    assert share < (0.6 if beginning else 0.8)
-    losses, gradients = [], []
-    for one in (data, packed):
-        model.zero_grad()
-        losses.append(completion_loss(model, one))
-        losses[-1].backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
-    for padded, unpadded in zip(*gradients, strict=True):
-        torch.testing.assert_close(padded, unpadded, atol=1e-6, rtol=1e-4)
-    # Without what tells them apart the examples see each other: the loss is another.
-    for lost in packed.keys() - {"input_ids", "labels"}:
-        leaking = {k: v for k, v in packed.items() if k != lost}
-        assert abs(completion_loss(model, leaking).item() - losses[0].item()) > 1e-4
+# --- before and after training --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(PACKABLE))
-@pytest.mark.parametrize("beginning", [0, 12])
-def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind, beginning):
-    from transformers import AutoConfig, AutoModelForCausalLM
+def test_freed_memory_is_kept_while_a_cpu_trains(tmp_path, monkeypatch):
+    asked = []
+    target = "course_utils.runtime.keep_freed_memory"
+    monkeypatch.setattr(target, lambda: asked.append(1))
+    prepare_trainer(build(SFTTrainer, tmp_path, random_llama()), fast=False)
+    assert asked == [1]
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **sizes, **heads, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config)
-    data = batch(9, beginning)
-    packed = without_padding(model, data)
-    # A window over the last tokens is the model's own mask, which ours would replace.
-    assert ("attention_mask" in packed) == bool(beginning and kind != "mistral")
-    assert "position_ids" in packed
-    expected = completion_loss(model, data).item()
-    assert completion_loss(model, packed).item() == pytest.approx(expected, abs=1e-5)
-    leaking = {k: v for k, v in packed.items() if k != "position_ids"}
-    assert abs(completion_loss(model, leaking).item() - expected) > 1e-3
+
+@pytest.mark.parametrize("method", ["full", "lora", "prefix"])
+@pytest.mark.parametrize("profile", [FP32, BF16], ids=["fp32", "bf16"])
+def test_a_trained_model_can_generate(method, profile, tmp_path, capsys):
+    model = wrapped(method)
+    trainer = build(SFTTrainer, tmp_path, model, profile)
+    prepare_trainer(trainer, every=2)
+    trainer.train()
+    base = model.get_base_model() if method != "full" else model
+    assert base.config.use_cache and not model.training
+    assert base.config._attn_implementation == "sdpa"
+    assert not hasattr(model, "_original_forward")
+    assert not model._is_accelerate_prepared  # another training would miss autocast
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.generate(input_ids=ids, max_new_tokens=3).shape[1] > 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" · ")[0] for line in lines] == [
+        "step 1 of 4",
+        "step 2 of 4",
+        "step 4 of 4",
+    ]
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -183,203 +142,6 @@ def test_an_interrupted_run_leaves_a_model_that_can_generate(
     trainer.train()  # and one that can be trained anew
     assert trainer.state.global_step == 4
     assert config._attn_implementation == "sdpa" and not model.training
-
-
-@pytest.mark.parametrize("fast", [True, False])  # False: TRL's loss, as on a card
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("beginning", [0, 12])
-def test_an_evaluation_after_training_computes_as_one_within(
-    method, fast, beginning, tmp_path
-):
-    model = wrapped(method)
-    if method == "lora":
-        model.base_model.to(torch.bfloat16)  # prepare_trainer puts adapters back
-    more = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 4}
-    trainer = build(SFTTrainer, tmp_path, model, BF16, **more)
-    rows = trainer.train_dataset.map(begun, fn_kwargs={"beginning": beginning})
-    trainer.train_dataset = trainer.eval_dataset = rows
-    prepare_trainer(trainer, fast=fast)
-    trainer.train()
-    within = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
-    # attention is the model's own again, which rounds a little otherwise
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(within[-1], rel=1e-4)
-
-
-def test_freed_memory_is_kept_while_a_cpu_trains(tmp_path, monkeypatch):
-    asked = []
-    target = "course_utils.runtime.keep_freed_memory"
-    monkeypatch.setattr(target, lambda: asked.append(1))
-    prepare_trainer(build(SFTTrainer, tmp_path, random_llama()), fast=False)
-    assert asked == [1]
-
-
-def test_batches_that_cannot_be_packed_stay_padded():
-    data = batch(9)
-    assert without_padding(wrapped("prompt"), data) is data
-    assert without_padding(wrapped("prefix"), data) is data
-    model = random_llama()
-    more = data | {"token_type_ids": torch.zeros_like(data["labels"])}
-    assert without_padding(model, more) is more
-    alike = {name: values[:1].repeat(3, 1) for name, values in data.items()}
-    width = int(alike["attention_mask"][0].sum())
-    alike = {name: values[:, :width] for name, values in alike.items()}
-    assert without_padding(model, alike)["input_ids"].numel() == 3 * width
-    few = without_padding(model, batch(9, beginning=7))
-    assert "position_ids" in few and "attention_mask" not in few
-    model.config.model_type = "gpt2"
-    assert without_padding(model, data) is data
-
-
-def test_a_beginning_is_shared_as_far_as_nothing_in_it_is_learned():
-    def example(ids, unlearned):
-        return {"input_ids": ids, "labels": [-100] * unlearned + ids[unlearned:]}
-
-    long, other = example([4, 5, 6, 7, 8, 9], 5), example([4, 5, 6, 7, 3, 2], 5)
-    assert shared_beginning([long, other]) == 4
-    assert shared_beginning([long, example([4, 5, 6, 7, 3], 4)]) == 3
-    assert shared_beginning([long, example([4, 5, 6, 7], 0)]) == 0  # the first learned
-    assert shared_beginning([long, example([3, 5], 2)]) == 0
-    assert shared_beginning([long, example([4, 5], 2)]) == 1  # a position is left
-    assert shared_beginning([long]) == 0
-
-
-def test_completion_loss_counts_what_it_is_told_to():
-    model, data = random_llama(), batch()
-    learned = (data["labels"][:, 1:] != -100).sum()
-    mean, summed = completion_loss(model, data), completion_loss(model, data, 1)
-    torch.testing.assert_close(mean * learned, summed)
-    nothing = data | {"labels": torch.full_like(data["labels"], -100)}
-    assert completion_loss(model, nothing).item() == 0
-
-
-def test_the_output_layer_sees_learned_positions_only():
-    model, data, seen = random_llama(), batch(), []
-    model.lm_head.register_forward_hook(lambda m, a, out: seen.append(out.shape[0]))
-    completion_loss(model, data)
-    assert seen == [int((data["labels"][:, 1:] != -100).sum())]
-    model(**data)
-    assert seen[1:] == [5]  # the hook is gone: whole rows again
-
-
-@pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
-@pytest.mark.parametrize("method", ["full", "lora", "prompt"])
-def test_losses_of_a_fast_run_equal_those_of_the_library(kind, method, tmp_path):
-    runs = []
-    for fast in (False, True):
-        trainer = build(kind, tmp_path, wrapped(method), gradient_accumulation_steps=2)
-        prepare_trainer(trainer, fast=fast)
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        runs.append([before, *LossHistory.from_trainer(trainer).loss])
-    assert len(runs[0]) == 5 and runs[0][-1] != runs[0][1]
-    assert max(abs(a - b) for a, b in zip(*runs, strict=True)) < 1e-4
-
-
-def test_length_groups_are_a_permutation_by_seed_and_epoch_and_save_padding():
-    draw = random.Random(0)
-    lengths = [draw.randrange(10, 80) for _ in range(333)]
-    groups = SeededBatches(lengths, 8, seed=1, together=50)
-    first = list(groups)
-    assert sorted(first) == list(range(333)) and first == list(groups)
-    groups.set_epoch(1)
-    assert list(groups) != first and sorted(groups) == list(range(333))
-    assert list(SeededBatches(lengths, 8, seed=2, together=50)) != first
-
-    def padded(order):
-        cuts = [order[i : i + 8] for i in range(0, len(order), 8)]
-        return sum(len(c) * max(lengths[i] for i in c) for c in cuts)
-
-    assert padded(first) < 1.06 * sum(lengths) < padded(list(range(333)))
-
-
-def test_sft_trainer_leaves_tokenized_records_as_they_are(tmp_path):
-    trainer = build(SFTTrainer, tmp_path, random_llama())
-    data = records()
-    assert trainer.train_dataset["labels"][:] == data["labels"][:]
-    assert trainer.train_dataset["input_ids"][:] == data["input_ids"][:]
-
-
-# --- arguments ------------------------------------------------------------------------
-
-
-def test_arguments_follow_the_profile(tmp_path):
-    for make in (training_arguments, sft_config):
-        args = make(FP32, tmp_path)
-        assert (args.bf16, args.fp16, args.use_cpu) == (False, False, True)
-        assert make(BF16, tmp_path).bf16
-        assert not args.gradient_checkpointing and args.disable_tqdm
-        assert args.report_to in ([], "none") and args.save_strategy == "no"
-        assert make(FP32, tmp_path, seed=7, logging_steps=5).seed == 7
-        assert make(FP32, tmp_path, gradient_checkpointing=True).gradient_checkpointing
-        with pytest.raises(TypeError):
-            make(FP32, tmp_path, no_such_setting=1)
-
-
-def test_a_t4_gets_fp16_compute(tmp_path, monkeypatch):
-    """Build the arguments of a card that is not here: no device is asked for."""
-    import transformers.training_args as module
-
-    monkeypatch.setattr(
-        module.TrainingArguments, "device", property(lambda self: torch.device("cpu"))
-    )
-    t4 = Profile("t4", "cuda", torch.float16, 0)
-    for make in (training_arguments, sft_config):
-        args = make(t4, tmp_path)
-        assert args.fp16 is True and args.bf16 is False and not args.use_cpu
-
-
-# --- before and after training --------------------------------------------------------
-
-
-def test_trainable_parameters_are_made_float32(tmp_path):
-    model = wrapped("lora")
-    model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="lora_A.*bfloat16.*fix_trainable_dtype"):
-        callbacks.check_trainable(model, fp16=True)
-    assert fix_trainable_dtype(model) > 0 == fix_trainable_dtype(model)
-    callbacks.check_trainable(model, fp16=True)
-    assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="nothing to train"):
-        callbacks.check_trainable(model.requires_grad_(False), fp16=False)
-
-
-def test_an_unprepared_dtype_stops_the_run_before_its_first_step(tmp_path):
-    trainer = build(Trainer, tmp_path, random_llama().to(torch.bfloat16))
-    trainer.add_callback(callbacks.CheckBeforeTraining())
-    with pytest.raises(ValueError, match="load the model with dtype=torch.float32"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
-def test_prefix_tuning_with_checkpointing_is_refused_in_words(tmp_path):
-    trainer = build(SFTTrainer, tmp_path, wrapped("prefix"))
-    trainer.args.gradient_checkpointing = True
-    prepare_trainer(trainer)
-    with pytest.raises(ValueError, match="pass gradient_checkpointing=False"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("method", ["full", "lora", "prefix"])
-@pytest.mark.parametrize("profile", [FP32, BF16], ids=["fp32", "bf16"])
-def test_a_trained_model_can_generate(method, profile, tmp_path, capsys):
-    model = wrapped(method)
-    trainer = build(SFTTrainer, tmp_path, model, profile)
-    prepare_trainer(trainer, every=2)
-    trainer.train()
-    base = model.get_base_model() if method != "full" else model
-    assert base.config.use_cache and not model.training
-    assert base.config._attn_implementation == "sdpa"
-    assert not hasattr(model, "_original_forward")
-    assert not model._is_accelerate_prepared  # another training would miss autocast
-    ids = torch.tensor([[5, 6, 7]])
-    assert model.generate(input_ids=ids, max_new_tokens=3).shape[1] > 3
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" · ")[0] for line in lines] == [
-        "step 1 of 4",
-        "step 2 of 4",
-        "step 4 of 4",
-    ]
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 def test_history_reads_losses_and_validation_losses(tmp_path):
@@ -431,82 +193,6 @@ def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
     assert resumed["weights"] == pytest.approx(unbroken["weights"], abs=1e-5), note
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("size", [{"max_steps": 4}, {"num_train_epochs": 1}], ids=str)
-def test_a_finished_run_is_loaded_and_not_trained_on(method, size, tmp_path, capsys):
-    settings = {"max_steps": -1, "save_strategy": "steps", "save_steps": 2} | size
-    settings["per_device_train_batch_size"] = 10
-    trainer = build(SFTTrainer, tmp_path, wrapped(method), **settings)
-    prepare_trainer(trainer)
-    trainer.train()
-    again = build(SFTTrainer, tmp_path, wrapped(method), **settings)
-    prepare_trainer(again)
-    again.train(resume_from_checkpoint=find_checkpoint(tmp_path))
-    assert "nothing left to train: checkpoint-4" in capsys.readouterr().out
-    assert LossHistory.from_trainer(again) == LossHistory.from_trainer(trainer)
-    theirs = dict(trainer.model.named_parameters())
-    for name, parameter in again.model.named_parameters():
-        torch.testing.assert_close(parameter, theirs[name], atol=0, rtol=0)
-    assert not again.model.training
-    ids = torch.tensor([[5, 6, 7]])
-    assert again.model.generate(input_ids=ids, max_new_tokens=3).shape[1] > 3
-
-
-@pytest.mark.parametrize("load_best", [False, True])
-def test_a_run_that_stopped_early_is_not_trained_on(load_best, tmp_path, capsys):
-    """Nothing is enough of a gain for this one; its loss rises from the beginning."""
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 9}
-    settings |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
-    settings |= {"metric_for_best_model": "eval_loss", "learning_rate": 0.1}
-    settings["load_best_model_at_end"] = load_best
-    stop = {"early_stopping_patience": 3, "early_stopping_threshold": 1e6}
-    runs = []
-    for checkpoint in (None, "last"):
-        trainer = build(SFTTrainer, tmp_path, wrapped("lora"), **settings)
-        trainer.args.load_best_model_at_end = True  # the callback insists on it
-        trainer.add_callback(EarlyStoppingCallback(**stop))
-        prepare_trainer(trainer)
-        trainer.args.load_best_model_at_end = load_best or checkpoint is None
-        checkpoint = checkpoint and find_checkpoint(tmp_path)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        runs.append(trainer)
-    first, again = runs
-    last, best = first.state.global_step, Path(first.state.best_model_checkpoint).name
-    assert again.state.global_step == last < 9 and best != f"checkpoint-{last}"
-    assert f"nothing left to train: checkpoint-{last}" in capsys.readouterr().out
-    wanted = best if load_best else f"checkpoint-{last}"
-    kept = load_file(tmp_path / wanted / "adapter_model.safetensors")
-    ours = get_peft_model_state_dict(again.model)
-    assert kept.keys() == ours.keys() and len(kept) > 4
-    assert all(torch.equal(kept[name], ours[name]) for name in kept)
-    patient = build(SFTTrainer, tmp_path, wrapped("lora"), **settings)
-    patient.args.load_best_model_at_end = True
-    patient.add_callback(EarlyStoppingCallback(**stop | {"early_stopping_patience": 5}))
-    prepare_trainer(patient)
-    patient.train(resume_from_checkpoint=find_checkpoint(tmp_path))
-    assert patient.state.global_step > last  # more patience, more steps
-
-
-def test_only_complete_checkpoints_are_found(tmp_path):
-    assert find_checkpoint(tmp_path / "nothing here") is None
-    trainer = build(
-        SFTTrainer, tmp_path, wrapped("lora"), save_strategy="steps", save_steps=2
-    )
-    prepare_trainer(trainer)
-    trainer.train()
-    newest = tmp_path / "checkpoint-4"
-    assert find_checkpoint(tmp_path) == str(newest)
-    for name in ("adapter_model.safetensors", "optimizer.pt", callbacks.MANIFEST):
-        copy = tmp_path / "copy"
-        shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("copy"))
-        broken = copy / "checkpoint-4" / name
-        broken.write_bytes(broken.read_bytes()[:-1])
-        assert find_checkpoint(copy) == str(copy / "checkpoint-2"), name
-        broken.unlink()
-        assert find_checkpoint(copy) == str(copy / "checkpoint-2"), name
-        shutil.rmtree(copy)
-
-
 def test_resuming_loads_tensors_only(tmp_path, monkeypatch):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer = build(SFTTrainer, tmp_path, wrapped("lora"), **settings)
@@ -526,29 +212,231 @@ def test_resuming_loads_tensors_only(tmp_path, monkeypatch):
     assert LossHistory.from_trainer(again).steps == (1, 2, 3, 4, 5, 6)
 
 
-@pytest.mark.parametrize(
-    "own", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, "function", "class"]
-)
-def test_a_loss_of_the_users_own_is_kept(own, tmp_path):
-    class Mine(SFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **rest):
-            return super().compute_loss(model, inputs, return_outputs, **rest)
+# --- short memory: advice before the run and after a failure --------------------------
 
-    settings = own if isinstance(own, dict) else {}
-    kind = Trainer if "label_smoothing_factor" in settings else SFTTrainer
-    trainer = build(kind, tmp_path, random_llama(), **settings)
-    if own == "function":
-        trainer.compute_loss_func = lambda outputs, labels, **rest: outputs.logits.sum()
-    if own == "class":
-        trainer.__class__ = Mine
+
+def prepared(folder, model=None, kind=SFTTrainer, optimizers=(None, None), **settings):
+    make = sft_config if kind is SFTTrainer else training_arguments
+    settings = {"per_device_train_batch_size": 8, "max_steps": 2} | settings
+    trainer = kind(
+        model=model or random_llama(),
+        args=make(FP32, folder, **settings),
+        train_dataset=records(),
+        eval_dataset=records(8),
+        data_collator=CompletionCollator(byte_tokenizer()),
+        processing_class=byte_tokenizer(),
+        optimizers=optimizers,
+    )
     prepare_trainer(trainer)
-    assert "compute_loss" not in vars(trainer)
+    return trainer
 
 
-def test_progress_comes_about_eight_times_whatever_is_logged(tmp_path, capsys):
-    model = random_llama()
-    trainer = build(SFTTrainer, tmp_path, model, max_steps=40, logging_steps=3)
-    prepare_trainer(trainer)
+def fail(trainer, error):
+    def step(*_, **__):
+        raise error
+
+    trainer.training_step = step
+
+
+def room(monkeypatch, trainer, share):
+    """Leave the run this share of what the plan says it needs."""
+    plan = _trainer_estimate(trainer)
+    held = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    there = int(share * plan.total)
+    monkeypatch.setattr(training, "_free_bytes", lambda device: there - held)
+    return plan, there
+
+
+def advised_settings(message):
+    """The settings that a message tells to set, as numbers and words."""
+    found = re.findall(r"(per_device\w+|gradient_\w+|optim)=(\w+|'\w+')", message)
+    return {name: eval(value) for name, value in found}
+
+
+def test_on_a_t4_the_planner_decides_about_8_bit_adamw(card, tmp_path):
+    roomy = t4_plan("smollm2-135m", "lora", batch_size=8, sequence_length=256)
+    assert roomy.fits("T4")
+    args = sft_config(T4, tmp_path, **plan_settings(roomy, device="cuda"))
+    assert args.optim == "adamw_torch_fused" and args.per_device_train_batch_size == 8
+    size = {"batch_size": 8, "sequence_length": 576, "loss": "chunked"}
+    tight = t4_plan("qwen2.5-0.5b", "full", **size)
+    words, fitting = tight.cheapest_change("T4")
+    assert not tight.fits("T4") and fitting.fits("T4")
+    assert words == "the 8-bit optimizer"
+    settings = plan_settings(fitting, device="cuda")
+    for make in (sft_config, training_arguments):
+        args = make(T4, tmp_path, **settings)
+        assert args.optim == "paged_adamw_8bit" and not args.gradient_checkpointing
+        assert (args.fp16, args.bf16) == (True, False)
+        assert args.per_device_train_batch_size == 8
+
+
+def test_settings_keep_the_examples_of_a_step():
+    plan = t4_plan("smollm2-135m", "lora", batch_size=2, sequence_length=64)
+    settings = plan_settings(plan, device="cpu", examples=16)
+    assert settings["per_device_train_batch_size"] == 2
+    assert settings["gradient_accumulation_steps"] == 8
+    eight = t4_plan(
+        *("smollm2-135m", "lora"),
+        **{"batch_size": 2, "sequence_length": 64, "optimizer": "adamw_8bit"},
+    )
+    assert plan_settings(eight, device="cuda")["optim"] == "paged_adamw_8bit"
+    assert plan_settings(eight, device="cpu")["optim"] == "adamw_bnb_8bit"
+    assert plan_settings(plan, device="mps")["optim"] == "adamw_torch"
+
+
+def test_a_full_card_gives_settings_that_fit(monkeypatch, tmp_path):
+    trainer = prepared(tmp_path)
+    plan, there = room(monkeypatch, trainer, 0.7)
+    fail(trainer, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    with pytest.raises(OutOfMemory, match="The cheapest change is") as caught:
+        trainer.train()
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    settings = advised_settings(str(caught.value))
+    batch = settings["per_device_train_batch_size"]
+    assert batch < 8 and batch * settings["gradient_accumulation_steps"] == 8
+    again = prepared(tmp_path, **settings)
+    assert _trainer_estimate(again).total <= there < plan.total
+    again.train()
+
+
+def test_a_real_failure_of_the_cpu_allocator_is_recognised(tmp_path):
+    trainer = prepared(tmp_path)
+    trainer.training_step = lambda *_, **__: torch.empty(2**55)
+    with pytest.raises(OutOfMemory, match="per_device_train_batch_size=") as caught:
+        trainer.train()
+    assert "can't allocate" in str(caught.value.__cause__)
+
+
+def test_a_failure_where_the_plan_fits_says_to_restart(monkeypatch, tmp_path):
+    trainer = prepared(tmp_path)
+    room(monkeypatch, trainer, 3)
+    fail(trainer, MemoryError())
+    with pytest.raises(OutOfMemory, match="restart the kernel.*20 % less.*batch"):
+        trainer.train()
+
+
+def test_other_errors_pass_as_they_are(tmp_path):
+    trainer = prepared(tmp_path)
+    fail(trainer, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="^shapes do not match$"):
+        trainer.train()
+
+
+def test_without_a_formula_the_batch_is_halved(tmp_path):
+    config = GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(config)
+    trainer = prepared(tmp_path, model, Trainer, gradient_accumulation_steps=2)
+    assert _trainer_estimate(trainer) is None
+    fail(trainer, torch.OutOfMemoryError("CUDA out of memory"))
+    words = "Set per_device_train_batch_size=4, gradient_accumulation_steps=4"
+    with pytest.raises(OutOfMemory, match=words):
+        trainer.train()
+    trainer.args.per_device_train_batch_size = 1
+    with pytest.raises(OutOfMemory, match="smaller model"):
+        trainer.train()
+
+
+def test_evaluation_names_its_own_batch(tmp_path):
+    trainer = prepared(tmp_path, per_device_eval_batch_size=16)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.prediction_step = full
+    words = r"per_device_eval_batch_size=8 \(now 16\)"
+    with pytest.raises(OutOfMemory, match=words):
+        trainer.evaluate()
+    trainer.args.eval_strategy = "steps"
+    trainer.args.eval_steps = 1
+    with pytest.raises(OutOfMemory, match=words):
+        trainer.train()
+
+
+def test_little_memory_is_said_before_step_1(monkeypatch, tmp_path, capsys):
+    trainer = prepared(tmp_path)
+    room(monkeypatch, trainer, 0.7)
     trainer.train()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
-    assert 6 <= len(lines) <= 9
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("Memory may run out.") and "batch" in first
+    room(monkeypatch, trainer, 1.5)
+    trainer.train()
+    assert "Memory" not in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_begin_does_not(monkeypatch, tmp_path):
+    trainer = prepared(tmp_path)
+    plan = _trainer_estimate(trainer)
+    room(monkeypatch, trainer, 0.9 * plan.static / plan.total)
+    with pytest.raises(OutOfMemory, match="not enough memory for this run"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_what_a_first_training_has_left_counts_as_there(monkeypatch, tmp_path):
+    trainer = prepared(tmp_path)
+    weights = training._held_bytes(trainer)
+    trainer.train()
+    held = training._held_bytes(trainer)
+    assert held >= 3 * weights  # and AdamW's two averages
+    there = int(1.02 * _trainer_estimate(trainer).total)
+    monkeypatch.setattr(training, "_free_bytes", lambda device: there - held)
+    trainer.train()
+
+
+def test_an_optimizer_of_ones_own_is_not_refused(monkeypatch, tmp_path, capsys):
+    model = random_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = prepared(tmp_path, model, optimizers=(optimizer, None))
+    plan = _trainer_estimate(trainer)
+    room(monkeypatch, trainer, 0.9 * plan.static / plan.total)
+    trainer.train()
+    assert "Memory may run out." in capsys.readouterr().out
+
+
+def test_the_estimate_is_of_this_trainer(tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(random_llama(), config)
+    plan = _trainer_estimate(prepared(tmp_path, model, optim="adamw_bnb_8bit"))
+    request = plan.request
+    assert (request.method, request.batch_size) == ("lora", 8)
+    assert request.sequence_length == max(map(len, records()["input_ids"]))
+    assert (request.optimizer, request.loss) == ("adamw_8bit", "chunked")
+    assert plan.trainable == model.get_nb_trainable_parameters()[0]
+    assert _trainer_estimate(prepared(tmp_path)).request.method == "full"
+
+
+def test_free_memory_is_what_the_system_says():
+    assert GIB / 100 < training._free_bytes("cpu") < 2**50
+
+
+def test_what_the_process_has_freed_and_kept_counts_as_free(monkeypatch):
+    asked = []
+    monkeypatch.setattr(runtime, "give_back_memory", lambda: asked.append(1))
+    training._free_bytes("cpu")
+    assert asked
+
+
+def test_advice_keeps_the_examples_of_a_step(tmp_path):
+    for size, steps in ((5, 1), (6, 1), (7, 2)):
+        trainer = prepared(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        told = advised_settings(training._advice(trainer.args, None, 0))
+        assert told["per_device_train_batch_size"] <= size // 2
+        assert math.prod(told.values()) == size * steps
+    plan = t4_plan("smollm2-135m", "lora", batch_size=2, sequence_length=128)
+    told = plan_settings(plan, device="cuda", examples=5)
+    assert told["gradient_accumulation_steps"] == 3
+
+
+def test_the_warning_plans_the_attention_that_runs(tmp_path):
+    assert _trainer_estimate(prepared(tmp_path)).request.attention == "eager"
+    trainer = prepared(tmp_path, per_device_train_batch_size=1)
+    trainer.callback_handler.callbacks.clear()
+    assert _trainer_estimate(trainer).request.attention == "sdpa"
+    trainer.args.fp16 = True  # a T4, and grouped-query attention without padding
+    trainer.model.config.num_key_value_heads = 1
+    assert _trainer_estimate(trainer).request.attention == "math"
