@@ -114,11 +114,7 @@ def load_classifier(
     if num_labels < 2:
         raise ValueError(f"num_labels must be 2 or more, not {num_labels}.")
     name = name or MINILM.name
-    options = {
-        "num_labels": num_labels,
-        "dtype": torch.float32,
-        "use_safetensors": True,
-    }
+    options = dict(num_labels=num_labels, dtype=torch.float32, use_safetensors=True)
     auto_class = AutoModelForSequenceClassification
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table says that the new head is new
