@@ -193,8 +193,12 @@ _number(
     rel_tol=0.01,
 )
 _number("4.1", "Count A and B only; their shapes are LoRA's.", 8 * (1536 + 576))
-_number("5.1", "One row is as wide as the model, 4 bytes each.", 100 * 4096 * 4)
-_number("6.1", "Keys and values of 8 heads, 2048 / 32 wide.", 20 * 2 * 16 * 8 * 64)
+_number("5.1", "One row has the model's width, 4 bytes each.", 100 * 4096 * 4)
+_number(
+    "6.1",
+    "Keys and values, of 8 heads, each as wide as one of 32 heads.",
+    right=20 * 2 * 16 * 8 * (2048 // 32),
+)
 _number("6.3", "Softmax: a score 0 has the weight e to the power of 0.", 1 / 33, 1e-3)
 _number(
     "7.1",
