@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Longer texts lose their end. Token types are all 0, and PEFT would warn of them.
-TOKENIZING = {"truncation": True, "max_length": 128, "return_token_type_ids": False}
+_TOKENIZING = {"truncation": True, "max_length": 128, "return_token_type_ids": False}
 
 
 def label_names(dataset: Any) -> list[str]:
@@ -31,7 +31,7 @@ def parameter_groups(model: Any, rate: float, head_rate: float) -> list[dict]:
     """Return what a classifier trains, for an optimiser: its head at its own rate.
 
     A fresh head (called `classifier`) and an adapter or encoder want rates that differ
-    a hundredfold. Its group comes last, and alone where nothing else is trained.
+    a hundredfold. The head's group is last, and alone where nothing else is trained.
     """
     body, head = [], []
     for name, parameter in model.named_parameters():
@@ -44,17 +44,14 @@ def parameter_groups(model: Any, rate: float, head_rate: float) -> list[dict]:
 def tokenize_texts(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
 ) -> Dataset:
-    """Turn rows with `text` and `label` into what a classifier trains on, not padded.
-
-    The columns are `input_ids`, `attention_mask` and `labels`, places among `names`.
-    """
+    """Turn rows with `text` and `label` into token ids, masks and places in `names`."""
     import datasets
 
     rows = []
     for row in dataset:
         if str(row["label"]) not in names:
             raise ValueError(f"label {row['label']!r} is not one of {list(names)}")
-        encoded = tokenizer(row["text"], **TOKENIZING)
+        encoded = tokenizer(row["text"], **_TOKENIZING)
         rows.append({**encoded, "labels": names.index(str(row["label"]))})
     return datasets.Dataset.from_list(rows)
 
@@ -76,7 +73,7 @@ def predict(
         model.eval()
         for start in range(0, len(texts), batch_size):
             part = list(texts[start : start + batch_size])
-            batch = tokenizer(part, padding=True, return_tensors="pt", **TOKENIZING)
+            batch = tokenizer(part, padding=True, return_tensors="pt", **_TOKENIZING)
             with torch.no_grad():
                 best = model(**batch.to(model.device)).logits.argmax(-1)  # (B,)
             predictions += [names[i] for i in best.tolist()]

@@ -212,7 +212,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def version_floors() -> dict[str, str]:
+def _version_floors() -> dict[str, str]:
     """Return the least version of each library, as this checkout or package asks."""
     from packaging.requirements import Requirement
 
@@ -228,7 +228,7 @@ def version_floors() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Return the installed version of each library the course stands on."""
     installed = {"python": platform.python_version()}
-    for package in version_floors():
+    for package in _version_floors():
         try:
             installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -258,7 +258,7 @@ def readiness(profile: Profile | None = None) -> list[Finding]:
     profile = profile or get_profile()
     installed = versions()
     findings = [Finding(True, f"Python {platform.python_version()}")]
-    for package, floor in version_floors().items():
+    for package, floor in _version_floors().items():
         version = installed[package]
         new = version != "absent" and Version(version) >= Version(floor)
         cure = f'Run `pip install "{package}>={floor}"` and restart the kernel.'

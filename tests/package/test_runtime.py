@@ -168,7 +168,7 @@ def test_build_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_readiness_names_the_cure(machine, monkeypatch):
     machine()
-    old = dict.fromkeys(runtime.version_floors(), "99.0") | {
+    old = dict.fromkeys(runtime._version_floors(), "99.0") | {
         "trl": "0.9",
         "gguf": "absent",
     }
@@ -181,23 +181,23 @@ def test_readiness_names_the_cure(machine, monkeypatch):
 
 @pytest.fixture
 def fresh_floors():
-    runtime.version_floors.cache_clear()
+    runtime._version_floors.cache_clear()
     yield
-    runtime.version_floors.cache_clear()
+    runtime._version_floors.cache_clear()
 
 
 def test_floors_of_an_installed_package_are_those_of_its_metadata(
     monkeypatch, fresh_floors
 ):
-    in_checkout = runtime.version_floors()
+    in_checkout = runtime._version_floors()
     assert in_checkout["torch"] == "2.6" and len(in_checkout) == 10
-    runtime.version_floors.cache_clear()
+    runtime._version_floors.cache_clear()
     lines = [f"{name}>={floor}" for name, floor in in_checkout.items()]
     lines += ['ruff>=0.14; extra == "dev"']
     known = {"course-utils": lines}
     monkeypatch.setattr(importlib.metadata, "requires", known.__getitem__)
     monkeypatch.setattr(runtime, "_checkout_folder", lambda: None)
-    assert runtime.version_floors() == in_checkout
+    assert runtime._version_floors() == in_checkout
 
 
 def test_versions_are_those_installed():
