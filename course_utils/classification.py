@@ -1,12 +1,12 @@
 """Sort texts into classes: tokenize, predict, score, and count confusions.
 
-The model is an encoder with a head of one output per class, such as
-`models.load_classifier` gives; labels are numbers 0, 1, ... in the order of
-`label_names`. Scores take class names, one a text.
+The model is one of `models.load_classifier`; its outputs are the classes in the order
+of `label_names`. Scores take class names, one a text.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_LENGTH = 128  # tokens; longer texts lose their end
+# Longer texts lose their end. Token types are all 0, and PEFT would warn of them.
+_TOKENIZING = {"truncation": True, "max_length": 128, "return_token_type_ids": False}
 
 
 def label_names(dataset: Any) -> list[str]:
@@ -29,9 +30,8 @@ def label_names(dataset: Any) -> list[str]:
 def parameter_groups(model: Any, rate: float, head_rate: float) -> list[dict]:
     """Return what a classifier trains, for an optimiser: its head at its own rate.
 
-    A fresh head and an adapter or encoder want rates that differ a hundredfold. The
-    head is what is called `classifier`, whether PEFT wraps it or not; its group
-    comes last, and alone where nothing else is trained.
+    A fresh head (called `classifier`) and an adapter or encoder want rates that differ
+    a hundredfold. The head's group is last, and alone where nothing else is trained.
     """
     body, head = [], []
     for name, parameter in model.named_parameters():
@@ -44,23 +44,15 @@ def parameter_groups(model: Any, rate: float, head_rate: float) -> list[dict]:
 def tokenize_texts(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
 ) -> Dataset:
-    """Turn rows with `text` and `label` into what a classifier trains on.
-
-    The result has `input_ids`, `attention_mask` and `labels` (a label's place among
-    the class names), not padded.
-
-    Raises:
-        ValueError: a label is not among the names.
-    """
+    """Turn rows with `text` and `label` into token ids, masks and places in `names`."""
     import datasets
 
     rows = []
     for row in dataset:
         if str(row["label"]) not in names:
             raise ValueError(f"label {row['label']!r} is not one of {list(names)}")
-        encoded = tokenizer(row["text"], truncation=True, max_length=MAX_LENGTH)
-        columns = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        rows.append(columns | {"labels": names.index(str(row["label"]))})
+        encoded = tokenizer(row["text"], **_TOKENIZING)
+        rows.append({**encoded, "labels": names.index(str(row["label"]))})
     return datasets.Dataset.from_list(rows)
 
 
@@ -72,23 +64,18 @@ def predict(
     *,
     batch_size: int = 64,
 ) -> list[str]:
-    """Name the likeliest class of each text; `names` in the order of the outputs.
-
-    The model may have a PEFT adapter and be in any mode; its mode is as it was.
-    """
+    """Name the likeliest class of each text; the model's mode stays as it was."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
-    options = {"truncation": True, "max_length": MAX_LENGTH, "padding": True}
     predictions: list[str] = []
     try:
         model.eval()
         for start in range(0, len(texts), batch_size):
             part = list(texts[start : start + batch_size])
-            batch = tokenizer(part, return_tensors="pt", **options).to(model.device)
-            batch.pop("token_type_ids", None)  # all 0; PEFT would warn of them
+            batch = tokenizer(part, padding=True, return_tensors="pt", **_TOKENIZING)
             with torch.no_grad():
-                best = model(**batch).logits.argmax(-1)  # (B,)
+                best = model(**batch.to(model.device)).logits.argmax(-1)  # (B,)
             predictions += [names[i] for i in best.tolist()]
     finally:
         for module, training in modes:
@@ -114,26 +101,20 @@ def confusion_matrix(
     >>> confusion_matrix(["b", "b", "a"], ["a", "b", "a"], ["a", "b"])
     [[1, 1], [0, 1]]
     """
-    counts = [[0] * len(names) for _ in names]
-    for predicted, true in zip(predictions, references, strict=True):
-        counts[names.index(true)][names.index(predicted)] += 1
-    return counts
+    counts = Counter(zip(references, predictions, strict=True))
+    return [[counts[true, predicted] for predicted in names] for true in names]
 
 
 def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Return the F1 of each class of the references, averaged alike, 0 to 1.
 
-    F1 is 2 · right / (predicted + true). A model that names one class all the time
-    can be right often where that class is common, but not by this measure.
+    F1 is 2 · right / (predicted + true). A model that always names the commonest class
+    can be right often, but not by this measure.
 
     >>> round(macro_f1(["a", "a", "a", "a"], ["a", "a", "a", "b"]), 3)
     0.429
     """
-    pairs = list(zip(predictions, references, strict=True))
-    scores = []
-    for name in sorted(set(references)):
-        right = pairs.count((name, name))
-        predicted = sum(p == name for p, _ in pairs)
-        true = sum(r == name for _, r in pairs)
-        scores.append(2 * right / (predicted + true))
+    right = Counter(p for p, r in zip(predictions, references, strict=True) if p == r)
+    predicted, true = Counter(predictions), Counter(references)
+    scores = [2 * right[n] / (predicted[n] + true[n]) for n in sorted(true)]
     return sum(scores) / len(scores)

@@ -1,9 +1,9 @@
 """What a lesson needs in order to teach: guesses, checks, result cards, results.
 
 Nothing here raises on what a learner writes: a wrong answer is a line with a hint.
-The tests and hints of all exercises stand at the end, lesson by lesson. A test gets
-the learner's answer, never trusted to be of the right type, and facts by name; what
-it needs beside them it imports itself, so that other checks need not wait.
+The tests of all exercises stand at the end. Each gets the learner's answer, never
+trusted to be of the right type, and facts by name; it imports what it needs itself, so
+that other checks need not wait.
 """
 
 from __future__ import annotations
@@ -50,15 +50,12 @@ class Verdict(str):
 
 
 def check(number: str, answer: Any = ..., **facts: Any) -> Verdict:
-    """Check the answer to exercise `"N.M"` and print one line about it.
+    """Check the answer to exercise `"N.M"`, and print and return the verdict.
 
-    Returns `"correct"`, `"wrong"`, or `"unanswered"` where the answer is `...` or
-    None. Never raises.
+    It is `"correct"`, `"wrong"`, or `"unanswered"` for `...` and None. Never raises.
 
     >>> verdict = check("99.1", ...)
     … Exercise 99.1: not answered yet.
-    >>> str(verdict)
-    'unanswered'
     """
     exercise = REGISTER.get(number)
     if answer is None or answer is ...:
@@ -144,28 +141,17 @@ def result_card(title: str, **rows: Any) -> ResultCard:
 
 
 def save_result(lesson: str, headline: str, **numbers: Any) -> None:
-    """Write the lesson's result to `build/results/NN.json` and print its headline.
+    """Write the result of lesson `"NN"` to `build/results/NN.json`, print its headline.
 
-    Args:
-        lesson: the lesson's two digits, such as `"02"`.
-        headline: one short line, shown by `make course`.
-        numbers: the figures behind it: ints, floats, or 0-dimensional tensors.
-
-    Raises:
-        ValueError: the lesson is not two digits, or a number is not finite.
+    The numbers behind it are ints, floats, or 0-dimensional tensors. A ValueError
+    where one is not finite.
     """
-    if not (len(lesson) == 2 and lesson.isdigit()):
-        raise ValueError(f"expected two digits such as '02', got {lesson!r}")
     plain = {k: v.item() if hasattr(v, "item") else v for k, v in numbers.items()}
     for name, value in plain.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"lesson {lesson}: {name} is {value}, not a finite number")
-    result = {
-        "lesson": lesson,
-        "headline": headline,
-        "profile": runtime.get_profile().name,
-        "numbers": plain,
-    }
+    result = {"lesson": lesson, "headline": headline}
+    result |= {"profile": runtime.get_profile().name, "numbers": plain}
     path = _result_file(lesson)
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}.tmp")
@@ -176,29 +162,17 @@ def save_result(lesson: str, headline: str, **numbers: Any) -> None:
 
 
 def load_result(lesson: str) -> dict[str, Any] | None:
-    """Return what `save_result` wrote for the lesson, or None if it has not run.
-
-    Its keys are `lesson`, `headline`, `profile` and `numbers`.
-    """
+    """Return what `save_result` wrote for the lesson, or None if it has not run."""
     path = _result_file(lesson)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def headline(lesson: str) -> str | None:
-    """Return the one-line result of a lesson that has run here, else None."""
-    result = load_result(lesson)
-    return result["headline"] if result else None
 
 
 def _result_file(lesson: str) -> Path:
     return runtime.build_folder() / "results" / f"{lesson}.json"
 
 
-def _exercise(number: str, *, hint: str) -> Callable:
-    """Register the decorated function as the test of exercise `N.M`.
-
-    The hint is one sentence that helps without giving the answer away.
-    """
+def _exercise(number: str, hint: str) -> Callable:
+    """Register the decorated function as the test of exercise `N.M`."""
 
     def register(test: Callable[..., bool]) -> None:
         REGISTER[number] = Exercise(number, test, hint)
@@ -206,22 +180,46 @@ def _exercise(number: str, *, hint: str) -> Callable:
     return register
 
 
-@_exercise("0.1", hint="Multiply the number of parameters by the bytes of each.")
-def _(answer):
-    return answer == 134_515_008 * 2
+def _number(number: str, hint: str, right: float, rel_tol: float = 0) -> None:
+    """Register an exercise whose answer is one number."""
+    _exercise(number, hint)(lambda answer: math.isclose(answer, right, rel_tol=rel_tol))
 
 
-@_exercise("0.2", hint="Count the pairs that are the same JSON, and divide by all.")
+_number("0.1", "Multiply the parameters by the bytes of each.", 134_515_008 * 2)
+_number(
+    "2.3",
+    "Count what is kept for each parameter: how many numbers of 4 bytes?",
+    right=6_738_415_616 * 16 / 1e9,
+    rel_tol=0.01,
+)
+_number("4.1", "Count A and B only; their shapes are LoRA's.", 8 * (1536 + 576))
+_number("5.1", "One row has the model's width, 4 bytes each.", 100 * 4096 * 4)
+_number(
+    "6.1",
+    "Keys and values, of 8 heads, each as wide as one of 32 heads.",
+    right=20 * 2 * 16 * 8 * (2048 // 32),
+)
+_number("6.3", "Softmax: a score 0 has the weight e to the power of 0.", 1 / 33, 1e-3)
+_number(
+    "7.1",
+    "8 bits for each block, and 32 more for 256 blocks.",
+    right=4 + 8 / 128 + 32 / (128 * 256),
+    rel_tol=1.2e-4,
+)
+_number("8.1", "Set the standard error to 0.01, and solve for n.", 0.25 / 0.01**2, 2e-4)
+
+
+@_exercise("0.2", "Count the pairs that are the same JSON, and divide by all.")
 def _(answer, *, given, references):
     return math.isclose(answer, scoring.exact_match(given, references), rel_tol=1e-3)
 
 
-@_exercise("0.3", hint="Does the bot need a new form, or facts that change?")
+@_exercise("0.3", "Does the bot need a new form, or facts that change?")
 def _(answer):
     return answer.strip().lower() == "facts in the prompt"
 
 
-@_exercise("1.1", hint="Which tokens follow the word before the turn is over?")
+@_exercise("1.1", "Which tokens follow the word before the turn is over?")
 def _(answer, *, tokenizer):
     from course_utils.formatting import IGNORE, tokenize_example
 
@@ -230,42 +228,37 @@ def _(answer, *, tokenizer):
     return answer == sum(label != IGNORE for label in labels)
 
 
-@_exercise("1.2", hint="One label for each token of the text, and none of them -100.")
+@_exercise("1.2", "One label for each token of the text, and none of them -100.")
 def _(answer, *, input_ids):
     return list(answer) == list(input_ids)
 
 
-@_exercise("1.3", hint="Which examples should share a batch, so that little is filled?")
+@_exercise("1.3", "Which examples should share a batch, so that little is filled?")
 def _(answer, *, waste, count):
     order = list(answer)
     complete = sorted(order) == list(range(count))
     return complete and waste(order) < waste(range(count)) / 2
 
 
-@_exercise("2.1", hint="In the first step, what are m_hat and v_hat of one gradient?")
+@_exercise("2.1", "In the first step, what are m_hat and v_hat of one gradient?")
 def _(answer):
     big, small = answer
     return all(math.isclose(step, 1e-4, rel_tol=0.01) for step in (big, small))
 
 
-@_exercise("2.2", hint="Go back to sums over tokens, then divide once by all tokens.")
+@_exercise("2.2", "Go back to sums over tokens, then divide once by all tokens.")
 def _(answer, *, means, tokens):
     total = sum(m * n for m, n in zip(means, tokens, strict=True))
     return math.isclose(answer, total / sum(tokens), rel_tol=1e-6)
 
 
-@_exercise("2.3", hint="Count what is kept for each parameter: how many numbers of 4?")
-def _(answer):
-    return math.isclose(answer, 6_738_415_616 * 16 / 1e9, rel_tol=0.01)
-
-
-@_exercise("2.4", hint="Try sizes between the two that are printed.")
+@_exercise("2.4", "Try sizes between the two that are printed.")
 def _(answer, *, peak_gib):
     batch = int(answer)
     return answer == batch and peak_gib(batch) <= 14 < peak_gib(batch + 1)
 
 
-@_exercise("3.1", hint="A and B of each target: r * d_in and d_out * r, in each layer.")
+@_exercise("3.1", "A and B of each target: r * d_in and d_out * r, in each layer.")
 def _(answer, *, config):
     from course_utils.parameters import adapter_parameters
 
@@ -273,39 +266,26 @@ def _(answer, *, config):
     return answer == adapter_parameters(config, "lora", **options)
 
 
-@_exercise("3.2", hint="B A has the shape of W; how often does it count?")
+@_exercise("3.2", "B A has the shape of W; how often does it count?")
 def _(answer, *, W, A, B, alpha, r):
     import torch
 
     return torch.allclose(answer, W + alpha / r * (B @ A), rtol=1e-5, atol=1e-6)
 
 
-@_exercise(
-    "3.3", hint="Layer 2 is `layers.2.`, layer 20 is `layers.20.`: mind the dot."
-)
+@_exercise("3.3", "Layer 2 is `layers.2.`, layer 20 is `layers.20.`: mind the dot.")
 def _(answer, *, names):
-    wanted = [
-        name
-        for name in names
-        if int(re.search(r"layers\.(\d+)\.", name)[1]) >= 20
-        and name.endswith((".q_proj", ".v_proj"))
-    ]
+    last = re.compile(r".*layers\.[2-9]\d\.(.+\.)?[qv]_proj")
+    wanted = [name for name in names if last.fullmatch(name)]
     return [name for name in names if re.fullmatch(answer, name)] == wanted
 
 
-@_exercise("3.4", hint="4 bytes for each parameter: how many are there with this rank?")
+@_exercise("3.4", "4 bytes for each parameter: how many are there with this rank?")
 def _(answer, *, r_64_bytes):
     return answer == r_64_bytes // 4
 
 
-@_exercise("4.1", hint="Count A and B only; their shapes are those of LoRA.")
-def _(answer):
-    return answer == 8 * (1536 + 576)
-
-
-@_exercise(
-    "4.2", hint="The last r columns of U and rows of Vh; each side takes a root."
-)
+@_exercise("4.2", "The last r columns of U and rows of Vh; each side takes a root.")
 def _(answer, *, weight, r):
     import torch
 
@@ -316,25 +296,14 @@ def _(answer, *, weight, r):
     return shapes and torch.allclose(B @ A, wanted, atol=1e-3 * wanted.abs().max())
 
 
-@_exercise("4.3", hint="Raise the rank until held(...) first reaches 0.9.")
+@_exercise("4.3", "Raise the rank until held(...) first reaches 0.9.")
 def _(answer, *, singular_values):
-    squares = singular_values**2
-
-    def held(rank):
-        return (squares[:rank].sum() / squares.sum()).item()
-
-    answer = operator.index(answer)  # a tensor of one whole number, too
-    return held(answer) >= 0.9 > held(answer - 1)
+    energy = singular_values.double() ** 2
+    held = energy.cumsum(0) / energy.sum()  # by the ranks 1, 2, ...
+    return operator.index(answer) == 1 + (held < 0.9).sum()
 
 
-@_exercise(
-    "5.1", hint="One row has as many numbers as the model is wide, 4 bytes each."
-)
-def _(answer):
-    return answer == 100 * 4096 * 4
-
-
-@_exercise("5.2", hint="`pad(x, (left, right), value=...)`: which side, which label?")
+@_exercise("5.2", "`pad(x, (left, right), value=...)`: which side, which label?")
 def _(answer, *, labels, n):
     import torch
 
@@ -342,7 +311,7 @@ def _(answer, *, labels, n):
     return torch.equal(answer, torch.cat([labels, behind], dim=1))
 
 
-@_exercise("5.3", hint="`rows.flip(0)` turns the order round; the rest is as above.")
+@_exercise("5.3", "`rows.flip(0)` turns the order round; the rest is as above.")
 def _(answer, *, model, rows, batch, with_soft_prompt):
     import torch
 
@@ -351,37 +320,21 @@ def _(answer, *, model, rows, batch, with_soft_prompt):
     return math.isclose(answer, loss, rel_tol=1e-4)
 
 
-@_exercise("6.1", hint="Keys and values, of 8 heads, each as wide as one of 32 heads.")
-def _(answer):
-    return answer == 20 * 2 * 16 * 8 * (2048 // 32)
-
-
-@_exercise("6.2", hint="A prefix is (L, 2, H_kv, n, d_head): which one counts tokens?")
+@_exercise("6.2", "A prefix is (L, 2, H_kv, n, d_head): which one counts tokens?")
 def _(answer, *, whole):
     import torch
 
     return answer.shape == whole.shape and torch.equal(answer, whole)
 
 
-@_exercise("6.3", hint="Softmax: each score 0 has the weight e to the power of 0.")
-def _(answer):
-    return math.isclose(answer, 1 / 33, rel_tol=1e-3)
-
-
-@_exercise("6.4", hint="Right ones of a row, divided by the sum of that row.")
+@_exercise("6.4", "Right ones of a row, divided by the sum of that row.")
 def _(answer, *, matrix):
-    wanted = [row[i] / sum(row) for i, row in enumerate(matrix)]
-    return len(answer) == len(wanted) and all(
-        math.isclose(a, b, abs_tol=1e-6) for a, b in zip(answer, wanted, strict=True)
-    )
+    pairs = zip(answer, matrix, strict=True)
+    rows = [(share, row[i] / sum(row)) for i, (share, row) in enumerate(pairs)]
+    return all(math.isclose(share, wanted, abs_tol=1e-6) for share, wanted in rows)
 
 
-@_exercise("7.1", hint="8 bits for each block, and 32 more for 256 blocks.")
-def _(answer):
-    return math.isclose(answer, 4 + 8 / 128 + 32 / (128 * 256), abs_tol=5e-4)
-
-
-@_exercise("7.2", hint="Which weights did the adapter see while it was trained?")
+@_exercise("7.2", "Which weights did the adapter see while it was trained?")
 def _(answer, *, four_bit, state, A, B, scale):
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -390,39 +343,28 @@ def _(answer, *, four_bit, state, A, B, scale):
     return answer.shape == wanted.shape and torch.allclose(answer, wanted, atol=1e-5)
 
 
-@_exercise("7.3", hint="Try batch_size 8, then 12, and look at plan.fits('T4').")
+@_exercise("7.3", "Try batch_size 8, then 12, and look at plan.fits('T4').")
 def _(answer, *, recipe):
     from course_utils.memory import t4_plan
 
-    def fits(batch_size):
-        plan = t4_plan(
-            "llama-2-7b",
-            "qlora",
-            batch_size=batch_size,
-            sequence_length=1024,
-            gradient_checkpointing=True,
-            double_quant=False,
-            **recipe,
-        )
-        return plan.fits("T4")
+    options = {"sequence_length": 1024, "gradient_checkpointing": True, **recipe}
+    options["double_quant"] = False
+
+    def fits(size):
+        return t4_plan("llama-2-7b", "qlora", batch_size=size, **options).fits("T4")
 
     answer = operator.index(answer)
     return fits(answer) and not fits(answer + 1)
 
 
-@_exercise("8.1", hint="Set the standard error to 0.01, and solve for n.")
-def _(answer):
-    return math.isclose(answer, 0.25 / 0.01**2, abs_tol=0.5)
-
-
-@_exercise("8.2", hint="Walk from the cheapest up, and keep each new best score.")
+@_exercise("8.2", "Walk from the cheapest up, and keep each new best score.")
 def _(answer, *, points):
     from course_utils.plotting import pareto_front
 
     return len(answer) == len(set(answer)) and set(answer) == set(pareto_front(points))
 
 
-@_exercise("8.3", hint="If the lowest loss is at an edge, go one rate further.")
+@_exercise("8.3", "If the lowest loss is at an edge, go one rate further.")
 def _(answer, *, losses):
     from course_utils.sweep import best_of, neighbour
 

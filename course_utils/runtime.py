@@ -1,8 +1,7 @@
 """The machine and the profile: device, dtype, seed, folders, versions, memory.
 
-A profile is the answer to "where does this run?". ``smoke`` executes every line
-in seconds, ``cpu`` makes each lesson's point on a laptop, ``t4`` is Colab's free
-card. The dtype is decided here, once, and nowhere else in the course.
+A profile says where this runs: ``smoke`` executes every line in seconds, ``cpu`` makes
+each lesson's point on a laptop, ``t4`` is Colab's free card. Its dtype is decided here.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ class Profile:
 
     name: str  # "smoke", "cpu" or "t4": the size of the run
     device: str  # "cpu", "cuda" or "mps"
-    # To compute in. Trainable parameters stay in float32 wherever this is float16 (a
-    # gradient scaler needs it).
-    dtype: torch.dtype
+    dtype: torch.dtype  # to compute in; beside float16, parameters train in float32
     seed: int = DEFAULT_SEED  # every lesson starts from it
 
     def __str__(self) -> str:
@@ -53,34 +50,30 @@ def get_profile(name: str | None = None) -> Profile:
 
     Raises:
         ValueError: the name is no profile's, or ``COURSE_DEVICE`` is no device.
-        RuntimeError: ``t4`` was asked for and there is no CUDA card.
+        RuntimeError: ``t4`` needs a CUDA card and there is none.
     """
-    chosen = name or os.environ.get("COURSE_PROFILE") or None
-    if chosen is not None and chosen not in PROFILES:
-        source = "get_profile" if name else "COURSE_PROFILE"
-        raise ValueError(
-            f"{source}: there is no profile {chosen!r}; choose {', '.join(PROFILES)}."
-        )
+    chosen = name or os.environ.get("COURSE_PROFILE")
+    if chosen and chosen not in PROFILES:
+        source, known = "get_profile" if name else "COURSE_PROFILE", ", ".join(PROFILES)
+        raise ValueError(f"{source}: there is no profile {chosen!r}; choose {known}.")
     device = _choose_device()
     if chosen == "t4" and device != "cuda":
         raise RuntimeError(
-            "profile 't4' needs a CUDA card and none was found. Use profile 'cpu', or "
-            "on Colab choose Runtime > Change runtime type > T4 GPU."
+            "profile 't4' needs a CUDA card: use profile 'cpu', or on Colab choose "
+            "Runtime > Change runtime type > T4 GPU."
         )
     if chosen == "cpu" and not os.environ.get("COURSE_DEVICE"):
         device = "cpu"  # beside a card too
-    if chosen is None:
-        chosen = "t4" if device == "cuda" else "cpu"
+    chosen = chosen or ("t4" if device == "cuda" else "cpu")
     return Profile(chosen, device, _choose_dtype(device))
 
 
 def _choose_device() -> str:
-    """Return ``"cuda"`` where PyTorch finds a card, else ``"cpu"``.
+    """Return ``COURSE_DEVICE``, else ``"cuda"`` where there is a card, else ``"cpu"``.
 
-    The environment variable ``COURSE_DEVICE`` has its way. Apple's GPU, ``"mps"``, is
-    used on its word only: PyTorch 2.13 has no ``torch.linalg.svdvals`` for it, and
-    before macOS 15 what is written into a part of a tensor there can be lost
-    (https://github.com/pytorch/pytorch/issues/104832), as TRL's loss would write it.
+    Apple's GPU, ``"mps"``, is used only where asked for: PyTorch 2.13 has no
+    ``torch.linalg.svdvals`` for it, and before macOS 15 what TRL's loss writes into a
+    part of a tensor can be lost (https://github.com/pytorch/pytorch/issues/104832).
     """
     import torch
 
@@ -89,30 +82,24 @@ def _choose_device() -> str:
     available += ["mps"] if torch.backends.mps.is_available() else []
     chosen = os.environ.get("COURSE_DEVICE")
     if chosen and chosen not in available:
-        devices = ", ".join(available)
-        raise ValueError(
-            f"COURSE_DEVICE: no device {chosen!r} here; there is {devices}."
-        )
+        known = ", ".join(available)
+        raise ValueError(f"COURSE_DEVICE: no device {chosen!r} here; there is {known}.")
     return chosen or ("cuda" if "cuda" in available else "cpu")
 
 
 def _choose_dtype(device: str) -> torch.dtype:
-    """Decide the dtype to compute in on a device.
+    """Decide the dtype to compute in: bfloat16 where the hardware multiplies it.
 
-    A CUDA card of compute capability 8.0 or more gets bfloat16; an older one, such
-    as the T4 (7.5), gets float16: ``torch.cuda.is_bf16_supported()`` is not asked,
-    since it says yes on a T4, which only emulates bfloat16. A CPU gets bfloat16
-    where the processor multiplies it in hardware, otherwise float32. Apple's MPS
-    gets float32.
+    CUDA cards older than compute capability 8.0 get float16; the rest gets float32.
+    ``torch.cuda.is_bf16_supported()`` is not asked, since it says yes on a T4 (7.5),
+    which only emulates bfloat16.
     """
     import torch
 
     if device == "cuda":
         capable = torch.cuda.get_device_capability() >= (8, 0)
         return torch.bfloat16 if capable else torch.float16
-    if device == "cpu" and cpu_has_bf16():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if device == "cpu" and cpu_has_bf16() else torch.float32
 
 
 def cpu_has_bf16() -> bool:
@@ -126,11 +113,7 @@ def cpu_has_bf16() -> bool:
 
 
 def set_seed(seed: int = DEFAULT_SEED) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators (CUDA's too).
-
-    Raises:
-        ValueError: the seed is not an integer from 0 to 2**32 - 1.
-    """
+    """Seed Python's, NumPy's and PyTorch's generators (CUDA's too)."""
     import numpy
     import torch
 
@@ -156,13 +139,11 @@ def data_folder() -> Path:
 def build_folder() -> Path:
     """Return the folder that lessons write into, created if need be.
 
-    It is the folder that the environment variable ``COURSE_BUILD`` names (on Colab one
-    on Drive, so that work outlives the session), otherwise ``build/`` of the checkout,
-    otherwise ``build/`` of the current folder.
+    The environment variable ``COURSE_BUILD`` names it (on Colab a folder on Drive, so
+    that work outlives the session); else it is ``build/`` of the checkout, or here.
     """
-    folder = (_checkout_folder() or Path.cwd()) / "build"
-    if chosen := os.environ.get("COURSE_BUILD"):
-        folder = Path(chosen).expanduser().absolute()
+    default = (_checkout_folder() or Path.cwd()) / "build"
+    folder = Path(os.environ.get("COURSE_BUILD") or default).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -173,8 +154,8 @@ PATIENCE_S = 10.0  # a virus scanner or an indexer lets go of a new file within 
 def replace_file(source: str | Path, target: str | Path) -> None:
     """Let a file or folder take the other's place at once (`os.replace`).
 
-    Windows refuses as long as any process has one of the two open, so there it is
-    tried again for a while; at last, its `OSError` is raised.
+    Windows refuses while any process has one of the two open: there it is tried for
+    `PATIENCE_S`, and then the `PermissionError` is raised.
     """
     limit, pause = time.monotonic() + PATIENCE_S, 0.01
     while True:
@@ -197,41 +178,29 @@ KEPT = 2**31 - 1  # bytes: more than this, free at the heap's end, goes back
 def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks of up to 1 GiB, from now until the process ends.
 
-    By itself it takes a block of 32 MiB or more from the system, which hands out each
-    page anew, filled with zeros, and gives it back as soon as it is free; a training
-    step takes and frees the same blocks each time. Lesson 2's half by hand took 36 s
-    of processor time before and 30 s after; LoRA's steps hardly gained. Batches of
-    other lengths need blocks of other sizes, so a long training's process grows by
-    what is kept; `training_callbacks.BoundedMemory` gives back what is too much.
-
-    Returns:
-        Whether it does; False where there is no glibc (macOS, Windows, Alpine).
+    Otherwise each block of 32 MiB or more comes from the system, page by page and
+    filled with zeros, and goes back when freed: 36 s instead of 30 s of processor time
+    for lesson 2's half by hand. A long training's process grows by what is kept;
+    `training_callbacks.BoundedMemory` gives back what is too much. Returns False, and
+    does nothing, where there is no glibc (macOS, Windows, Alpine).
     """
-    libc = _glibc()
-    if libc is None:
+    if not (libc := _glibc()):
         return False
     taken = any(libc.mallopt(M_MMAP_THRESHOLD, n) for n in (LARGEST, OLD_LARGEST))
     return bool(taken and libc.mallopt(M_TRIM_THRESHOLD, KEPT))
 
 
 def give_back_memory() -> None:
-    """Return to the system what the process has freed and kept (man 3 malloc_trim).
-
-    Needed before asking how much memory is left, or how much a process holds.
-    """
-    libc = _glibc()
-    if libc is not None:
+    """Return freed memory to the system: only then is it seen to be free."""
+    if libc := _glibc():
         libc.malloc_trim(0)
 
 
-def resident_bytes() -> int | None:
-    """Return how much memory this process holds; None where Linux does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes() -> int:
+    """Return how much memory this process holds."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -243,7 +212,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def version_floors() -> dict[str, str]:
+def _version_floors() -> dict[str, str]:
     """Return the least version of each library, as this checkout or package asks."""
     from packaging.requirements import Requirement
 
@@ -258,13 +227,13 @@ def version_floors() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the installed version of each library the course stands on."""
-    found = {"python": platform.python_version()}
-    for package in version_floors():
+    installed = {"python": platform.python_version()}
+    for package in _version_floors():
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            installed[package] = "absent"
+    return installed
 
 
 @dataclass(frozen=True)
@@ -282,25 +251,21 @@ class Finding:
 def readiness(profile: Profile | None = None) -> list[Finding]:
     """Examine this machine for a profile (`None`: `get_profile()`), and name cures.
 
-    Returns:
-        Findings to print one a line: Python, each library, memory, disk, device.
+    The findings, to print one a line: Python, each library, memory, disk, device.
     """
     from packaging.version import Version
 
     profile = profile or get_profile()
-    cure = "The course needs Python 3.11 or newer: install one and run `make course`."
-    python = f"Python {platform.python_version()}"
-    findings = [Finding(sys.version_info >= (3, 11), python, cure)]
     installed = versions()
-    for package, floor in version_floors().items():
+    findings = [Finding(True, f"Python {platform.python_version()}")]
+    for package, floor in _version_floors().items():
         version = installed[package]
         new = version != "absent" and Version(version) >= Version(floor)
         cure = f'Run `pip install "{package}>={floor}"` and restart the kernel.'
         findings.append(Finding(new, f"{package} {version}", cure))
     memory = memory_gib()
-    if memory is not None:
-        cure = "Close other programs; lessons 02 and 08 peak near 4 GiB."
-        findings.append(Finding(memory >= 6, f"memory {memory:.1f} GiB", cure))
+    cure = "Close other programs; lessons 02 and 08 peak near 4 GiB."
+    findings.append(Finding(memory >= 6, f"memory {memory:.1f} GiB", cure))
     free_gb = shutil.disk_usage(Path.home()).free / 1e9
     cure = "Free some space: the built-in model and results take about 2 GB."
     findings.append(Finding(free_gb >= 3, f"disk {free_gb:.0f} GB free", cure))
@@ -309,14 +274,11 @@ def readiness(profile: Profile | None = None) -> list[Finding]:
         compiles = header.is_file() and any(map(shutil.which, ("cc", "gcc", "clang")))
         cure = "TRL's loss is compiled: `apt install build-essential python3-dev`."
         findings.append(Finding(compiles, "a C compiler and Python.h", cure))
-    findings.append(Finding(True, str(profile)))
-    return findings
+    return [*findings, Finding(True, str(profile))]
 
 
-def memory_gib() -> float | None:
-    """Return this machine's memory; None where psutil is not installed."""
-    try:
-        import psutil
-    except ImportError:
-        return None
+def memory_gib() -> float:
+    """Return this machine's memory."""
+    import psutil
+
     return round(psutil.virtual_memory().total / 2**30, 1)

@@ -1,10 +1,8 @@
 """Score answers that are JSON objects: exact match, field F1, both by slice.
 
-Plain Python on lists of strings: no model, no library. Lessons, `evaluation` and the
-recorded runs score with these functions, so a figure in the course and a figure in a
-record are one computation. Each takes what the model answered and the right answers,
-in the same order; each raises a ValueError where their lengths differ, there is
-nothing to score, or a reference is not a JSON object.
+Each function takes what the model answered and the right answers, in the same order,
+and raises a ValueError where their lengths differ, there is nothing to score, or a
+reference is not a JSON object. Lessons and recorded runs are scored by the same ones.
 """
 
 from __future__ import annotations
@@ -21,17 +19,12 @@ def parse_json_object(text: str) -> dict[str, Any] | None:
     White space around the object is allowed; anything else around it is not, nor is
     a key that occurs twice, nor `NaN` or `Infinity`, which JSON does not have.
 
-    >>> parse_json_object(' {"action": "none"} ')
-    {'action': 'none'}
     >>> parse_json_object('Sure! {"action": "none"}') is None
     True
     """
+    hooks = {"object_pairs_hook": _without_duplicates, "parse_constant": _no_constant}
     try:
-        value = json.loads(
-            text.strip(),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_no_constant,
-        )
+        value = json.loads(text.strip(), **hooks)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -44,14 +37,12 @@ def matches(predictions: Sequence[str], references: Sequence[str]) -> list[bool]
     matter, the order of list items does, and `true` is not 1. A prediction that is
     not one JSON object is wrong.
     """
-    return [
-        predicted is not None and _same_json(predicted, right)
-        for predicted, right in _parsed(predictions, references)
-    ]
+    # None, for what is not an object, equals no reference.
+    return [_same_json(*answers) for answers in _parsed(predictions, references)]
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions that equal their reference as `matches` says, 0 to 1.
+    """Share of predictions that equal their reference as JSON, 0 to 1.
 
     >>> exact_match(['{"a": 1}', "a = 1"], ['{"a": 1.0}', '{"a": 1}'])
     0.5
@@ -61,9 +52,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def exact_text(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions equal to the reference as text, 0 to 1; for free answers.
-
-    White space counts as one blank, and none at the ends.
+    """Share of free answers that equal the reference but for white space, 0 to 1.
 
     >>> exact_text([" yes\\n", "No"], ["yes", "no"])
     0.5
@@ -77,11 +66,9 @@ def exact_text(predictions: Sequence[str], references: Sequence[str]) -> float:
 def field_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Micro F1 over the fields of all answers, 0 to 1; 1 where there is no field.
 
-    Each answer is flattened into (path, value) pairs, such as
-    `("actions[0].room", "kitchen")`. With `hits` the pairs that prediction and
-    reference share, summed over all answers,
-    F1 = 2 hits / (pairs predicted + pairs in the references). A prediction that is
-    not one JSON object states no pair, so all of its reference's pairs are missed.
+    Fields are (path, value) pairs such as `("actions[0].room", "kitchen")`, and
+    F1 = 2 hits / (fields predicted + fields in the references), summed over all
+    answers. A prediction that is not one JSON object has no fields.
 
     >>> field_f1(['{"a": 1, "b": 2}'], ['{"a": 1, "b": 3}'])
     0.5
@@ -106,17 +93,12 @@ def by_slice(
     {'easy': 1.0, 'hard': 0.0}
     """
     if not len(predictions) == len(references) == len(slices):
-        raise ValueError(
-            f"{len(predictions)} predictions, {len(references)} references and "
-            f"{len(slices)} slices"
-        )
-    return {
-        name: score(
-            [p for p, s in zip(predictions, slices, strict=True) if s == name],
-            [r for r, s in zip(references, slices, strict=True) if s == name],
-        )
-        for name in dict.fromkeys(slices)
-    }
+        lengths = f"{len(predictions)} predictions, {len(references)} references"
+        raise ValueError(f"{lengths} and {len(slices)} slices")
+    pairs: dict[str, list] = {name: [] for name in slices}
+    for *pair, name in zip(predictions, references, slices, strict=True):
+        pairs[name].append(pair)
+    return {name: score(*zip(*rows, strict=True)) for name, rows in pairs.items()}
 
 
 def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -131,7 +113,7 @@ def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str,
     for answers in _parsed(predictions, references):
         predicted, right = map(_fields, answers)
         for counts, fields in ((hits, predicted & right), (stated, right)):
-            for (path, *_), number in fields.items():
+            for (path, _), number in fields.items():
                 counts[path.rpartition(".")[2].partition("[")[0]] += number
     return {name: hits[name] / count for name, count in stated.most_common()}
 
@@ -162,9 +144,8 @@ def _parsed(
     if isinstance(predictions, str) or isinstance(references, str):
         raise TypeError("predictions and references are lists of strings, not a string")
     if len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references"
-        )
+        lengths = f"{len(predictions)} predictions for {len(references)} references"
+        raise ValueError(lengths)
     if not references:
         raise ValueError("nothing to score: there are no references")
     rights = [parse_json_object(text) for text in references]
@@ -174,33 +155,26 @@ def _parsed(
     return list(zip(map(parse_json_object, predictions), rights, strict=True))
 
 
-def _fields(value: dict[str, Any] | None) -> Counter:
-    """Count the fields of an answer by path, type and value; {} and None have none."""
+def _fields(answer: dict[str, Any] | None) -> Counter:
+    """Count the fields of an answer by (path, value); {} and None have none."""
     fields = Counter()
-    for path, item in _flatten(value) if value else ():
-        # The type is in the key, as `true` is not 1 although Python says so; numbers
-        # share one type: 40 equals 40.0.
-        if isinstance(item, bool) or not isinstance(item, int | float):
-            fields[path, type(item).__name__, json.dumps(item)] += 1
-        else:
-            fields[path, "number", item] += 1
+    for path, value in _flatten(answer) if answer else ():
+        # As JSON text `true` is not 1; numbers stay numbers: 40 equals 40.0.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fields[path, value if is_number else json.dumps(value)] += 1
     return fields
 
 
 def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """List the (path, value) pairs of a parsed JSON value.
-
-    List items carry their position. An empty object or list is a value of its own.
+    """List the (path, value) pairs of a JSON value; empty ones are values themselves.
 
     >>> _flatten({"actions": [{"action": "stop"}, {"level": 3}]})
     [('actions[0].action', 'stop'), ('actions[1].level', 3)]
     """
-    if isinstance(value, dict) and value:
-        items = [
-            (f"{path}.{key}" if path else key, item) for key, item in value.items()
-        ]
-    elif isinstance(value, list) and value:
-        items = [(f"{path}[{position}]", item) for position, item in enumerate(value)]
-    else:
+    if not isinstance(value, dict | list) or not value:
         return [(path, value)]
+    if isinstance(value, dict):
+        items = [(f"{path}.{key}" if path else key, value[key]) for key in value]
+    else:
+        items = [(f"{path}[{position}]", item) for position, item in enumerate(value)]
     return [pair for inner, item in items for pair in _flatten(item, inner)]

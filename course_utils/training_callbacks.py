@@ -142,8 +142,6 @@ class BoundedMemory(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         held = runtime.resident_bytes()
-        if held is None:
-            return
         if state.global_step <= self.settled:
             self.usual = max(self.usual, held)
         elif held > self.most * self.usual:

@@ -64,7 +64,8 @@ def run_lesson(path: Path, out: Path) -> Outcome:
     target = out / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(run.notebook, target)
-    result = run.failure or lessons.headline(number) or "ran; it saved no result"
+    saved = lessons.load_result(number) or {"headline": "ran; it saved no result"}
+    result = run.failure or saved["headline"]
     return Outcome(path.stem, run.failure is None, run.seconds, result)
 
 
