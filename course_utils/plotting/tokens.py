@@ -328,9 +328,8 @@ def plot_method_map(*, ax: Axes | None = None) -> Axes:
     for x, y, width, height, text in _BOXES:
         colour = "#f0f0f0" if text else "white"
         ax.add_patch(FancyBboxPatch((x, y), width, height, facecolor=colour, **rounded))
-        ax.text(
-            x + width / 2, y + height / 2, text, fontsize=8, ha="center", va="center"
-        )
+        middle = (x + width / 2, y + height / 2)
+        ax.text(*middle, text, fontsize=8, ha="center", va="center")
     for start, end in ((0.77, 1.0), (1.85, 2.25), (3.5, 3.75), (4.8, 5.2)):
         ax.annotate("", (end, 2.3), (start, 2.3), arrowprops={"arrowstyle": "->"})
     ax.plot([1.0, 1.0, 4.95, 4.95], [3.0, 3.08, 3.08, 3.0], color="black", linewidth=1)
