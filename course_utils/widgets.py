@@ -1,14 +1,13 @@
 """Small interactive tools, each with a static twin that draws the same figure.
 
-Where ipywidgets is missing, or the profile is `smoke`, which no one watches, a tool
-shows its twin. Only what ipywidgets 7 and 8 share is used; figures are drawn by
-matplotlib, so that no extension of the front end is needed.
+Where ipywidgets is missing, or in the profile `smoke`, which no one watches, the twin
+is shown. Only what ipywidgets 7 and 8 share is used.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from course_utils import runtime
@@ -27,31 +26,20 @@ def _plan(
     method: str,
     *,
     rank: int = 16,
-    batch_size: int = 4,
-    sequence_length: int = 512,
     gpu: str = "T4",
-    gradient_checkpointing: bool = False,
     chunked_loss: bool = False,
+    **options: Any,
 ) -> MemoryEstimate:
     """The estimate that the planner draws, with the dtype that the card asks for.
 
-    A T4 computes in float16 (see `memory.t4_plan`), newer cards in bfloat16. `rank` is
-    LoRA's `r` on all linear layers; prompt and prefix tuning take it as the number of
-    virtual tokens.
-
-    Raises:
-        ValueError: as `estimate_memory`, and for an unknown card.
+    `rank` is LoRA's `r` on all linear layers, or the number of virtual tokens;
+    `options` are for `estimate_memory`.
 
     >>> _plan("llama-2-7b", "qlora", gradient_checkpointing=True).fits("T4")
     True
     """
-    gpu_gib(gpu)
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "gradient_checkpointing": gradient_checkpointing,
-        "loss": "chunked" if chunked_loss else "logits",
-    }
+    options = {"batch_size": 4, "sequence_length": 512} | options
+    options["loss"] = "chunked" if chunked_loss else "logits"
     if method in ("lora", "qlora"):
         options |= {"r": rank, "target_modules": "all-linear"}
     elif method != "full":
@@ -71,42 +59,30 @@ def planner_figure(
 ) -> Axes:
     """Draw the memory of a plan as one bar, with the verdict as its title.
 
-    A plan that cannot be is drawn as its reason, in words.
-
-    Args:
-        model: a name in `memory.KNOWN_MODELS`.
-        method: one of `PLANNER_METHODS`.
-        gpu: a name in `memory.GPUS`.
-        **settings: `rank` (or virtual tokens), `batch_size`, `sequence_length` in
-            tokens, `gradient_checkpointing` and `chunked_loss`.
+    A plan that cannot be is drawn as its reason, in words. `settings` are `rank` (or
+    virtual tokens), `batch_size`, `sequence_length` in tokens,
+    `gradient_checkpointing` and `chunked_loss`.
     """
     from course_utils import plotting
 
     try:
+        limit = gpu_gib(gpu) * GIB
         estimate = _plan(model, method, gpu=gpu, **settings)
     except ValueError as error:
         ax = plotting.new_axes()
         ax.axis("off")
         ax.text(0, 0.5, textwrap.fill(f"No such plan: {error}.", 84), fontsize=9)
         return ax
-    return plotting.plot_memory(
-        {part: estimate.parts.get(part, 0) for part in PARTS},
-        limit=gpu_gib(gpu) * GIB,
-        limit_name=gpu,
-        title=textwrap.fill(estimate.verdict(gpu), 84),
-    )
+    parts = {part: estimate.parts.get(part, 0) for part in PARTS}
+    title = textwrap.fill(estimate.verdict(gpu), 84)
+    return plotting.plot_memory(parts, limit=limit, limit_name=gpu, title=title)
 
 
 def _rank_errors(weight: Any) -> tuple[Any, tuple[int, int]]:
-    """How far the best approximation of each rank is from a matrix (m, n).
+    """Relative Frobenius error of the best approximation of each rank, and the shape.
 
-    Returns:
-        Relative Frobenius errors, entry `r` for rank `r` (entry 0 is 1.0), and (m, n).
-        By Eckart and Young the best rank-r error is the root of the squared singular
-        values left out.
-
-    Raises:
-        ValueError: the weight is not a matrix.
+    By Eckart and Young the best rank-r error is the root of the squared singular
+    values left out, so that entry 0 is 1.0.
 
     >>> errors, shape = _rank_errors([[3.0, 0.0], [0.0, 4.0]])
     >>> [round(float(error), 2) for error in errors], shape
@@ -125,11 +101,7 @@ def _rank_errors(weight: Any) -> tuple[Any, tuple[int, int]]:
 
 
 def _rank_figure(errors: Any, shape: tuple[int, int], rank: int) -> Axes:
-    """Draw what rank r keeps of a weight (`_rank_errors`), and what it costs.
-
-    Raises:
-        ValueError: the weight has no such rank.
-    """
+    """Draw what rank r keeps of a weight (`_rank_errors`), and what it costs."""
     from course_utils import plotting
 
     m, n = shape
@@ -160,9 +132,8 @@ def _widgets() -> Any:
     return None if runtime.get_profile().name == "smoke" else ipywidgets
 
 
-def _tool(draw: Callable[..., Axes], controls: dict[str, Any]) -> Any:
+def _tool(w: Any, draw: Callable[..., Axes], controls: dict[str, Any]) -> Any:
     """Controls, three in a row, above the figure that `draw(**values)` makes."""
-    import ipywidgets as w
     import matplotlib.pyplot as plt
 
     def show(**values: Any) -> None:
@@ -175,27 +146,18 @@ def _tool(draw: Callable[..., Axes], controls: dict[str, Any]) -> Any:
 
 
 def memory_planner(**start: Any) -> Any:
-    """Plan a run: model, method, rank, batch, sequence and card; a bar and a verdict.
-
-    Args:
-        **start: first values, as for `planner_figure`, which is drawn where there are
-            no widgets.
-    """
+    """Plan a run, from `start` on, values of `planner_figure`: a bar and a verdict."""
     w = _widgets()
     if w is None:
         return planner_figure(**start)
-    powers = [2**k for k in range(8)]
-    lengths = [2**k for k in range(6, 13)]
 
-    def choose(name: str, label: str, options: Sequence, default: Any) -> Any:
+    def choose(name: str, label: str, options: Iterable, default: Any) -> Any:
+        by_text = {str(option).lower(): option for option in options}
         value = start.get(name, default)
-        same = [o for o in options if str(o).lower() == str(value).lower()]
-        if same:
-            value = same[0]
-        else:  # a plan may begin with what the list lacks
-            options = [*options, value]
+        value = by_text.setdefault(str(value).lower(), value)  # the list may lack it
+        options = list(by_text.values())
         if isinstance(options[0], int):
-            options = sorted(options)
+            options.sort()
         style = {"description_width": "80px"}
         return w.Dropdown(options=options, value=value, description=label, style=style)
 
@@ -203,27 +165,22 @@ def memory_planner(**start: Any) -> Any:
         value = bool(start.get(name, False))
         return w.Checkbox(value=value, description=label, indent=False)
 
+    powers = [2**k for k in range(13)]
     controls = {
-        "model": choose("model", "model", list(KNOWN_MODELS), "llama-2-7b"),
+        "model": choose("model", "model", KNOWN_MODELS, "llama-2-7b"),
         "method": choose("method", "method", PLANNER_METHODS, "qlora"),
-        "gpu": choose("gpu", "card", list(GPUS), "T4"),
-        "rank": choose("rank", "rank", powers, 16),
-        "batch_size": choose("batch_size", "batch", powers, 4),
-        "sequence_length": choose("sequence_length", "tokens", lengths, 512),
+        "gpu": choose("gpu", "card", GPUS, "T4"),
+        "rank": choose("rank", "rank", powers[:8], 16),
+        "batch_size": choose("batch_size", "batch", powers[:8], 4),
+        "sequence_length": choose("sequence_length", "tokens", powers[6:], 512),
         "gradient_checkpointing": tick("gradient_checkpointing", "checkpointing"),
         "chunked_loss": tick("chunked_loss", "chunked loss"),
     }
-    return _tool(planner_figure, controls)
+    return _tool(w, planner_figure, controls)
 
 
 def rank_slider(weight: Any, rank: int = 8) -> Any:
-    """Slide through the ranks of a weight's best approximations, from `rank` on.
-
-    The figure alone is drawn where there are no widgets.
-
-    Args:
-        weight: a matrix (m, n), tensor or array.
-        rank: where to start.
+    """Slide through the ranks of the best approximations of a matrix (m, n).
 
     Raises:
         ValueError: the weight is not a matrix, or has no such rank.
@@ -234,4 +191,4 @@ def rank_slider(weight: Any, rank: int = 8) -> Any:
         return _rank_figure(errors, shape, rank)
     limits = {"min": 0, "max": len(errors) - 1, "continuous_update": False}
     slider = w.IntSlider(value=rank, description="rank", **limits)
-    return _tool(lambda rank: _rank_figure(errors, shape, rank), {"rank": slider})
+    return _tool(w, lambda rank: _rank_figure(errors, shape, rank), {"rank": slider})

@@ -1,9 +1,8 @@
 """Every figure of the course: arrays in, `Axes` out.
 
 Each function draws in `ax`, or in a new figure of 6 x 3.2 inches, and returns the
-axes; `title` stands at the left above them, and where a function takes none,
-`ax.set_title` writes one. A method has the same colour, line style and marker in all
-of them, and every figure reads in grey. No display is needed.
+axes; `ax.set_title` writes a title. A method has the same colour, line style and
+marker in all of them, and every figure reads in grey. No display is needed.
 """
 
 # ruff: noqa: F401 (this module passes on the names that lessons use)

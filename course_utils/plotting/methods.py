@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
+from operator import le
 from typing import TYPE_CHECKING, Any
 
 from course_utils.plotting.style import (
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _OWN_COLOUR = "#e3001b"  # no method has it
-_COLUMNS = 4
 # Bytes, whose markers the legend of the trade-off shows.
 _SIZES = {"keeps nothing": 0, "100 kB": 1e5, "10 MB": 1e7, "500 MB": 5e8}
 
@@ -33,18 +34,14 @@ def plot_rate_panels(
 ) -> list[Axes]:
     """Draw loss against learning rate, one small panel a method.
 
-    All panels share the vertical axis, which ends at three times the worst method's
-    best loss; what lies above, or is no number, is a cross at the upper edge. The best
-    rate of each method carries a ring and stands over its panel.
+    All share the vertical axis, which ends at three times the worst method's best loss;
+    what lies above, or is None, is a cross at the upper edge. The best rate of each
+    method carries a ring and stands over its panel.
 
     Args:
-        losses: {method: {learning rate: loss, or None where it is not a number}}.
-        own: {method: (learning rate, loss)} of the reader, open markers with a red
-            edge.
+        losses: {method: {learning rate: loss, None where it is not a number}}.
+        own: {method: (learning rate, loss)} of the reader, markers with a red edge.
         ylabel: with the unit of the losses.
-
-    Returns:
-        The axes of the panels, one a method.
 
     Raises:
         ValueError: there is no method, or a method has no rate.
@@ -53,38 +50,35 @@ def plot_rate_panels(
 
     if not losses or not all(losses.values()):
         raise ValueError("there is no method, or one without a rate, to draw")
-    best = {
-        name: min((loss, rate) for rate, loss in by_rate.items() if loss is not None)
+    losses = {
+        name: {r: math.inf if y is None else y for r, y in sorted(by_rate.items())}
         for name, by_rate in losses.items()
-        if any(loss is not None for loss in by_rate.values())
     }
-    bests = [loss for loss, _ in best.values()] or [1.0]
+    best = {n: min((y, r) for r, y in by.items()) for n, by in losses.items()}
+    bests = [loss for loss, _ in best.values() if loss < math.inf] or [1.0]
     limits = (min(bests) / 1.3, 3 * max(bests))
-    columns = min(_COLUMNS, len(losses))
+    columns = min(4, len(losses))
     rows = math.ceil(len(losses) / columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(WIDTH, min(0.55 + 1.15 * rows, 4.6) if rows > 1 else 2.4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    panels = list(grid.flat)[: len(losses)]
-    for ax in list(grid.flat)[len(losses) :]:
+    size = (WIDTH, min(0.55 + 1.15 * rows, 4.6) if rows > 1 else 2.4)
+    shared: dict[str, Any] = {"sharey": True, "squeeze": False, "figsize": size}
+    figure, grid = plt.subplots(rows, columns, layout="constrained", **shared)
+    panels = list(grid.flat[: len(losses)])
+    for ax in grid.flat[len(losses) :]:
         ax.remove()
     for ax, (name, style) in zip(panels, line_styles(losses).items(), strict=True):
-        _draw_rates(ax, losses[name], best.get(name), limits, style)
-        text = f"best {best[name][1]:.2g}" if name in best else "no loss is a number"
+        _draw_rates(ax, losses[name], limits, style)
+        loss, rate = best[name]
+        text = "no loss is a number"
+        if loss < math.inf:
+            text = f"best {rate:.2g}"
+            ring = {"markeredgecolor": style["color"], "markerfacecolor": "none"}
+            ax.plot(rate, loss, "o", markersize=9, **ring)
         ax.set_title(f"{display_name(name)}\n{text}", fontsize=7.5)
         if name in (own or {}):
             rate, loss = own[name]
-            edge = {"markeredgecolor": _OWN_COLOUR, "markeredgewidth": 1.7}
-            look = {"marker": style["marker"], "markersize": 8, "linestyle": ""} | edge
-            height = min(loss, limits[1])
-            ax.plot(
-                rate, height, markerfacecolor="none", clip_on=False, zorder=4, **look
-            )
+            look = {"marker": style["marker"], "markeredgecolor": _OWN_COLOUR}
+            look |= {"markerfacecolor": "none", "markeredgewidth": 1.7, "markersize": 8}
+            ax.plot(rate, min(loss, limits[1]), clip_on=False, zorder=4, **look)
     figure.supxlabel("learning rate", fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     if own:
@@ -92,29 +86,17 @@ def plot_rate_panels(
     return panels
 
 
-def _draw_rates(
-    ax: Axes,
-    losses: Mapping[float, float | None],
-    best: tuple[float, float] | None,
-    limits: tuple[float, float],
-    style: dict[str, Any],
-) -> None:
-    """One panel: the curve, crosses for what is off the scale, a ring at the best."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _draw_rates(ax: Axes, losses: Mapping, limits: tuple, style: Mapping) -> None:
+    """One panel: the curve, and crosses for what is off the scale."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     new_axes(ax)
-    rates, top = sorted(losses), limits[1]
-    heights = [math.inf if losses[r] is None else losses[r] for r in rates]
-    inside = [height if height <= top else math.nan for height in heights]
-    ax.plot(rates, inside, linewidth=1.3, markersize=4, **style)
-    off_scale = [r for r, height in zip(rates, heights, strict=True) if height > top]
-    look = {"color": style["color"], "clip_on": False, "markersize": 5}
+    inside = [loss if loss <= limits[1] else math.nan for loss in losses.values()]
+    ax.plot(list(losses), inside, linewidth=1.3, markersize=4, **style)
+    off_scale = [rate for rate, loss in losses.items() if loss > limits[1]]
     if off_scale:  # an empty line that is not clipped would upset the layout
-        ax.plot(off_scale, [top] * len(off_scale), "x", **look)
-    if best is not None:
-        loss, rate = best
-        ring = {"markerfacecolor": "none", "markeredgecolor": style["color"]}
-        ax.plot(rate, loss, "o", markersize=9, **ring)
+        look = {"color": style["color"], "markersize": 5, "clip_on": False}
+        ax.plot(off_scale, [limits[1]] * len(off_scale), "x", **look)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_ylim(limits)
@@ -123,47 +105,24 @@ def _draw_rates(
     ax.xaxis.set_major_locator(LogLocator(numticks=4))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Labels of the points that no other beats: cheaper and no worse, from the left.
+def pareto_front(points: Mapping[str, tuple[float, ...]]) -> list[str]:
+    """Labels of the points (cost, score) that no other beats, from the cheapest up.
 
-    Args:
-        points: {label: (cost, score)}; less cost and more score are better.
+    Less cost and more score are better; more costs may stand behind the score.
 
-    Examples:
-        >>> pareto_front({"a": (1, 0.5), "b": (2, 0.4), "c": (3, 0.9)})
-        ['a', 'c']
-    """
-    front: list[str] = []
-    best = float("-inf")
-    for label in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
-        if points[label][1] > best:
-            front.append(label)
-            best = points[label][1]
-    return front
-
-
-def _unbeaten(points: Mapping[str, tuple[float, float, float]]) -> list[str]:
-    """Labels of the points that no other equals or betters in all three.
-
-    Args:
-        points: {label: (cost, score, size)}; less cost, more score, less size.
-
-    >>> _unbeaten({"a": (1, 0.5, 9), "b": (2, 0.5, 9), "c": (3, 0.4, 1)})
+    >>> pareto_front({"a": (1, 0.5), "b": (2, 0.4), "c": (3, 0.9)})
     ['a', 'c']
     """
-
-    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-        return a != b and a[0] <= b[0] and a[1] >= b[1] and a[2] <= b[2]
-
-    return [
-        label
-        for label, point in points.items()
-        if not any(beats(other, point) for other in points.values())
-    ]
+    costs = {label: (x, -score, *rest) for label, (x, score, *rest) in points.items()}
+    front: list[str] = []
+    for label in sorted(costs, key=costs.get):  # what beats a point comes before it
+        if not any(all(map(le, costs[other], costs[label])) for other in front):
+            front.append(label)
+    return front
 
 
 def plot_scatter(
@@ -173,12 +132,7 @@ def plot_scatter(
     log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw exact match against cost; a step line joins the points that none beats.
-
-    Args:
-        points: {label: (cost, score, 0 to 1)}.
-        xlabel: the cost, with its unit.
-        log: logarithmic cost axis.
+    """Draw {label: (cost, score from 0 to 1)}; a step line joins what none beats.
 
     Raises:
         ValueError: a cost is not positive on a logarithmic axis.
@@ -191,7 +145,7 @@ def plot_scatter(
     _step_line(ax, [places[name] for name in front], "not beaten")
     for name, style in line_styles(points).items():
         style |= {"linestyle": "", "markersize": 7, "zorder": 3}
-        if name not in front and style["marker"] != "X":
+        if name not in front:
             style["markerfacecolor"] = "white"
         ax.plot(*places[name], **style)
     if log:
@@ -205,20 +159,17 @@ def plot_scatter(
 def plot_trade_off(
     points: Mapping[str, tuple[float, float, float]], *, ax: Axes | None = None
 ) -> Axes:
-    """Draw quality against compute; a marker's size is what each task has to keep.
+    """Draw {method: (seconds, score from 0 to 1, bytes kept for each task)}.
 
-    Filled markers are beaten by no other method in all three at once. The step line
-    joins those that are beaten by none in compute and quality alone.
-
-    Args:
-        points: {method: (seconds, score from 0 to 1, bytes kept for each task)}.
+    A marker's size is the bytes, and it is filled where no other method is better in
+    all three. The step line joins those that none beats in compute and quality alone.
     """
     ax = new_axes(ax, height=1.25 * HEIGHT)
     places = {name: (cost, 100 * score) for name, (cost, score, _) in points.items()}
     sizes = {name: _marker_size(kept) for name, (_, _, kept) in points.items()}
     front = [places[name] for name in pareto_front(places)]
     _step_line(ax, front, "not beaten in these two")
-    unbeaten = _unbeaten(points)
+    unbeaten = pareto_front(points)
     for name, style in line_styles(points).items():
         style |= {"linestyle": "", "marker": "o", "markersize": sizes[name]}
         if name not in unbeaten:
@@ -262,24 +213,18 @@ def _place_labels(
     if ax.get_legend():
         taken.append(ax.get_legend().get_window_extent())
     near = [(8, 0), (-8, 0), (0, 9), (0, -9)]
-    far = [(7, 8), (7, -8), (-7, 8), (-7, -8), (0, 20), (0, -20)]
-    far += [(10, 18), (10, -18), (-10, 18), (-10, -18)]
+    far = [*product((7, -7), (8, -8)), (0, 20), (0, -20)]
+    far += product((10, -10), (18, -18))
     leader = {"arrowstyle": "-", "linewidth": 0.6, "color": "#777777"}
+    look = {"textcoords": "offset points", "fontsize": 8, "zorder": 2}
+    look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for name, point in points.items():
         for offset in [*near, *far]:
             dx, dy = (part * max(radii[name] / 5, 0.8) for part in offset)
-            text = ax.annotate(
-                display_name(name),
-                point,
-                xytext=(dx, dy),
-                textcoords="offset points",
-                fontsize=8,
-                ha="left" if dx > 0 else "right" if dx < 0 else "center",
-                va="center" if dy == 0 else "bottom" if dy > 0 else "top",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-                zorder=2,
-                arrowprops=leader if offset in far else None,
-            )
+            look["ha"] = "left" if dx > 0 else "right" if dx < 0 else "center"
+            look["va"] = "bottom" if dy > 0 else "top" if dy < 0 else "center"
+            look["arrowprops"] = leader if offset in far else None
+            text = ax.annotate(display_name(name), point, (dx, dy), **look)
             box = text.get_window_extent()
             inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
             if inside and not any(box.overlaps(other) for other in taken):

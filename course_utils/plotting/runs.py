@@ -34,7 +34,14 @@ _PART_LOOKS = [
     ("#6a3d9a", "oo"),
 ]
 _MARKS = {"linestyle": "", "markersize": 6, "markeredgewidth": 1.4}  # of validation
-_WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a text
+# Of a text a little to the right of its place.
+_BESIDE: dict[str, Any] = {
+    "xytext": (5, 0),
+    "textcoords": "offset points",
+    "fontsize": 8,
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
+    "zorder": 4,
+}
 
 
 def plot_loss(
@@ -50,16 +57,15 @@ def plot_loss(
     Args:
         runs: a history with `.steps .loss .eval_steps .eval_loss`, a recorded run (a
             dict with `"loss"`), a sequence of losses, or {label: any of these}.
-        recorded: the same, drawn paler behind: runs made before.
+        recorded: the same, of runs made before, which are drawn paler behind.
         ylabel: what the loss is, with its unit.
-        log: logarithmic loss axis.
 
     Raises:
         ValueError: there is no loss to draw.
     """
     ax = new_axes(ax)
     live, old = _labelled(runs), _labelled({} if recorded is None else recorded)
-    styles = line_styles(dict.fromkeys([*live, *old]))
+    styles = line_styles([*live, *old])
     validated = False
     for group, pale in ((old, True), (live, False)):
         for label, run in group.items():
@@ -120,8 +126,7 @@ def plot_spectrum(
 
     Args:
         spectra: {label: singular values (n,)}.
-        energy: draw instead the share of the squared sum that the first k values
-            hold, in per cent.
+        energy: draw instead what per cent of the squared sum the first k values hold.
         rank: marked with a vertical line.
     """
     import numpy as np
@@ -131,33 +136,17 @@ def plot_spectrum(
         values = np.sort(np.asarray(spectra[label], dtype=float))[::-1]
         if energy:
             values = 100 * np.cumsum(values**2) / np.sum(values**2)
-        every = max(len(values) // 8, 1)
-        ax.plot(
-            np.arange(1, len(values) + 1),
-            values,
-            markevery=every,
-            linewidth=1.4,
-            markersize=4,
-            label=display_name(label),
-            **style,
-        )
+        look = {"markevery": max(len(values) // 8, 1), "linewidth": 1.4, **style}
+        ranks = np.arange(1, len(values) + 1)
+        ax.plot(ranks, values, markersize=4, label=display_name(label), **look)
     if energy:
         ax.set_ylim(0, 103)
     else:
         ax.set_yscale("log")
     if rank is not None:
         ax.axvline(rank, color="black", linewidth=1, linestyle="--")
-        ax.annotate(
-            f"r = {rank}",
-            (rank, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="top",
-            bbox=_WHITE_BOX,
-            zorder=4,
-        )
+        place = {"xycoords": ("data", "axes fraction"), "va": "top"}
+        ax.annotate(f"r = {rank}", (rank, 0.97), **place | _BESIDE)
     ylabel = "share of squared sum (%)" if energy else "singular value"
     return finish(ax, xlabel="number of the singular value", ylabel=ylabel)
 
@@ -170,18 +159,15 @@ def plot_memory(
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
-    """Draw stacked bars of memory in GiB, part by part.
+    """Draw stacked bars of {part: bytes}, or of {label: {part: bytes}}, in GiB.
 
-    Args:
-        parts: {part: bytes}, or {label: {part: bytes}} for several bars.
-        limit: bytes; a dashed line.
-        limit_name: what the line is, such as "T4".
+    `limit`, in bytes, is a dashed line, called `limit_name`, such as "T4".
     """
     several = any(isinstance(value, Mapping) for value in parts.values())
     bars = parts if several else {"": parts}
     ax = new_axes(ax)
     names = list(dict.fromkeys(part for bar in bars.values() for part in bar))
-    ends = [0.0 if limit is None else limit / _GIB]
+    ends = []
     for row, bar in enumerate(bars.values()):
         left = 0.0
         for part, (colour, hatch) in zip(names, cycle(_PART_LOOKS), strict=False):
@@ -191,20 +177,16 @@ def plot_memory(
             ax.barh(row, width, 0.6, left, linewidth=0.6, label=label, **look)
             left += width
         ends.append(left)
-        _beside(ax, f"{left:.3g} GiB", left, row)
+        ax.annotate(f"{left:.3g} GiB", (left, row), va="center", **_BESIDE)
     if limit is not None:
-        ax.axvline(ends[0], color="black", linestyle="--", linewidth=1.2)
-        ax.annotate(
-            f"{limit_name}: {ends[0]:.3g} GiB",
-            (ends[0], 1.01),
-            xycoords=("data", "axes fraction"),
-            fontsize=8,
-            ha="center",
-        )
+        ends.append(limit / _GIB)
+        ax.axvline(ends[-1], color="black", linestyle="--", linewidth=1.2)
+        place = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 8}
+        ax.annotate(f"{limit_name}: {ends[-1]:.3g} GiB", (ends[-1], 1.01), **place)
     _rows(ax, [display_name(label) for label in bars], least=3)
     if not several:
         ax.set_yticks([])
-    ax.set_xlim(0, max(ends) * 1.2 or 1)
+    ax.set_xlim(0, max(ends) * 1.2)
     finish(ax, xlabel="memory (GiB)", legend=False)
     if title:
         pad = None if limit is None else 16  # above the name of the line
@@ -218,9 +200,7 @@ def plot_confusion(
 ) -> Axes:
     """Draw a confusion matrix: counts, darker for a greater share of the row.
 
-    Args:
-        matrix: (classes, classes) counts; a row is the true class.
-        names: of the classes, in the order of rows and columns.
+    `matrix` holds counts, a row for each true class, in the order of `names`.
 
     Raises:
         ValueError: the matrix has not one row and one column a name.
@@ -234,15 +214,10 @@ def plot_confusion(
     ax = new_axes(ax)
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        ax.annotate(
-            f"{counts[row, column]:.0f}\n{100 * share:.0f} %",
-            (column, row),
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white" if share > 0.5 else "black",
-            weight="bold" if row == column else "normal",
-        )
+        text = f"{counts[row, column]:.0f}\n{100 * share:.0f} %"
+        look = {"color": "white" if share > 0.5 else "black", "fontsize": 9}
+        look["weight"] = "bold" if row == column else "normal"
+        ax.annotate(text, (column, row), ha="center", va="center", **look)
     ax.set_xticks(range(len(names)), names)
     ax.set_yticks(range(len(names)), names)
     ax.grid(False)
@@ -256,9 +231,7 @@ def plot_predicted(
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
-    """Draw measured above predicted GiB, on logarithmic axes.
-
-    A grey band shows where they are within a tenth.
+    """Draw measured above predicted GiB, and a grey band where they differ by a tenth.
 
     Args:
         points: {label: (predicted, measured)}; a label begins with its method.
@@ -276,24 +249,16 @@ def plot_predicted(
     look = {"color": "#dddddd", "linewidth": 0, "zorder": 1}
     ax.fill_between(ends, below, above, label="within 10%", **look)
     ax.plot(ends, ends, color="#777777", linewidth=1, zorder=2)
-    in_legend = set()
     for label, point in points.items():
         method = method_of(label)
         name = display_name(method) if method else "other"
         filled = label not in hollow
-        colour = METHOD_COLOURS.get(method, "#555555")
-        ax.plot(
-            *point,
-            linestyle="",
-            color=colour,
-            marker=METHOD_STYLES.get(method, {"marker": "o"})["marker"],
-            markersize=6,
-            markerfacecolor=colour if filled else "white",
-            label=name if filled and name not in in_legend else None,
-            zorder=3,
-        )
-        if filled:
-            in_legend.add(name)
+        first = name not in ax.get_legend_handles_labels()[1]
+        look = {"color": METHOD_COLOURS.get(method, "#555555"), "linestyle": ""}
+        look["marker"] = METHOD_STYLES[method]["marker"] if method else "o"
+        look["markerfacecolor"] = look["color"] if filled else "white"
+        look["label"] = name if filled and first else None
+        ax.plot(*point, markersize=6, zorder=3, **look)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     for axis in (ax.xaxis, ax.yaxis):
@@ -318,31 +283,26 @@ def plot_comparison(
     percent: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw one bar a method, its value written beside it.
+    """Draw one bar a method: {label: score, or the scores of several seeds}.
 
-    Args:
-        scores: {label: score, or the scores of several seeds}. Of several, the bar is
-            the mean, each seed a dot, and the line spans the smallest to the largest.
-        xlabel: what is compared, with its unit.
-        percent: scores are 0 to 1 and shown in per cent.
+    Of several, the bar is the mean, each seed a dot, and a line joins the dots. With
+    `percent`, scores are 0 to 1 and shown in per cent.
     """
     ax = new_axes(ax)
     scale = 100.0 if percent else 1.0
-    styles = line_styles(scores)
     ends = []
-    for row, (label, seeds) in enumerate(scores.items()):
-        values = [scale * value for value in _scores(seeds)]
+    for row, (label, style) in enumerate(line_styles(scores).items()):
+        values = [scale * value for value in _scores(scores[label])]
         mean, low, high = sum(values) / len(values), min(values), max(values)
-        ax.barh(row, mean, color=styles[label]["color"], height=0.62, alpha=0.85)
+        ax.barh(row, mean, color=style["color"], height=0.62, alpha=0.85)
         text = f"{mean:.0f} %" if percent else f"{mean:,.3g}"
         if len(values) > 1:
-            ax.plot([low, high], [row, row], color="white", linewidth=3)
-            ax.plot([low, high], [row, row], color="black", linewidth=1.2)
-            dots = {"markersize": 3.5, "markeredgecolor": "black"}
-            dots["markeredgewidth"] = 0.8
-            ax.plot(values, [row] * len(values), "o", color="white", **dots)
+            rows = [row] * len(values)
+            dots = {"markersize": 3.5, "markerfacecolor": "white"}
+            ax.plot(values, rows, color="white", linewidth=3)
+            ax.plot(values, rows, "o-", color="black", linewidth=1.2, **dots)
             text += f" ({low:.0f} to {high:.0f})" if percent else ""
-        _beside(ax, text, max(high, 0), row)
+        ax.annotate(text, (max(high, 0), row), va="center", **_BESIDE)
         ends.append(high)
     _rows(ax, [display_name(label) for label in scores], least=4)
     ax.set_xlim(0, 100 * 1.18 if percent else max(ends) * 1.25 or 1)
@@ -357,12 +317,7 @@ def plot_by_slice(
     xlabel: str = "exact match (%)",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the score of each method on each slice of the data, one row a slice.
-
-    Args:
-        scores: {method: {slice: score, 0 to 1}}.
-        xlabel: what is scored, with its unit.
-    """
+    """Draw scores from 0 to 1, {method: {slice: score}}, one row a slice."""
     ax = new_axes(ax)
     slices = list(dict.fromkeys(s for by_slice in scores.values() for s in by_slice))
     lift = 0.5 / max(len(scores), 1)  # methods stand a little apart, top to bottom
@@ -389,16 +344,10 @@ def plot_learning_rates(
     higher_is_better: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw score against learning rate: mean over seeds, band from least to greatest.
+    """Draw {method: {learning rate: scores of the seeds}}: mean, least and greatest.
 
-    The best learning rate of each method carries a ring.
-
-    Args:
-        scores: {method: {learning rate: scores of the seeds}}; None or NaN for a run
-            that broke, which leaves a gap.
-        ylabel: what is scored, with its unit.
-        percent: scores are 0 to 1 and shown in per cent.
-        higher_is_better: False for a loss.
+    The best learning rate of each method carries a ring; None or NaN is a run that
+    broke, and leaves a gap. With `percent`, scores are 0 to 1 and shown in per cent.
     """
     ax = new_axes(ax)
     scale = 100.0 if percent else 1.0
@@ -420,12 +369,6 @@ def plot_learning_rates(
     if percent:
         ax.set_ylim(-3, 103)
     return finish(ax, xlabel="learning rate", ylabel=ylabel)
-
-
-def _beside(ax: Axes, text: str, x: float, row: int) -> None:
-    """Write the value of a bar to the right of its end."""
-    place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    ax.annotate(text, (x, row), fontsize=8, bbox=_WHITE_BOX, zorder=4, **place)
 
 
 def _rows(ax: Axes, names: Sequence[str], least: int = 1) -> None:

@@ -16,52 +16,29 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 6.0, 3.2  # inches
 
-METHOD_COLOURS = {
-    "baseline": "#b3b3b3",
-    "full": "#000000",
-    "frozen": "#7a3b00",
-    "lora": "#0072b2",
-    "pissa": "#d55e00",
-    "dora": "#56b4e9",
-    "qlora": "#6a3d9a",
-    "prompt": "#009e73",
-    "p_tuning": "#cc79a7",
-    "prefix": "#e69f00",
-    "ia3": "#882255",
-}
+# The key of each method, its name, colour, line style and marker.
+_METHODS: list[tuple[str, str, str, Any, str]] = [
+    ("baseline", "prompting only", "#b3b3b3", (0, (1, 2)), "X"),
+    ("full", "full fine-tuning", "#000000", "-", "s"),
+    ("frozen", "partly frozen", "#7a3b00", (0, (6, 2)), "P"),
+    ("lora", "LoRA", "#0072b2", "-", "o"),
+    ("pissa", "PiSSA", "#d55e00", "--", "^"),
+    ("dora", "DoRA", "#56b4e9", (0, (3, 1, 1, 1)), "D"),
+    ("qlora", "QLoRA", "#6a3d9a", "-.", "v"),
+    ("prompt", "prompt tuning", "#009e73", ":", "*"),
+    ("p_tuning", "P-tuning", "#cc79a7", (0, (5, 1, 1, 1, 1, 1)), "<"),
+    ("prefix", "prefix tuning", "#e69f00", (0, (8, 2, 2, 2)), ">"),
+    ("ia3", "IA3", "#882255", (0, (2, 2)), "h"),
+]
+METHOD_NAMES = {key: name for key, name, *_ in _METHODS}
+METHOD_COLOURS = {key: colour for key, _, colour, *_ in _METHODS}
 METHOD_STYLES = {
-    "baseline": {"linestyle": (0, (1, 2)), "marker": "X"},
-    "full": {"linestyle": "-", "marker": "s"},
-    "frozen": {"linestyle": (0, (6, 2)), "marker": "P"},
-    "lora": {"linestyle": "-", "marker": "o"},
-    "pissa": {"linestyle": "--", "marker": "^"},
-    "dora": {"linestyle": (0, (3, 1, 1, 1)), "marker": "D"},
-    "qlora": {"linestyle": "-.", "marker": "v"},
-    "prompt": {"linestyle": ":", "marker": "*"},
-    "p_tuning": {"linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "<"},
-    "prefix": {"linestyle": (0, (8, 2, 2, 2)), "marker": ">"},
-    "ia3": {"linestyle": (0, (2, 2)), "marker": "h"},
-}
-METHOD_NAMES = {
-    "baseline": "prompting only",
-    "full": "full fine-tuning",
-    "frozen": "partly frozen",
-    "lora": "LoRA",
-    "pissa": "PiSSA",
-    "dora": "DoRA",
-    "qlora": "QLoRA",
-    "prompt": "prompt tuning",
-    "p_tuning": "P-tuning",
-    "prefix": "prefix tuning",
-    "ia3": "IA3",
+    key: {"linestyle": line, "marker": marker} for key, *_, line, marker in _METHODS
 }
 _ALIASES = {
     "prompting": "baseline",
     "zero_shot": "baseline",
-    "prompt_tuning": "prompt",
-    "prefix_tuning": "prefix",
     "ptuning": "p_tuning",
-    "full_fine_tuning": "full",
     "rslora": "lora",
     "last_6_layers": "frozen",
 }
@@ -86,11 +63,10 @@ def _key(text: str) -> str:
 def method_of(label: str) -> str | None:
     """Find the method that a label names at its start, or None.
 
-    Examples:
-        >>> method_of("LoRA r = 8"), method_of("prefix_tuning"), method_of("run 2")
-        ('lora', 'prefix', None)
+    >>> method_of("LoRA r = 8"), method_of("prefix_tuning"), method_of("run 2")
+    ('lora', 'prefix', None)
     """
-    methods = {key: key for key in METHOD_COLOURS} | _ALIASES
+    methods = {key: key for key in METHOD_NAMES} | _ALIASES
     methods |= {_key(name): method for method, name in METHOD_NAMES.items()}
     for key in sorted(methods, key=len, reverse=True):
         if re.match(rf"{key}(?![a-z0-9])", _key(label)):
@@ -101,30 +77,21 @@ def method_of(label: str) -> str | None:
 def display_name(label: str) -> str:
     """Write a method's key as readers know it.
 
-    Examples:
-        >>> display_name("p_tuning"), display_name("lora r=8"), display_name("run 2")
-        ('P-tuning', 'LoRA r=8', 'run 2')
+    >>> display_name("p_tuning"), display_name("lora r=8"), display_name("run 2")
+    ('P-tuning', 'LoRA r=8', 'run 2')
     """
-    if label == "rslora":  # drawn as LoRA is, but another method
-        return "rsLoRA"
-    method = _ALIASES.get(label, label)
-    if method in METHOD_NAMES:
-        return METHOD_NAMES[method]
-    for name in METHOD_NAMES.values():
+    for name in [*METHOD_NAMES.values(), "rsLoRA"]:  # which is drawn as LoRA
         pattern = re.sub(r"[ -]", r"[\\s_-]+", name) + r"(?![a-zA-Z0-9])"
         if start := re.match(pattern, label, re.IGNORECASE):
             return name + label[start.end() :]
-    return label
+    return METHOD_NAMES.get(_ALIASES.get(label, label), label)
 
 
 def line_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Choose colour, line style and marker for each label.
+    """Choose {"color", "linestyle", "marker"} of each label, ready for `Axes.plot`.
 
     A label that starts with a method's name gets that method's colour; a second one of
     the same method keeps the colour and takes another line style and marker.
-
-    Returns:
-        {label: {"color", "linestyle", "marker"}}, ready for `Axes.plot`.
     """
     methods = {label: method_of(label) for label in labels}
     taken = {METHOD_COLOURS[method] for method in methods.values() if method}
@@ -132,21 +99,14 @@ def line_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
     turns: Counter[str | None] = Counter()
     for label, method in methods.items():
-        turn = turns[method]
-        turns[method] += 1
-        if method and turn == 0:
-            styles[label] = {"color": METHOD_COLOURS[method]} | METHOD_STYLES[method]
-            continue
         looks = others
         if method:
-            first = set(METHOD_STYLES[method].values())
-            looks = [look for look in _OTHERS if not set(look[1:]) & first]
-        colour, line, marker = looks[turn % len(looks)]
-        styles[label] = {
-            "color": METHOD_COLOURS.get(method, colour),
-            "linestyle": line,
-            "marker": marker,
-        }
+            own = (METHOD_COLOURS[method], *METHOD_STYLES[method].values())
+            looks = [own, *(look for look in _OTHERS if not set(look[1:]) & set(own))]
+        colour, line, marker = looks[turns[method] % len(looks)]
+        turns[method] += 1
+        colour = METHOD_COLOURS.get(method, colour)
+        styles[label] = {"color": colour, "linestyle": line, "marker": marker}
     return styles
 
 
@@ -180,15 +140,10 @@ def finish(
     legend: bool | None = None,
     **options: Any,
 ) -> Axes:
-    """Set labels, title and legend in the course's sizes.
+    """Set labels, with their units, title and legend in the course's sizes.
 
-    Args:
-        ax: the axes.
-        xlabel: with its unit.
-        ylabel: with its unit.
-        title: stands at the left.
-        legend: True, False, or None for "where more than one thing is labelled".
-        **options: for `Axes.legend`.
+    A `legend` of None is drawn where more than one thing is labelled; `options` are
+    for `Axes.legend`.
     """
     ax.set_xlabel(xlabel, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=9)

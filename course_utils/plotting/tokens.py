@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain, count, groupby, product
 from typing import TYPE_CHECKING, Any
 
 from course_utils.plotting.style import (
@@ -21,32 +23,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SIGNS = {"\n": "↵", "\t": "⇥", " ": "␣"}
-_CJK_FONTS = (
-    "Noto Sans Mono CJK SC",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Microsoft YaHei",
-    "SimHei",
-    "Arial Unicode MS",
-)
-
+_CJK_FONTS = "CJK|Source Han|WenQuanYi|PingFang|Hiragino|YaHei|SimHei|Arial Unicode"
 LEARNED, PROMPT = "#0b3c5d", "#d9d9d9"
-_LABELS = {
-    "learned": "learned",
-    "prompt": "not learned (label −100)",
-    "padding": "padding (attention 0)",
-}
-_LOOKS = {
-    "learned": {"facecolor": LEARNED, "edgecolor": "white"},
-    "prompt": {"facecolor": PROMPT, "edgecolor": "white"},
-    "padding": {"facecolor": "#ffffff", "edgecolor": "#999999", "hatch": "////"},
+_LOOKS: dict[str, dict[str, Any]] = {
+    state: {"label": label, "facecolor": colour, "edgecolor": edge, "hatch": hatch}
+    for state, label, colour, edge, hatch in (
+        ("learned", "learned", LEARNED, "white", None),
+        ("prompt", "not learned (label −100)", PROMPT, "white", None),
+        ("padding", "padding (attention 0)", "white", "#999999", "////"),
+    )
 }
 _COLUMNS = 88  # monospace characters in a line of tokens
+# GPT-2's table: the letters that byte-level tokenizers write for the bytes.
+_PLAIN, _OTHERS = {*range(33, 127), *range(161, 173), *range(174, 256)}, count(256)
+_LETTERS = {chr(b if b in _PLAIN else next(_OTHERS)): b for b in range(256)}
 
 
 @lru_cache(maxsize=1)
@@ -54,68 +44,44 @@ def _token_fonts() -> tuple[list[str], list[Any]]:
     """Font families to draw tokens with, and their opened files."""
     from matplotlib import font_manager, ft2font
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    installed = sorted({font.name for font in font_manager.fontManager.ttflist})
     names = ["DejaVu Sans Mono", "DejaVu Sans"]
-    names += [name for name in _CJK_FONTS if name in installed][:1]
-    files = [font_manager.findfont(name) for name in names]
-    return names, [ft2font.FT2Font(file) for file in files]
+    names += [name for name in installed if re.search(_CJK_FONTS, name)][:1]
+    return names, [ft2font.FT2Font(font_manager.findfont(name)) for name in names]
 
 
 def _visible(text: str) -> str:
-    """Make a token's text drawable: signs for white space, escapes for the rest.
+    """Write white space as signs, and what no font at hand has as escapes.
 
-    A character that no font at hand has is written as its escape, so that drawing it
-    warns of no missing glyph.
-
-    Examples:
-        >>> _visible(" on" + chr(10))
-        '␣on↵'
+    >>> _visible(" on" + chr(10))
+    '␣on↵'
     """
-    fonts = _token_fonts()[1]
     shown = []
     for char in text:
         sign = _SIGNS.get(char, char)
         drawable = unicodedata.category(sign)[0] != "C" and any(
-            font.get_char_index(ord(sign)) for font in fonts
+            font.get_char_index(ord(sign)) for font in _token_fonts()[1]
         )
         shown.append(sign if drawable else ascii(char)[1:-1])
     return "".join(shown)
 
 
-@lru_cache(maxsize=1)
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's table: the letters that byte-level tokenizers write for the bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    letters = {chr(byte): byte for byte in plain}
-    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _token_texts(input_ids: Sequence[Any], tokenizer: Any = None) -> list[str]:
-    """Give each token the text to draw in its cell.
-
-    Args:
-        input_ids: token ids (T,), or texts, which are kept.
-        tokenizer: without one an id is shown as a number. A token that holds part of a
-            character is shown as its bytes.
-    """
-    texts = []
-    for token in input_ids:
-        if isinstance(token, str):
-            text = token
-        elif tokenizer is None:
-            text = str(int(token))
-        else:
-            text = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
-            name = tokenizer.convert_ids_to_tokens(int(token))
-            if "\ufffd" in text:
-                letters = _byte_letters()
-                known = all(letter in letters for letter in name)
-                text = "".join(rf"\x{letters[c]:02x}" for c in name) if known else name
-            elif name.startswith("▁") and not text.startswith(" "):
-                text = " " + text
-        texts.append(_visible(text) or "∅")
-    return texts
+def _token_text(token: Any, tokenizer: Any = None) -> str:
+    """Text of a token's cell; without a tokenizer its id, of half a character bytes."""
+    if isinstance(token, str):
+        text = token
+    elif tokenizer is None:
+        text = str(int(token))
+    else:
+        text = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
+        name = tokenizer.convert_ids_to_tokens(int(token))
+        if "\ufffd" in text and not name.isascii() and set(name) <= _LETTERS.keys():
+            text = "".join(rf"\x{_LETTERS[letter]:02x}" for letter in name)
+        elif "\ufffd" in text:
+            text = name
+        elif name.startswith("▁") and not text.startswith(" "):
+            text = " " + text
+    return _visible(text) or "∅"
 
 
 def plot_mask(
@@ -129,15 +95,13 @@ def plot_mask(
 ) -> Axes:
     """Draw each token as a cell: learned, not learned (label -100), or padding.
 
-    The texts run on like a page, in a figure as tall as they need, with a gap between
-    examples; a run of padding is one cell with its count.
+    The texts run on like a page, with a gap between examples, a run of padding as one
+    cell with its count; `compact` draws a small grid without text, one row an example.
 
     Args:
         input_ids: token ids (T,) or (B, T), lists or tensors; or the tokens' texts.
         labels: the same shape, -100 on what is not learned.
-        attention_mask: the same shape, 0 on padding; None means no padding.
-        tokenizer: turns ids into text; without one the ids are shown.
-        compact: draw a small grid without text, one row an example.
+        attention_mask: the same shape, 0 on padding.
 
     Raises:
         ValueError: the shapes differ.
@@ -149,22 +113,16 @@ def plot_mask(
     if compact:
         ax = _draw_grid(ax, states)
     else:
-        texts = [_token_texts(row, tokenizer) for row in ids]
+        texts = [[_token_text(token, tokenizer) for token in row] for row in ids]
         ax = _draw_pages(ax, [*map(_flow, texts, states)])
     ax.grid(False)
-    present = [state for state in _LOOKS if any(state in row for row in states)]
-    handles = [
-        Patch(**_LOOKS[state] | {"edgecolor": "#999999"}, label=_LABELS[state])
-        for state in present
-    ]
+    handles = [Patch(**_LOOKS[key]) for key in _LOOKS if key in chain(*states)]
     legend_below(ax, handles=handles, ncols=3)
     return ax
 
 
 def _rows(values: Any) -> list[list[Any]]:
     """One or several sequences, tensors included, as a list of lists."""
-    if hasattr(values, "tolist"):
-        values = values.tolist()
     values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
     nested = bool(values) and isinstance(values[0], list | tuple)
     return [list(v) for v in values] if nested else [values]
@@ -172,14 +130,12 @@ def _rows(values: Any) -> list[list[Any]]:
 
 def _states(labels: Any, attention_mask: Any, lengths: list[int]) -> list[list[str]]:
     """`learned`, `prompt` or `padding` for each token of each row."""
-    ones = [[1] * length for length in lengths]
-    masks = ones if attention_mask is None else _rows(attention_mask)
-    rows = _rows(labels)
+    rows, masks = _rows(labels), [[1] * length for length in lengths]
+    if attention_mask is not None:
+        masks = _rows(attention_mask)
     for name, given in (("labels", rows), ("attention_mask", masks)):
-        if [len(row) for row in given] != lengths:
-            raise ValueError(
-                f"{name} has lengths {[len(r) for r in given]}, input_ids {lengths}"
-            )
+        if (sizes := [len(row) for row in given]) != lengths:
+            raise ValueError(f"{name} has lengths {sizes}, input_ids {lengths}")
     return [
         [
             "padding" if not seen else "prompt" if label == -100 else "learned"
@@ -194,39 +150,32 @@ def _draw_grid(ax: Axes | None, states: list[list[str]]) -> Axes:
 
     ax = new_axes(ax, height=min(HEIGHT, 1.2 + 0.3 * len(states)))
     for y, row in enumerate(states):
+        line = 0.4 if len(row) < 120 else 0
         for x, state in enumerate(row):
-            look = _LOOKS[state] | {"linewidth": 0.4 if len(row) < 120 else 0}
-            ax.add_patch(Rectangle((x - 0.5, y - 0.4), 1, 0.8, **look))
-    ax.set_xlim(-0.5, max(map(len, states)) - 0.5)
-    ax.set_ylim(len(states) - 0.5, -0.5)
+            corner = (x - 0.5, y - 0.4)
+            ax.add_patch(Rectangle(corner, 1, 0.8, linewidth=line, **_LOOKS[state]))
+    ax.set(xlim=(-0.5, max(map(len, states)) - 0.5), ylim=(len(states) - 0.5, -0.5))
     ax.set_yticks(range(len(states)))
-    return finish(ax, xlabel="position (tokens)", ylabel="example")
+    return finish(ax, xlabel="position (tokens)", ylabel="example", legend=False)
 
 
-# text, state, x and width in characters
-_Cell = tuple[str, str, float, int]
-
-
-def _flow(texts: list[str], states: list[str]) -> list[list[_Cell]]:
-    """Break an example's cells into lines, a run of padding in one cell."""
-    cells: list[list] = []
-    for text, state in zip(texts, states, strict=True):
-        if state == "padding" and cells and cells[-1][1] == "padding":
-            cells[-1][2] += 1
-        else:
-            cells.append([text, state, 1])
-    lines: list[list[_Cell]] = [[]]
-    x = 0.0
-    for text, state, count in cells:
-        shown = f"{text} × {count}" if count > 1 else text
-        while _width(shown) > _COLUMNS - 1:
-            shown = shown[:-2] + "…"
-        width = _width(shown) + 1
-        if x + width > _COLUMNS:
-            lines.append([])
-            x = 0.0
-        lines[-1].append((shown, state, x, width))
-        x += width
+def _flow(texts: list[str], states: list[str]) -> list[list[tuple[str, str, int, int]]]:
+    """Lines of cells (text, state, left edge, width), padding as one with its count."""
+    lines: list[list[tuple[str, str, int, int]]] = [[]]
+    x = 0
+    for state, run in groupby(zip(texts, states, strict=True), lambda pair: pair[1]):
+        shown = [text for text, _ in run]
+        if state == "padding" and len(shown) > 1:
+            shown = [f"{shown[0]} × {len(shown)}"]
+        for text in shown:
+            while _width(text) > _COLUMNS - 1:
+                text = text[:-2] + "…"
+            width = _width(text) + 1
+            if x + width > _COLUMNS:
+                lines.append([])
+                x = 0
+            lines[-1].append((text, state, x, width))
+            x += width
     return lines
 
 
@@ -234,28 +183,25 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _draw_pages(ax: Axes | None, pages: list[list[list[_Cell]]]) -> Axes:
+def _draw_pages(ax: Axes | None, pages: list[list[list[tuple]]]) -> Axes:
     from matplotlib.patches import Rectangle
 
     gap = 0.5  # of a line, after each example
     ax = new_axes(ax, height=0.5 + 0.2 * sum(len(page) + gap for page in pages))
-    centred = {"ha": "center", "va": "center", "family": _token_fonts()[0]}
+    look = {"ha": "center", "va": "center", "fontsize": 7.2, "parse_math": False}
+    look["family"] = _token_fonts()[0]
+    no_hatch = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind a text
     y = 0.0
     for page in pages:
         for line in page:
             for text, state, x, width in line:
-                box = Rectangle((x, y), width, 0.92, linewidth=0.8, **_LOOKS[state])
-                ax.add_patch(box)
-                look: dict[str, Any] = {"parse_math": False, "fontsize": 7.2} | centred
+                ax.add_patch(Rectangle((x, y), width, 0.92, **_LOOKS[state]))
                 look["color"] = "white" if state == "learned" else "black"
-                if state == "padding":  # keep the hatch off the text
-                    look["bbox"] = {"facecolor": "white", "edgecolor": "none"}
-                    look["bbox"]["pad"] = 0.6
+                look["bbox"] = no_hatch if state == "padding" else None
                 ax.text(x + width / 2, y + 0.5, text, **look)
             y += 1
         y += gap
-    ax.set_xlim(0, _COLUMNS)
-    ax.set_ylim(y, -0.1)
+    ax.set(xlim=(0, _COLUMNS), ylim=(y, -0.1))
     ax.axis("off")
     return ax
 
@@ -265,19 +211,17 @@ def plot_attention_mask(
 ) -> Axes:
     """Draw which position may look at which: dark where attention is allowed.
 
-    Args:
-        matrix: (T, T), row = the position that looks, column = the one looked at;
-            boolean, 0/1, or additive (0 where allowed, very negative where not).
-            Leading dimensions of length 1 are dropped.
-        tokens: texts of the T positions, shown up to 24.
+    `matrix` (T, T), with a row for each position that looks, is boolean, 0/1, or
+    additive (0 where allowed, very negative where not); dimensions of length 1 before
+    them are dropped. `tokens`, texts of the T positions, are shown up to 24.
 
     Raises:
         ValueError: the matrix is not square.
     """
     import numpy as np
 
-    allowed = np.asarray(matrix.float() if hasattr(matrix, "float") else matrix)
-    allowed = allowed.squeeze() if allowed.ndim > 2 else allowed
+    matrix = matrix.float() if hasattr(matrix, "float") else matrix
+    allowed = np.asarray(matrix).squeeze()
     if allowed.ndim != 2 or allowed.shape[0] != allowed.shape[1]:
         raise ValueError(f"an attention mask is (T, T), not {allowed.shape}")
     allowed = allowed > -1 if (allowed < 0).any() else allowed > 0
@@ -305,13 +249,7 @@ def plot_prefix(tokens: Sequence[str], *, ax: Axes | None = None) -> Axes:
     """Draw which cells are learned: a row of input, or a column at every layer.
 
     Left prompt tuning, right prefix tuning; a row is a layer, the input lowest, and a
-    column a position, virtual tokens first.
-
-    Args:
-        tokens: texts of the real tokens, at most 8.
-
-    Raises:
-        ValueError: more than 8 tokens.
+    column a position, virtual tokens first, then at most 8 `tokens`, else a ValueError.
     """
     from matplotlib.patches import Patch, Rectangle
 
@@ -319,45 +257,38 @@ def plot_prefix(tokens: Sequence[str], *, ax: Axes | None = None) -> Axes:
         raise ValueError(f"at most 8 tokens are drawn, not {len(tokens)}")
     virtual, layers = 3, 5
     looks = {
-        "learned row": {"facecolor": METHOD_COLOURS["prompt"], "hatch": "//"},
-        "learned keys and values": {
-            "facecolor": METHOD_COLOURS["prefix"],
-            "hatch": "..",
-        },
-        "follows from the learned row": {"facecolor": "#ffffff"},
-        "of the text": {"facecolor": PROMPT},
+        text: {"label": text, "facecolor": colour, "hatch": hatch, "edgecolor": "0.4"}
+        for text, colour, hatch in (
+            ("learned row", METHOD_COLOURS["prompt"], "//"),
+            ("learned keys and values", METHOD_COLOURS["prefix"], ".."),
+            ("follows from the learned row", "white", None),
+            ("of the text", PROMPT, None),
+        )
     }
-
-    def state(method: str, column: int, row: int) -> str | None:
-        if column >= virtual:
-            return "of the text"
-        if method == "prefix":  # it has no input
-            return "learned keys and values" if row else None
-        return "follows from the learned row" if row else "learned row"
-
+    width = virtual + len(tokens)
+    # Left edge, and what a virtual token is at the input and in a layer.
+    methods = (
+        ("prompt tuning", 0.0, "learned row", "follows from the learned row"),
+        ("prefix tuning", width + 1.5, None, "learned keys and values"),
+    )
     ax = new_axes(ax)
-    width, edge = virtual + len(tokens), {"edgecolor": "#666666"}
+    ticks: list[float] = []
+    for method, left, at_input, in_layer in methods:
+        ticks += [left + column for column in range(width)]
+        for column, row in product(range(width), range(layers + 1)):
+            cell = "of the text" if column >= virtual else in_layer if row else at_input
+            if cell:
+                corner = (left + column - 0.5, row - 0.5)
+                ax.add_patch(Rectangle(corner, 1, 1, linewidth=0.7, **looks[cell]))
+        ax.text(left + (width - 1) / 2, layers + 0.8, method, ha="center", fontsize=9)
     names = [""] * virtual + [token.strip() for token in tokens]
-    starts = {"prompt": 0.0, "prefix": width + 1.5}
-    for method, left in starts.items():
-        for column in range(width):
-            for row in range(layers + 1):
-                if cell := state(method, column, row):
-                    corner = (left + column - 0.5, row - 0.5)
-                    look = looks[cell] | edge | {"linewidth": 0.7}
-                    ax.add_patch(Rectangle(corner, 1, 1, **look))
-        middle = (left + (width - 1) / 2, layers + 0.8)
-        ax.annotate(f"{method} tuning", middle, ha="center", fontsize=9)
-    ticks = [left + column for left in starts.values() for column in range(width)]
     ax.set_xticks(ticks, 2 * names, rotation=90)
     ax.tick_params(axis="x", labelsize=7.5, length=0)
     ax.set_yticks(range(layers + 1), ["input", *(f"layer {i}" for i in range(layers))])
-    ax.set_xlim(-0.7, 2 * width + 1.2)
-    ax.set_ylim(-0.6, layers + 1.4)
+    ax.set(xlim=(-0.7, 2 * width + 1.2), ylim=(-0.6, layers + 1.4))
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
-    handles = [Patch(label=text, **look, **edge) for text, look in looks.items()]
-    legend_below(ax, handles=handles, ncols=2)
+    legend_below(ax, handles=[Patch(**look) for look in looks.values()], ncols=2)
     return finish(ax, xlabel="position", legend=False)
 
 
@@ -392,36 +323,26 @@ def plot_method_map(*, ax: Axes | None = None) -> Axes:
 
     ax = new_axes(ax, height=HEIGHT + 0.2)
     ax.axis("off")
-    ax.set_xlim(0, WIDTH)
-    ax.set_ylim(0, HEIGHT + 0.2)
+    ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT + 0.2))
     rounded = {"boxstyle": "round,pad=0,rounding_size=0.06", "edgecolor": "#555555"}
     for x, y, width, height, text in _BOXES:
         colour = "#f0f0f0" if text else "white"
         ax.add_patch(FancyBboxPatch((x, y), width, height, facecolor=colour, **rounded))
         middle = (x + width / 2, y + height / 2)
         ax.text(*middle, text, fontsize=8, ha="center", va="center")
-    arrow = {"arrowstyle": "->", "linewidth": 1.1}
     for start, end in ((0.77, 1.0), (1.85, 2.25), (3.5, 3.75), (4.8, 5.2)):
-        ax.annotate("", (end, 2.3), (start, 2.3), arrowprops=arrow)
-    bracket = [(1.0, 3.0), (1.0, 3.08), (4.95, 3.08), (4.95, 3.0)]
-    ax.plot(*zip(*bracket, strict=True), color="black", linewidth=1.1)
+        ax.annotate("", (end, 2.3), (start, 2.3), arrowprops={"arrowstyle": "->"})
+    ax.plot([1.0, 1.0, 4.95, 4.95], [3.0, 3.08, 3.08, 3.0], color="black", linewidth=1)
     ax.text(2.2, 2.77, "× L layers", fontsize=7.5, va="center")
     ax.text(4.08, 1.895, "beside any W", fontsize=7, va="center")
+    circle = {"boxstyle": "circle,pad=0.25", "edgecolor": "white"}
     for index, (method, (x, y, trained)) in enumerate(_PLACES.items()):
         left, line = 0.12 + 3.05 * (index // 5), 1.42 - 0.3 * (index % 5)
         for place in ((x, y), (left, line)):
-            circle = {"boxstyle": "circle,pad=0.25", "edgecolor": "white"}
-            ax.text(
-                *place,
-                str(index + 1),
-                fontsize=8 if index < 9 else 6,
-                color="black" if method in _LIGHT else "white",
-                weight="bold",
-                ha="center",
-                va="center",
-                zorder=5,
-                bbox=circle | {"facecolor": METHOD_COLOURS[method]},
-            )
+            look = {"color": "black" if method in _LIGHT else "white", "zorder": 5}
+            look |= {"fontsize": 8 if index < 9 else 6, "weight": "bold"}
+            look["bbox"] = circle | {"facecolor": METHOD_COLOURS[method]}
+            ax.text(*place, str(index + 1), ha="center", va="center", **look)
         name = {"fontsize": 8, "weight": "bold", "va": "center"}
         ax.text(left + 0.17, line + 0.065, METHOD_NAMES[method], **name)
         what = {"fontsize": 7, "color": "#333333", "va": "center"}

@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from course_utils import plotting
 from course_utils.plotting import METHOD_COLOURS, METHOD_STYLES, line_styles
-from course_utils.plotting.tokens import LEARNED, PROMPT, _token_texts, _visible
+from course_utils.plotting.tokens import LEARNED, PROMPT, _token_text, _visible
 
 METHODS = list(METHOD_COLOURS)[:10]
 SLICES = [f"slice_number_{i}" for i in range(10)]
@@ -318,6 +318,7 @@ def test_token_texts_are_drawable():
 
     class Tokenizer:
         texts = {1: (" on", "Ġon"), 2: ("\ufffd", "æĪ"), 3: ("on", "▁on")}
+        texts[4] = ("\ufffd", "<0xE6>")
 
         def decode(self, ids, **options):
             return self.texts[ids[0]][0]
@@ -325,8 +326,9 @@ def test_token_texts_are_drawable():
         def convert_ids_to_tokens(self, token):
             return self.texts[token][1]
 
-    assert _token_texts([1, 2, 3], Tokenizer()) == ["␣on", "\\xe6\\x88", "␣on"]
-    assert _token_texts(torch.tensor([5]).tolist()) == ["5"]
+    texts = [_token_text(token, Tokenizer()) for token in (1, 2, 3, 4)]
+    assert texts == ["␣on", "\\xe6\\x88", "␣on", "<0xE6>"]
+    assert [_token_text(5), _token_text(""), _token_text("a\n")] == ["5", "∅", "a↵"]
 
 
 @pytest.mark.parametrize(
