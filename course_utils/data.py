@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from course_utils.data_files import SUFFIXES, DataError, Record, describe, read_records
+from course_utils.data_files import READERS, DataError, Record, describe, read_records
 from course_utils.runtime import data_folder
 from course_utils.templates import first_misplaced_turn
 
@@ -116,7 +116,7 @@ def _locate(source: str | Path) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    looks_like_file = path.suffix.lower() in (*SUFFIXES, ".txt", ".tsv", ".xlsx", ".gz")
+    looks_like_file = path.suffix.lower() in (*READERS, ".txt", ".tsv", ".xlsx", ".gz")
     a_path = isinstance(source, Path) or name.startswith((".", "/", "~"))
     if a_path or looks_like_file or "\\" in name or name.count("/") > 1:
         cure = _cure_for_missing(path)
@@ -141,7 +141,7 @@ def _cure_for_missing(path: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     if cure := _did_you_mean(path.name, names):
         return cure
-    files = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    files = [name for name in names if Path(name).suffix.lower() in READERS]
     if files:
         return f"The data files in {folder.resolve()}: {', '.join(files[:5])}."
     return f"{folder.resolve()} holds no data file: check the path."
@@ -159,7 +159,7 @@ def _split_files(folder: Path, name: str) -> dict[str, Path]:
         paths += [folder / path for path in listed]
     files: dict[str, Path] = {}
     for path in paths:
-        if path.stem not in SPLITS or path.suffix.lower() not in SUFFIXES:
+        if path.stem not in SPLITS or path.suffix.lower() not in READERS:
             continue
         if path.stem in files:
             both = f"{files[path.stem].name} and {path.name}"
