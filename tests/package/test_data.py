@@ -173,7 +173,7 @@ BROKEN = {
     "columns of nothing known": (
         "a.csv",
         "q,reply\n1,2\n",
-        *(2, None, ["'q', 'reply'", "expected prompt + completion", "Rename"]),
+        *(2, None, ["'q', 'reply'", "expected one of prompt + completion", "Rename"]),
     ),
     "no columns": ("a.jsonl", "{}", 1, None, ["found no fields", "Rename"]),
     "number for a text": (
@@ -219,7 +219,7 @@ BROKEN = {
     "mixed schemas": (
         "a.jsonl",
         PAIR + PAIR + chat(("user", "a"), ("assistant", "b")),
-        *(3, None, ["the kind chat", "as in line 1", "file of its own"]),
+        *(3, None, ["a record with messages", "as in line 1", "file of its own"]),
     ),
     "messages as a text": (
         "a.jsonl",
@@ -301,7 +301,11 @@ BROKEN = {
     "label is a fraction": (
         "a.jsonl",
         '{"text": "a", "label": 0.5}\n',
-        *(1, "label", ["the number 0.5", "whole number from 0", "number or its name"]),
+        *(
+            1,
+            "label",
+            ["the number 0.5", "whole number from 0", "its number or its name"],
+        ),
     ),
     "label is negative": (
         "a.jsonl",
