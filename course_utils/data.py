@@ -337,10 +337,7 @@ def _from_classification(record: Record) -> dict[str, Any]:
     text = _check_text(record, "text", record.fields["text"])
     label = record.fields["label"]
     if isinstance(label, bool) or not isinstance(label, int | str):
-        expected, cure = (
-            "a whole number from 0 or a name",
-            "Write its number or its name.",
-        )
+        expected, cure = "a whole number from 0 or a name", "Write one of the two."
         raise record.error("label", describe(label), expected, cure)
     if isinstance(label, int) and label < 0:
         cure = "This split has no labels: use another."
@@ -387,11 +384,7 @@ def _from_chat(record: Record, column: str) -> dict[str, Any]:
         messages.append({"role": roles[name], "content": text})
     if fault := _fault_of_order([message["role"] for message in messages]):
         raise record.error(column, *fault)
-    return (
-        record.fields
-        if column == "messages"
-        else record.fields | {"messages": messages}
-    )
+    return record.fields | ({} if column == "messages" else {"messages": messages})
 
 
 def _fault_of_order(roles: list[str]) -> tuple[str, str, str] | None:

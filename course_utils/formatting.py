@@ -1,8 +1,7 @@
 """From a record to tensors: token ids, labels, padding and packing.
 
-A record is laid out by a template (`course_utils.templates`); markers become special
-tokens, texts of the record never do, whatever they look like. Labels are -100 on every
-token that is not learned.
+`course_utils.templates` lays a record out; markers become special tokens, texts of the
+record never do, whatever they look like.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from course_utils.templates import TEMPLATES as TEMPLATES  # passed on to the lessons
 from course_utils.templates import (
-    TEMPLATES,
     Conversation,
     Piece,
     Template,
@@ -23,26 +23,13 @@ from course_utils.templates import (
     lay_out,
     leading_bos,
     read_example,
-    with_examples,
 )
+from course_utils.templates import with_examples as with_examples
 
 if TYPE_CHECKING:
     import datasets
     import torch
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "IGNORE",
-    "TEMPLATES",
-    "CompletionCollator",
-    "end_of_turn_ids",
-    "format_prompt",
-    "generation_prompt",
-    "pack_examples",
-    "tokenize_dataset",
-    "tokenize_example",
-    "with_examples",
-]
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out (its ignore_index)
 
@@ -56,16 +43,9 @@ def format_prompt(
 ) -> str:
     """The text that stands before the (last) answer.
 
-    Args:
-        example: a record with prompt, with instruction and input, or with messages.
-        template: a name in `TEMPLATES`.
-        system: system text for a record that has none of its own; None takes the
-            template's default.
-        tokenizer: needed by the template "tokenizer", and by chats of several turns
-            whose answers end with the tokenizer's end-of-sequence token.
-
-    Raises:
-        ValueError: unknown template, or a record that it cannot lay out.
+    `system` is for a record without system text of its own; None takes the template's
+    default. The template "tokenizer" needs a tokenizer, and so do chats of several
+    turns whose answers end with its end-of-sequence token.
 
     >>> format_prompt({"prompt": "Hello"}, "plain")
     'Human: Hello\\n\\nAssistant: '
@@ -88,12 +68,11 @@ def tokenize_example(
     Every answer and its end-of-turn token are learned; all other labels are -100.
     A prompt and its answer are tokenized apart, as they are at inference.
 
-    A record longer than `max_length` tokens loses its oldest exchanges (a user turn and
-    its answer) until one is left; then the text of that prompt is cut from its left,
-    system text last. Markers and the template's default system turn are kept.
+    A record longer than `max_length` tokens loses its oldest exchanges until one is
+    left; then that prompt's text is cut from its left, system text last.
 
     Raises:
-        ValueError: there is no answer, one has no tokens, or the last answer does not
+        ValueError: an answer is missing or has no tokens, or the last one does not
             fit into `max_length` beside the template's markers.
     """
     layout, conversation = _read(example, template, system)
@@ -116,24 +95,19 @@ def tokenize_dataset(
     template: str | Template = "chatml",
     max_length: int | None = None,
 ) -> datasets.Dataset:
-    """`tokenize_example` over a data set; the result is kept in memory.
-
-    Raises:
-        ValueError: a record cannot be used; the message begins with its row, from 0.
-    """
+    """`tokenize_example` over a data set, in memory; errors begin with the row."""
     import datasets
 
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
-    for row, example in enumerate(dataset):
+    rows = []
+    for i, example in enumerate(dataset):
         try:
             features = tokenize_example(
                 example, tokenizer, template=template, max_length=max_length
             )
         except ValueError as error:
-            raise ValueError(f"row {row}: {error}") from error
-        for name, values in features.items():
-            columns[name].append(values)
-    return datasets.Dataset.from_dict(columns)
+            raise ValueError(f"row {i}: {error}") from error
+        rows.append(features)
+    return datasets.Dataset.from_list(rows)
 
 
 def generation_prompt(
@@ -155,11 +129,7 @@ def generation_prompt(
 def end_of_turn_ids(
     tokenizer: PreTrainedTokenizerBase, template: str | Template = "chatml"
 ) -> list[int]:
-    """Ids at any of which generation stops: end of turn, end of sequence.
-
-    Raises:
-        ValueError: no special token ends an answer in this template.
-    """
+    """Ids at any of which generation stops: end of turn, end of sequence."""
     ids = [_end_of_turn_suffix(tokenizer, template)[0]]
     if tokenizer.eos_token_id not in (None, *ids):
         ids.append(tokenizer.eos_token_id)
@@ -172,9 +142,8 @@ def _end_of_turn_suffix(tokenizer: Any, template: str | Template) -> list[int]:
     ids, labels = _encode(conversation, layout, tokenizer)
     special, _ = _special_tokens(tokenizer, len(tokenizer))
     ends = {token.id for token in special.values()}
-    start = next(i for i, label in enumerate(labels) if label != IGNORE)
-    for i in range(start, len(ids)):
-        if ids[i] in ends:
+    for i in range(len(ids)):
+        if labels[i] in ends:
             return ids[i:]
     raise ValueError("no special token ends an answer in this template")
 
@@ -195,9 +164,8 @@ def _cut_to(
     if len(best[0]) > max_length:
         learned = sum(label != IGNORE for label in best[1])
         raise ValueError(
-            f"the completion has {learned} tokens with its end of turn and the "
-            f"template's markers {len(best[0]) - learned}, together more than "
-            f"max_length={max_length}: raise max_length or shorten the completion"
+            f"the completion has {learned} tokens and the template's markers "
+            f"{len(best[0]) - learned}, more than max_length={max_length}: raise it"
         )
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -212,6 +180,7 @@ def _cut_to(
 # --- batches: padding, and packing without a leak ---
 
 
+@dataclass
 class CompletionCollator:
     """Pads a list of examples to the longest of them and makes LongTensors (B, T).
 
@@ -219,54 +188,40 @@ class CompletionCollator:
     label -100, and an end-of-turn token keeps its label where pad = eos. Examples
     from `pack_examples` give `position_ids` in place of an attention mask; their
     padding is a document of its own, which nothing else attends to.
-
-    Attributes:
-        tokenizer: gives the id to pad with (its pad token, else eos, else 0).
-        pad_to_multiple_of: round T up to a multiple of this.
-        padding_side: "right" for training, "left" for generation.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str = "right",
-    ) -> None:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}")
-        self.tokenizer = tokenizer
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.padding_side = padding_side
+    tokenizer: PreTrainedTokenizerBase  # pads with its pad token, else eos, else 0
+    _: KW_ONLY
+    pad_to_multiple_of: int | None = None  # T is rounded up to a multiple of this
+    padding_side: str = "right"  # for training; "left" for generation
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            side = self.padding_side
+            raise ValueError(f"padding_side is 'left' or 'right', not {side!r}")
 
     def __call__(
         self, examples: Sequence[Mapping[str, Sequence[int]]]
     ) -> dict[str, torch.Tensor]:
+        """Tensors input_ids, labels, and attention_mask or position_ids."""
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
+        length += -length % (self.pad_to_multiple_of or 1)
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         pad = next(token for token in candidates if token is not None)
-        packed = "position_ids" in examples[0]
+        paddings = {"input_ids": [pad] * length, "labels": [IGNORE] * length}
+        if "position_ids" in examples[0]:
+            paddings["position_ids"] = range(length)
+        else:
+            paddings["attention_mask"] = [0] * length
         rows = defaultdict(list)
         for example in examples:
-            ids = example["input_ids"]
-            extra = length - len(ids)
-            parts = {
-                "input_ids": (ids, [pad] * extra),
-                "labels": (example["labels"], [IGNORE] * extra),
-            }
-            if packed:
-                parts["position_ids"] = (example["position_ids"], range(extra))
-            else:
-                mask = example.get("attention_mask", [1] * len(ids))
-                parts["attention_mask"] = (mask, [0] * extra)
-            for name, (values, padding) in parts.items():
-                left, right = values, padding
-                if self.padding_side == "left":
-                    left, right = padding, values
+            example = {"attention_mask": [1] * len(example["input_ids"]), **example}
+            for name, padding in paddings.items():
+                values = example[name]
+                row = [values, padding[: length - len(values)]]
+                left, right = row if self.padding_side == "right" else reversed(row)
                 rows[name].append([*left, *right])
         return {name: torch.tensor(values) for name, values in rows.items()}
 
@@ -280,10 +235,8 @@ def pack_examples(
     row with room. Positions begin again at 0 with each example, by which transformers
     keeps examples from seeing each other: pass `position_ids` and no attention mask,
     in training or with `use_cache=False`. The first label of each example is -100, as
-    it would be predicted from the example before.
-
-    Raises:
-        ValueError: an example is empty or longer than `max_length`.
+    it would be predicted from the example before. An example that is empty or longer
+    than `max_length` raises ValueError.
 
     >>> short, long = [[{"input_ids": x, "labels": x}] for x in ([7, 8], [4, 5, 6])]
     >>> pack_examples(short + long, 8)[0]["position_ids"]
@@ -293,9 +246,9 @@ def pack_examples(
     for i, example in enumerate(examples):
         length = len(example["input_ids"])
         if not 0 < length <= max_length:
+            fault = f"example {i} has {length} tokens"
             raise ValueError(
-                f"example {i} has {length} tokens: give each 1 to {max_length} "
-                "(tokenize with that max_length, or raise it)"
+                f"{fault}: give each 1 to {max_length}, or raise max_length"
             )
     rows: list[dict[str, list[int]]] = []
     for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
@@ -486,23 +439,20 @@ def _within_text(tokenizer: Any) -> tuple[Any, bool]:
     from tokenizers import normalizers
     from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 
-    def steps(backend: Any) -> list:
-        chain = isinstance(backend.normalizer, normalizers.Sequence)
-        return list(backend.normalizer) if chain else []
-
-    split = tokenizer.backend_tokenizer.pre_tokenizer
+    backend = tokenizer.backend_tokenizer
+    split, normalizer = backend.pre_tokenizer, backend.normalizer
+    steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else []
     metaspace = isinstance(split, Metaspace) and split.prepend_scheme != "never"
     byte_level = isinstance(split, ByteLevel) and split.add_prefix_space
-    names = [type(step).__name__ for step in steps(tokenizer.backend_tokenizer)]
-    older = names == ["Prepend", "Replace"]  # older SentencePiece conversions
+    # Older SentencePiece conversions do it by normalizers.
+    older = [*map(type, steps)] == [normalizers.Prepend, normalizers.Replace]
     if not (metaspace or byte_level or older):
         return tokenizer, False
-    first_only = metaspace and split.prepend_scheme == "first"
     other = copy.deepcopy(tokenizer)
     if metaspace:
         other.backend_tokenizer.pre_tokenizer.prepend_scheme = "never"
     elif byte_level:
         other.backend_tokenizer.pre_tokenizer.add_prefix_space = False
     else:
-        other.backend_tokenizer.normalizer = steps(other.backend_tokenizer)[1]
-    return other, first_only
+        other.backend_tokenizer.normalizer = steps[1]
+    return other, metaspace and split.prepend_scheme == "first"

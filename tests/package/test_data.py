@@ -304,7 +304,7 @@ BROKEN = {
         *(
             1,
             "label",
-            ["the number 0.5", "whole number from 0", "its number or its name"],
+            ["the number 0.5", "a whole number from 0 or a name", "Write one"],
         ),
     ),
     "label is negative": (
