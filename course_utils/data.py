@@ -81,7 +81,7 @@ def data_hash(source: str | Path) -> str:
     """
     place = _locate(source)
     if place is None:
-        cure = "Record the revision of a hub data set instead."
+        cure = "Record the revision of a hub set instead."
         raise DataError("a hub id", "a set, folder or file", cure, file=source)
     if place.is_file():
         return hashlib.sha256(place.read_bytes()).hexdigest()
@@ -245,7 +245,7 @@ def _normalise(records: list[Record]) -> list[Record]:
     for record in records:
         for name in schema.needed:
             if name not in record.fields:
-                raise _missing_field(record, name, schema, records[0])
+                raise _no_field(record, name, schema, records[0])
         normalised.append(record._replace(fields=schema.convert(record)))
     if "label" in schema.needed and records[0].file.lower().endswith(".csv"):
         _number_labels(normalised)
@@ -280,9 +280,7 @@ def _recognise(record: Record) -> _Schema:
     raise record.error(None, fault, expected, cure)
 
 
-def _missing_field(
-    record: Record, name: str, schema: _Schema, first: Record
-) -> DataError:
+def _no_field(record: Record, name: str, schema: _Schema, first: Record) -> DataError:
     other = next((other for other in _SCHEMAS if other.fits(record)), None)
     if other and record is not first:
         expected = f"{schema}, as in {first.unit} {first.line}"
@@ -325,12 +323,10 @@ def _from_alpaca(record: Record) -> dict[str, Any]:
     fields = dict(record.fields)
     if fields.get("input") is None:
         fields["input"] = ""
-    instruction, context, completion = (
-        _check_text(record, name, fields[name])
-        for name in ("instruction", "input", "output")
-    )
+    names = ("instruction", "input", "output")
+    instruction, context, answer = (_check_text(record, n, fields[n]) for n in names)
     prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return {**fields, "prompt": prompt, "completion": completion}
+    return {**fields, "prompt": prompt, "completion": answer}
 
 
 def _from_classification(record: Record) -> dict[str, Any]:

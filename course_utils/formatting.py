@@ -66,10 +66,9 @@ def tokenize_example(
     """Token ids, labels and mask of one record; three lists of the same length T.
 
     Every answer and its end-of-turn token are learned; all other labels are -100.
-    A prompt and its answer are tokenized apart, as they are at inference.
-
-    A record longer than `max_length` tokens loses its oldest exchanges until one is
-    left; then that prompt's text is cut from its left, system text last.
+    A prompt and its answer are tokenized apart, as they are at inference. A record of
+    more than `max_length` tokens loses its oldest exchanges until one is left; then
+    that prompt's text is cut from its left, system text last.
 
     Raises:
         ValueError: an answer is missing or has no tokens, or the last one does not
@@ -159,13 +158,16 @@ def _cut_to(
     conversation: Conversation, layout: Template, tokenizer: Any, max_length: int
 ) -> tuple[list[int], list[int]]:
     """Cut the fewest characters (found by halving) with which one exchange fits."""
-    too_few, enough = 0, conversation.prompt_characters
+    (exchange,) = conversation.exchanges
+    texts = exchange.text + exchange.input + (conversation.system or "")
+    too_few, enough = 0, len(texts)
     best = _encode(conversation.cut(enough), layout, tokenizer)
     if len(best[0]) > max_length:
         learned = sum(label != IGNORE for label in best[1])
         raise ValueError(
             f"the completion has {learned} tokens and the template's markers "
-            f"{len(best[0]) - learned}, more than max_length={max_length}: raise it"
+            f"{len(best[0]) - learned}, more than max_length={max_length}: "
+            "raise max_length or shorten the completion"
         )
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -180,7 +182,7 @@ def _cut_to(
 # --- batches: padding, and packing without a leak ---
 
 
-@dataclass
+@dataclass(eq=False)
 class CompletionCollator:
     """Pads a list of examples to the longest of them and makes LongTensors (B, T).
 
@@ -203,7 +205,6 @@ class CompletionCollator:
     def __call__(
         self, examples: Sequence[Mapping[str, Sequence[int]]]
     ) -> dict[str, torch.Tensor]:
-        """Tensors input_ids, labels, and attention_mask or position_ids."""
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)
@@ -219,10 +220,10 @@ class CompletionCollator:
         for example in examples:
             example = {"attention_mask": [1] * len(example["input_ids"]), **example}
             for name, padding in paddings.items():
-                values = example[name]
-                row = [values, padding[: length - len(values)]]
-                left, right = row if self.padding_side == "right" else reversed(row)
-                rows[name].append([*left, *right])
+                values = list(example[name])
+                extra = list(padding[: length - len(values)])
+                is_right = self.padding_side == "right"
+                rows[name].append(values + extra if is_right else extra + values)
         return {name: torch.tensor(values) for name, values in rows.items()}
 
 
@@ -244,12 +245,9 @@ def pack_examples(
     """
     examples = list(examples)
     for i, example in enumerate(examples):
-        length = len(example["input_ids"])
-        if not 0 < length <= max_length:
-            fault = f"example {i} has {length} tokens"
-            raise ValueError(
-                f"{fault}: give each 1 to {max_length}, or raise max_length"
-            )
+        if not 0 < (length := len(example["input_ids"])) <= max_length:
+            cure = f"give each 1 to {max_length} (max_length), or raise it"
+            raise ValueError(f"example {i} has {length} tokens: {cure}")
     rows: list[dict[str, list[int]]] = []
     for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
         ids, labels = list(example["input_ids"]), list(example["labels"])
@@ -289,10 +287,8 @@ def _encode(
     special, pattern = _special_tokens(tokenizer, len(tokenizer))
     pieces = lay_out(conversation, layout, tokenizer)
     if layout.name == "chatml" and "<|im_end|>" not in special:
-        raise ValueError(
-            "this tokenizer has no <|im_start|> and <|im_end|> tokens: use "
-            "template='tokenizer' (its own chat template), 'alpaca' or 'plain'"
-        )
+        cure = "use template='tokenizer' (its own), 'alpaca' or 'plain'"
+        raise ValueError(f"this tokenizer has no <|im_start|> and <|im_end|>: {cure}")
     runs = _runs(pieces, special, pattern)
     bos = None if layout.end or layout.name == "tokenizer" else leading_bos(tokenizer)
     ids: list[int] = [special[bos].id] if bos else []
@@ -307,10 +303,7 @@ def _encode(
 
 @lru_cache(maxsize=8)
 def _special_tokens(tokenizer: Any, size: int) -> tuple[dict, re.Pattern]:
-    """Tokens outside the ordinary vocabulary, and a pattern to split text at them.
-
-    `size`, the number of tokens, is there for the cache: tokens may be added.
-    """
+    """Tokens beside the vocabulary, a pattern of them; `size` is a key of the cache."""
     tokens = {
         token.content: _Special(i, token.special, token.lstrip, token.rstrip)
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -372,11 +365,9 @@ def _ids_of(
     for run_tokenizer, places in texts.items():
         encoded = _plain_ids([runs[i].part for i in places], run_tokenizer)
         for i, text_ids in zip(places, encoded, strict=True):
-            if not forbidden.isdisjoint(text_ids):
-                text_ids = _encode_apart(
-                    runs[i].part, text_ids, run_tokenizer, special, forbidden
-                )
-            ids[i] = text_ids
+            ids[i] = _break_look_alikes(
+                runs[i].part, text_ids, run_tokenizer, special, forbidden
+            )
     return [ids[i] for i in range(len(runs))]
 
 
@@ -386,11 +377,8 @@ def _forbidden_ids(
     """Ids as which no text of the record may be read: it would forge a turn."""
     forbidden = {token.id for token in special.values() if token.special}
     forbidden |= {run.part for run in runs if isinstance(run.part, int)}
-    for name, token in special.items():
-        if not name.strip() and not token.special:
-            forbidden.discard(token.id)  # blank lines that are tokens, as Gemma's
-    forbidden.discard(tokenizer.unk_token_id)
-    return forbidden
+    blank = {t.id for name, t in special.items() if not (name.strip() or t.special)}
+    return forbidden - blank - {tokenizer.unk_token_id}  # blank lines, as Gemma's
 
 
 @lru_cache(maxsize=1024)
@@ -409,10 +397,10 @@ def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     )["input_ids"]
 
 
-def _encode_apart(
+def _break_look_alikes(
     text: str, ids: list[int], tokenizer: Any, special: dict, forbidden: set[int]
 ) -> list[int]:
-    """Break look-alikes after their first character where the vocabulary holds it."""
+    """Ids with look-alikes of markers cut after their first character, if any."""
     done: list[int] = []
     while not forbidden.isdisjoint(ids):
         places = [

@@ -96,22 +96,14 @@ class Conversation(NamedTuple):
         *earlier, last = self.exchanges
         return self._replace(exchanges=(*earlier, last._replace(answer=None)))
 
-    @property
-    def prompt_characters(self) -> int:
-        """Characters of the record's own text in the prompt of a single exchange."""
-        first = self.exchanges[0]
-        return len(first.text) + len(first.input) + len(self.system or "")
-
     def cut(self, characters: int) -> Conversation:
         """Drop `characters` from the left: user text, then input, then system."""
-        first = self.exchanges[0]
-        parts = []
+        first, parts = self.exchanges[0], []
         for part in (first.text, first.input, self.system or ""):
             parts.append(part[characters:])
             characters = max(0, characters - len(part))
-        text, extra, system = parts
-        shorter = first._replace(text=text, input=extra)
-        return Conversation(self.system and system, (shorter, *self.exchanges[1:]))
+        shorter = first._replace(text=parts[0], input=parts[1])
+        return Conversation(self.system and parts[2], (shorter, *self.exchanges[1:]))
 
 
 def find_template(template: str | Template) -> Template:
