@@ -1,7 +1,6 @@
 """Read a .jsonl, .json, .csv or .parquet file into records that know their place.
 
-`course_utils.data` gives the records their meaning; this module only reads, and says
-exactly where and why a file cannot be read.
+`course_utils.data` gives the records their meaning.
 """
 
 from __future__ import annotations
@@ -10,6 +9,9 @@ import csv
 import io
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +19,8 @@ from typing import Any, NamedTuple
 class DataError(ValueError):
     """A data set that cannot be used: where, what was found, and what to do.
 
-    Attributes:
-        found: What stands there.
-        expected: What should stand there.
-        cure: What the reader can do about it.
-        file: The file (or data set) as the caller named it, or None.
-        line: Line of a text file, row of a table; both count from 1. Or None.
-        column: The field (a name), or the character in the line (a number).
+    `line` is a text file's line or (`unit`) a table's row, `column` a field's name or
+    the number of a character in the line; numbers count from 1.
     """
 
     def __init__(
@@ -39,7 +36,7 @@ class DataError(ValueError):
     ) -> None:
         self.found, self.expected, self.cure = found, expected, cure
         self.file = None if file is None else str(file)
-        self.line, self.column, self.unit = line, column, unit
+        self.line, self.column = line, column
         place = [] if file is None else [str(file)]
         if line is not None:
             place.append(f"{unit} {line}")
@@ -59,12 +56,10 @@ class Record(NamedTuple):
     unit: str
     fields: dict[str, Any]
 
-    def error(
-        self, column: str | None, found: str, expected: str, cure: str
-    ) -> DataError:
-        """A `DataError` at this record."""
+    def error(self, column: str | None, *fault: str) -> DataError:
+        """A `DataError` (found, expected, cure) at this record."""
         place = {"file": self.file, "line": self.line, "unit": self.unit}
-        return DataError(found, expected, cure, column=column, **place)
+        return DataError(*fault, column=column, **place)
 
 
 def describe(value: object) -> str:
@@ -91,25 +86,18 @@ def describe(value: object) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every record of a file, in order.
+    """Every record of a file, in order; `DataError` where one cannot be read.
 
-    Blank lines of a .jsonl or .csv file are not records; all else is kept.
-
-    Raises:
-        DataError: The file cannot be read in full.
+    Blank lines of a .jsonl or .csv file are no records.
     """
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in READERS:
         fault = f"the file type {suffix!r}" if suffix else "a file name without a type"
         cure = "Save the data as .jsonl: one JSON object a line, in UTF-8."
-        raise DataError(fault, "one of " + ", ".join(SUFFIXES), cure, file=path)
-    if suffix == ".parquet":
-        records = _read_parquet(path)
-    else:
-        records = _PARSERS[suffix](path, _read_text(path))
-    if not records:
-        fault, cure = "a file without a record", "Add records, or name another file."
-        raise DataError(fault, "at least one record", cure, file=path)
+        raise DataError(fault, "one of " + ", ".join(READERS), cure, file=path)
+    if not (records := READERS[suffix](path)):
+        cure = "Add records, or name another file."
+        raise DataError("a file without a record", "at least one", cure, file=path)
     return records
 
 
@@ -134,10 +122,9 @@ def _read_text(path: Path) -> str:
         if raw.startswith(signature):
             raise DataError(content, "UTF-8 text", cure, file=path)
     raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark of Windows editors
-    nul = raw.find(b"\0")
-    if nul >= 0:
+    if b"\0" in raw:
         cure = "The file is binary, damaged or UTF-16: save it again as UTF-8."
-        place = _place(path, raw, nul)
+        place = _place(path, raw, raw.index(b"\0"))
         raise DataError("a NUL byte (0x00)", "UTF-8 text", cure, **place)
     try:
         return raw.decode("utf-8")
@@ -166,148 +153,114 @@ _JSON_CURES = {
     "Invalid control character at": "Write a line break inside a text as \\n.",
     "Invalid \\escape": "Write a backslash as two: \\\\.",
     "Unterminated string starting at": "Close the text with a double quote.",
-    "Expecting value": "Write texts in double quotes, and null, true, false so.",
+    "Expecting value": (
+        "Write texts in double quotes, null, true, false so, and no comma at the end."
+    ),
     "Expecting ',' delimiter": 'Put a comma there; write a quote in a text as \\".',
     "Expecting ':' delimiter": "Put a colon between the field's name and its value.",
     "Extra data": "Put each record on a line of its own.",
 }
-_BLANKS = re.compile(r"[ \t\r\n]*")
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # what stands between the records of a list
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         fault = f'the field "{twice}" twice in one object'
         cure = "Delete or rename one of the two."
         raise DataError(fault, "each field once", cure, column=twice)
     return fields
 
 
-def _refuse_constant(name: str) -> None:
+def _refuse_nan(name: str) -> None:
     cure = "Write null, or leave the field out."
     raise DataError(f"{name}, which is not JSON", "a number, a text or null", cure)
 
 
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_nan)
 
 
-def _decode(path: Path, text: str, line: int, start: int | None = None):
-    """A JSON value and the position of its end; `line` is where it begins.
-
-    Without `start`, `text` is one line of the file and holds the value alone.
-    """
+def _decode(
+    path: Path, text: str, line: int, decode: Callable[[str], Any] = _DECODER.decode
+) -> Any:
+    """What `decode` makes of a text that begins on `line` of the file."""
+    place = {"file": path, "line": line}
     try:
-        if start is None:
-            return _DECODER.decode(text), len(text)
-        return _DECODER.raw_decode(text, start)
+        return decode(text)
     except DataError as error:  # of the two functions above, which know no place
         fault = error.found, error.expected, error.cure
-        place = {"line": line, "column": error.column}
+        place["column"] = error.column
     except json.JSONDecodeError as error:
         cure = _JSON_CURES.get(error.msg.rstrip("."), "Correct the JSON there.")
-        if start is None and text.strip() in ("{", "["):
+        if path.suffix.lower() == ".json" and error.msg == "Extra data":
+            cure = "With one record a line, rename the file to end in .jsonl."
+            if text.lstrip().startswith("["):
+                cure = "Delete what follows the last ]."
+        elif text.strip() in ("{", "["):
             cure = "Put each record on one line, or rename the file to end in .json."
         fault = f"broken JSON ({error.msg})", "valid JSON", cure
-        place = {"line": line if start is None else error.lineno, "column": error.colno}
+        place |= {"line": line + error.lineno - 1, "column": error.colno}
     except (RecursionError, ValueError) as error:
         expected = "records with few levels and ordinary numbers"
         fault = f"JSON that cannot be held ({error})", expected, "Simplify the record."
-        place = {"line": line}
-    raise DataError(*fault, file=path, **place)
+    raise DataError(*fault, **place)
 
 
 def _as_record(path: Path, line: int, value: Any) -> Record:
     if isinstance(value, dict):
         return Record(str(path), line, "line", value)
-    cure = "Write each record as an object with named fields."
+    fault, expected = f"{describe(value)} as a record", "an object with named fields"
+    cure = 'Write records as {"prompt": "...", "completion": "..."}.'
     if isinstance(value, list) and line == 1 and path.suffix == ".jsonl":
         cure = "If the file is one JSON list, rename it to end in .json."
-    expected = 'an object such as {"prompt": "...", "completion": "..."}'
-    fault = f"{describe(value)} as a record"
     raise DataError(fault, expected, cure, file=path, line=line)
 
 
-def _parse_json_lines(path: Path, text: str) -> list[Record]:
+def _read_json_lines(path: Path) -> list[Record]:
     return [
-        _as_record(path, line, _decode(path, row, line)[0])
-        for line, row in enumerate(text.split("\n"), start=1)
+        _as_record(path, line, _decode(path, row, line))
+        for line, row in enumerate(_read_text(path).split("\n"), start=1)
         if row.strip()
     ]
 
 
-def _parse_json(path: Path, text: str) -> list[Record]:
-    """The records of one JSON list, each with the line that it begins on.
-
-    They are decoded one by one, because `json` gives no line for a value.
-    """
-    position, line = 0, 1
-
-    def go_to(target: int) -> str:
-        """Move to the first character from `target` on that is no blank."""
-        nonlocal position, line
-        target = _BLANKS.match(text, target).end()
-        line += text.count("\n", position, target)
-        position = target
-        return text[position : position + 1]
-
-    def broken(fault: str, cure: str) -> DataError:
-        column = position - text.rfind("\n", 0, position)
-        place = {"file": path, "line": line, "column": column}
-        return DataError(f"broken JSON ({fault})", "valid JSON", cure, **place)
-
-    if go_to(0) != "[":
-        value, end = _decode(path, text, line, position)
-        fault = f"{describe(value)}, not a list"
+def _read_json(path: Path) -> list[Record]:
+    """The records of one JSON list, each with the line that it begins on."""
+    text = _read_text(path)
+    values = _decode(path, text, 1, json.loads)
+    if not isinstance(values, list):
+        fault = f"{describe(values)}, not a list"
         cure = "Put the records between [ and ], with commas between them."
-        place = {"file": path, "line": line}
-        if go_to(end):
-            fault, place["line"] = "several JSON values", line
-            cure = "With one record a line, rename the file to end in .jsonl."
-        raise DataError(fault, "one JSON list of records", cure, **place)
-    records = []
-    mark = go_to(position + 1)
-    while mark != "]":
-        value, end = _decode(path, text, line, position)
+        raise DataError(fault, "one JSON list of records", cure, file=path, line=1)
+    records, line, end = [], 1, text.index("[") + 1
+    counted = 0  # the line is that of this position
+    for _ in values:  # again one by one, since `json` gives no place of a value
+        start = _BETWEEN.match(text, end).end()
+        line, counted = line + text.count("\n", counted, start), start
+        value, end = _decode(path, text, line, partial(_DECODER.raw_decode, idx=start))
         records.append(_as_record(path, line, value))
-        mark = go_to(end)
-        if mark not in (",", "]"):
-            raise broken("Expecting ',' or ']' after a record", "Add the missing one.")
-        if mark == ",":
-            mark = go_to(position + 1)
-            if mark == "]":
-                raise broken("A comma after the last record", "Delete that comma.")
-    if go_to(position + 1):
-        raise broken("Extra data after the list", "Delete what follows the last ].")
     return records
 
 
 # --- tables ---
 
 
-def _parse_csv(path: Path, text: str) -> list[Record]:
+def _read_csv(path: Path) -> list[Record]:
+    text = _read_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] = []
-    records: list[Record] = []
-    line = 1
+    header, records, line = [], [], 1
     usual_limit = csv.field_size_limit(len(text) + 1)  # a text may be a whole chapter
     try:
         for row in reader:
             if row and not header:
+                _check_header(path, row, line)
                 header = row
-                _check_header(path, header, line)
             elif row and len(row) != len(header):
-                raise DataError(
-                    f"{len(row)} fields",
-                    f"{len(header)}, as in the header",
-                    "Put a text with a comma or a quote in it in double quotes, and "
-                    "write a quote inside as two.",
-                    file=path,
-                    line=line,
-                )
+                expected = f"{len(header)}, as in the header"
+                cure = "Put a text with a comma or a quote in it in double quotes."
+                place = {"file": path, "line": line}
+                raise DataError(f"{len(row)} fields", expected, cure, **place)
             elif row:
                 fields = dict(zip(header, row, strict=True))
                 records.append(Record(str(path), line, "line", fields))
@@ -325,12 +278,11 @@ def _parse_csv(path: Path, text: str) -> list[Record]:
 def _check_header(path: Path, header: list[str], line: int) -> None:
     place = {"file": path, "line": line}
     for number, name in enumerate(header, start=1):
+        if name.strip() and header.count(name) == 1:
+            continue
+        fault, column = f'the column "{name}" twice in the header', name
         if not name.strip():
             fault, column = "a column without a name in the header", number
-        elif header.count(name) > 1:
-            fault, column = f'the column "{name}" twice in the header', name
-        else:
-            continue
         cure = "Rename or delete one of the columns."
         raise DataError(fault, "each column named once", cure, column=column, **place)
     for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
@@ -353,5 +305,9 @@ def _read_parquet(path: Path) -> list[Record]:
     return [Record(str(path), line, "row", row) for line, row in enumerate(rows, 1)]
 
 
-_PARSERS = {".jsonl": _parse_json_lines, ".json": _parse_json, ".csv": _parse_csv}
-SUFFIXES = (*_PARSERS, ".parquet")
+READERS = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

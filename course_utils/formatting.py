@@ -1,8 +1,7 @@
 """From a record to tensors: token ids, labels, padding and packing.
 
-A record is laid out by a template (`course_utils.templates`); markers become special
-tokens, texts of the record never do, whatever they look like. Labels are -100 on every
-token that is not learned.
+`course_utils.templates` lays a record out; markers become special tokens, texts of the
+record never do, whatever they look like.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from course_utils.templates import TEMPLATES as TEMPLATES  # passed on to the lessons
 from course_utils.templates import (
-    TEMPLATES,
     Conversation,
     Piece,
     Template,
@@ -23,26 +23,13 @@ from course_utils.templates import (
     lay_out,
     leading_bos,
     read_example,
-    with_examples,
 )
+from course_utils.templates import with_examples as with_examples
 
 if TYPE_CHECKING:
     import datasets
     import torch
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "IGNORE",
-    "TEMPLATES",
-    "CompletionCollator",
-    "end_of_turn_ids",
-    "format_prompt",
-    "generation_prompt",
-    "pack_examples",
-    "tokenize_dataset",
-    "tokenize_example",
-    "with_examples",
-]
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out (its ignore_index)
 
@@ -56,16 +43,9 @@ def format_prompt(
 ) -> str:
     """The text that stands before the (last) answer.
 
-    Args:
-        example: a record with prompt, with instruction and input, or with messages.
-        template: a name in `TEMPLATES`.
-        system: system text for a record that has none of its own; None takes the
-            template's default.
-        tokenizer: needed by the template "tokenizer", and by chats of several turns
-            whose answers end with the tokenizer's end-of-sequence token.
-
-    Raises:
-        ValueError: unknown template, or a record that it cannot lay out.
+    `system` is for a record without system text of its own; None takes the template's
+    default. The template "tokenizer" needs a tokenizer, and so do chats of several
+    turns whose answers end with its end-of-sequence token.
 
     >>> format_prompt({"prompt": "Hello"}, "plain")
     'Human: Hello\\n\\nAssistant: '
@@ -86,14 +66,12 @@ def tokenize_example(
     """Token ids, labels and mask of one record; three lists of the same length T.
 
     Every answer and its end-of-turn token are learned; all other labels are -100.
-    A prompt and its answer are tokenized apart, as they are at inference.
-
-    A record longer than `max_length` tokens loses its oldest exchanges (a user turn and
-    its answer) until one is left; then the text of that prompt is cut from its left,
-    system text last. Markers and the template's default system turn are kept.
+    A prompt and its answer are tokenized apart, as they are at inference. A record of
+    more than `max_length` tokens loses its oldest exchanges until one is left; then
+    that prompt's text is cut from its left, system text last.
 
     Raises:
-        ValueError: there is no answer, one has no tokens, or the last answer does not
+        ValueError: an answer is missing or has no tokens, or the last one does not
             fit into `max_length` beside the template's markers.
     """
     layout, conversation = _read(example, template, system)
@@ -116,24 +94,19 @@ def tokenize_dataset(
     template: str | Template = "chatml",
     max_length: int | None = None,
 ) -> datasets.Dataset:
-    """`tokenize_example` over a data set; the result is kept in memory.
-
-    Raises:
-        ValueError: a record cannot be used; the message begins with its row, from 0.
-    """
+    """`tokenize_example` over a data set, in memory; errors begin with the row."""
     import datasets
 
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
-    for row, example in enumerate(dataset):
+    rows = []
+    for i, example in enumerate(dataset):
         try:
             features = tokenize_example(
                 example, tokenizer, template=template, max_length=max_length
             )
         except ValueError as error:
-            raise ValueError(f"row {row}: {error}") from error
-        for name, values in features.items():
-            columns[name].append(values)
-    return datasets.Dataset.from_dict(columns)
+            raise ValueError(f"row {i}: {error}") from error
+        rows.append(features)
+    return datasets.Dataset.from_list(rows)
 
 
 def generation_prompt(
@@ -155,11 +128,7 @@ def generation_prompt(
 def end_of_turn_ids(
     tokenizer: PreTrainedTokenizerBase, template: str | Template = "chatml"
 ) -> list[int]:
-    """Ids at any of which generation stops: end of turn, end of sequence.
-
-    Raises:
-        ValueError: no special token ends an answer in this template.
-    """
+    """Ids at any of which generation stops: end of turn, end of sequence."""
     ids = [_end_of_turn_suffix(tokenizer, template)[0]]
     if tokenizer.eos_token_id not in (None, *ids):
         ids.append(tokenizer.eos_token_id)
@@ -172,9 +141,8 @@ def _end_of_turn_suffix(tokenizer: Any, template: str | Template) -> list[int]:
     ids, labels = _encode(conversation, layout, tokenizer)
     special, _ = _special_tokens(tokenizer, len(tokenizer))
     ends = {token.id for token in special.values()}
-    start = next(i for i, label in enumerate(labels) if label != IGNORE)
-    for i in range(start, len(ids)):
-        if ids[i] in ends:
+    for i in range(len(ids)):
+        if labels[i] in ends:
             return ids[i:]
     raise ValueError("no special token ends an answer in this template")
 
@@ -190,14 +158,16 @@ def _cut_to(
     conversation: Conversation, layout: Template, tokenizer: Any, max_length: int
 ) -> tuple[list[int], list[int]]:
     """Cut the fewest characters (found by halving) with which one exchange fits."""
-    too_few, enough = 0, conversation.prompt_characters
+    (exchange,) = conversation.exchanges
+    texts = exchange.text + exchange.input + (conversation.system or "")
+    too_few, enough = 0, len(texts)
     best = _encode(conversation.cut(enough), layout, tokenizer)
     if len(best[0]) > max_length:
         learned = sum(label != IGNORE for label in best[1])
         raise ValueError(
-            f"the completion has {learned} tokens with its end of turn and the "
-            f"template's markers {len(best[0]) - learned}, together more than "
-            f"max_length={max_length}: raise max_length or shorten the completion"
+            f"the completion has {learned} tokens and the template's markers "
+            f"{len(best[0]) - learned}, more than max_length={max_length}: "
+            "raise max_length or shorten the completion"
         )
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
@@ -212,6 +182,7 @@ def _cut_to(
 # --- batches: padding, and packing without a leak ---
 
 
+@dataclass(eq=False)
 class CompletionCollator:
     """Pads a list of examples to the longest of them and makes LongTensors (B, T).
 
@@ -219,25 +190,17 @@ class CompletionCollator:
     label -100, and an end-of-turn token keeps its label where pad = eos. Examples
     from `pack_examples` give `position_ids` in place of an attention mask; their
     padding is a document of its own, which nothing else attends to.
-
-    Attributes:
-        tokenizer: gives the id to pad with (its pad token, else eos, else 0).
-        pad_to_multiple_of: round T up to a multiple of this.
-        padding_side: "right" for training, "left" for generation.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str = "right",
-    ) -> None:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is 'left' or 'right', not {padding_side!r}")
-        self.tokenizer = tokenizer
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.padding_side = padding_side
+    tokenizer: PreTrainedTokenizerBase  # pads with its pad token, else eos, else 0
+    _: KW_ONLY
+    pad_to_multiple_of: int | None = None  # T is rounded up to a multiple of this
+    padding_side: str = "right"  # for training; "left" for generation
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            side = self.padding_side
+            raise ValueError(f"padding_side is 'left' or 'right', not {side!r}")
 
     def __call__(
         self, examples: Sequence[Mapping[str, Sequence[int]]]
@@ -245,29 +208,22 @@ class CompletionCollator:
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
+        length += -length % (self.pad_to_multiple_of or 1)
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         pad = next(token for token in candidates if token is not None)
-        packed = "position_ids" in examples[0]
+        paddings = {"input_ids": [pad] * length, "labels": [IGNORE] * length}
+        if "position_ids" in examples[0]:
+            paddings["position_ids"] = range(length)
+        else:
+            paddings["attention_mask"] = [0] * length
         rows = defaultdict(list)
         for example in examples:
-            ids = example["input_ids"]
-            extra = length - len(ids)
-            parts = {
-                "input_ids": (ids, [pad] * extra),
-                "labels": (example["labels"], [IGNORE] * extra),
-            }
-            if packed:
-                parts["position_ids"] = (example["position_ids"], range(extra))
-            else:
-                mask = example.get("attention_mask", [1] * len(ids))
-                parts["attention_mask"] = (mask, [0] * extra)
-            for name, (values, padding) in parts.items():
-                left, right = values, padding
-                if self.padding_side == "left":
-                    left, right = padding, values
-                rows[name].append([*left, *right])
+            example = {"attention_mask": [1] * len(example["input_ids"]), **example}
+            for name, padding in paddings.items():
+                values = list(example[name])
+                extra = list(padding[: length - len(values)])
+                is_right = self.padding_side == "right"
+                rows[name].append(values + extra if is_right else extra + values)
         return {name: torch.tensor(values) for name, values in rows.items()}
 
 
@@ -280,10 +236,8 @@ def pack_examples(
     row with room. Positions begin again at 0 with each example, by which transformers
     keeps examples from seeing each other: pass `position_ids` and no attention mask,
     in training or with `use_cache=False`. The first label of each example is -100, as
-    it would be predicted from the example before.
-
-    Raises:
-        ValueError: an example is empty or longer than `max_length`.
+    it would be predicted from the example before. An example that is empty or longer
+    than `max_length` raises ValueError.
 
     >>> short, long = [[{"input_ids": x, "labels": x}] for x in ([7, 8], [4, 5, 6])]
     >>> pack_examples(short + long, 8)[0]["position_ids"]
@@ -291,12 +245,9 @@ def pack_examples(
     """
     examples = list(examples)
     for i, example in enumerate(examples):
-        length = len(example["input_ids"])
-        if not 0 < length <= max_length:
-            raise ValueError(
-                f"example {i} has {length} tokens: give each 1 to {max_length} "
-                "(tokenize with that max_length, or raise it)"
-            )
+        if not 0 < (length := len(example["input_ids"])) <= max_length:
+            cure = f"give each 1 to {max_length} (max_length), or raise it"
+            raise ValueError(f"example {i} has {length} tokens: {cure}")
     rows: list[dict[str, list[int]]] = []
     for example in sorted(examples, key=lambda e: -len(e["input_ids"])):
         ids, labels = list(example["input_ids"]), list(example["labels"])
@@ -336,10 +287,8 @@ def _encode(
     special, pattern = _special_tokens(tokenizer, len(tokenizer))
     pieces = lay_out(conversation, layout, tokenizer)
     if layout.name == "chatml" and "<|im_end|>" not in special:
-        raise ValueError(
-            "this tokenizer has no <|im_start|> and <|im_end|> tokens: use "
-            "template='tokenizer' (its own chat template), 'alpaca' or 'plain'"
-        )
+        cure = "use template='tokenizer' (its own), 'alpaca' or 'plain'"
+        raise ValueError(f"this tokenizer has no <|im_start|> and <|im_end|>: {cure}")
     runs = _runs(pieces, special, pattern)
     bos = None if layout.end or layout.name == "tokenizer" else leading_bos(tokenizer)
     ids: list[int] = [special[bos].id] if bos else []
@@ -354,10 +303,7 @@ def _encode(
 
 @lru_cache(maxsize=8)
 def _special_tokens(tokenizer: Any, size: int) -> tuple[dict, re.Pattern]:
-    """Tokens outside the ordinary vocabulary, and a pattern to split text at them.
-
-    `size`, the number of tokens, is there for the cache: tokens may be added.
-    """
+    """Tokens beside the vocabulary, a pattern of them; `size` is a key of the cache."""
     tokens = {
         token.content: _Special(i, token.special, token.lstrip, token.rstrip)
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -419,11 +365,9 @@ def _ids_of(
     for run_tokenizer, places in texts.items():
         encoded = _plain_ids([runs[i].part for i in places], run_tokenizer)
         for i, text_ids in zip(places, encoded, strict=True):
-            if not forbidden.isdisjoint(text_ids):
-                text_ids = _encode_apart(
-                    runs[i].part, text_ids, run_tokenizer, special, forbidden
-                )
-            ids[i] = text_ids
+            ids[i] = _break_look_alikes(
+                runs[i].part, text_ids, run_tokenizer, special, forbidden
+            )
     return [ids[i] for i in range(len(runs))]
 
 
@@ -433,11 +377,8 @@ def _forbidden_ids(
     """Ids as which no text of the record may be read: it would forge a turn."""
     forbidden = {token.id for token in special.values() if token.special}
     forbidden |= {run.part for run in runs if isinstance(run.part, int)}
-    for name, token in special.items():
-        if not name.strip() and not token.special:
-            forbidden.discard(token.id)  # blank lines that are tokens, as Gemma's
-    forbidden.discard(tokenizer.unk_token_id)
-    return forbidden
+    blank = {t.id for name, t in special.items() if not (name.strip() or t.special)}
+    return forbidden - blank - {tokenizer.unk_token_id}  # blank lines, as Gemma's
 
 
 @lru_cache(maxsize=1024)
@@ -456,10 +397,10 @@ def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     )["input_ids"]
 
 
-def _encode_apart(
+def _break_look_alikes(
     text: str, ids: list[int], tokenizer: Any, special: dict, forbidden: set[int]
 ) -> list[int]:
-    """Break look-alikes after their first character where the vocabulary holds it."""
+    """Ids with look-alikes of markers cut after their first character, if any."""
     done: list[int] = []
     while not forbidden.isdisjoint(ids):
         places = [
@@ -486,23 +427,20 @@ def _within_text(tokenizer: Any) -> tuple[Any, bool]:
     from tokenizers import normalizers
     from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 
-    def steps(backend: Any) -> list:
-        chain = isinstance(backend.normalizer, normalizers.Sequence)
-        return list(backend.normalizer) if chain else []
-
-    split = tokenizer.backend_tokenizer.pre_tokenizer
+    backend = tokenizer.backend_tokenizer
+    split, normalizer = backend.pre_tokenizer, backend.normalizer
+    steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else []
     metaspace = isinstance(split, Metaspace) and split.prepend_scheme != "never"
     byte_level = isinstance(split, ByteLevel) and split.add_prefix_space
-    names = [type(step).__name__ for step in steps(tokenizer.backend_tokenizer)]
-    older = names == ["Prepend", "Replace"]  # older SentencePiece conversions
+    # Older SentencePiece conversions do it by normalizers.
+    older = [*map(type, steps)] == [normalizers.Prepend, normalizers.Replace]
     if not (metaspace or byte_level or older):
         return tokenizer, False
-    first_only = metaspace and split.prepend_scheme == "first"
     other = copy.deepcopy(tokenizer)
     if metaspace:
         other.backend_tokenizer.pre_tokenizer.prepend_scheme = "never"
     elif byte_level:
         other.backend_tokenizer.pre_tokenizer.add_prefix_space = False
     else:
-        other.backend_tokenizer.normalizer = steps(other.backend_tokenizer)[1]
-    return other, first_only
+        other.backend_tokenizer.normalizer = steps[1]
+    return other, metaspace and split.prepend_scheme == "first"

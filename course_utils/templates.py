@@ -1,13 +1,14 @@
 """Prompt templates, the records that fill them, and the text that results.
 
-A template decides what stands around the user's words. `read_example` reads a record,
-whichever its columns, into a `Conversation`; `lay_out` writes one as pieces of text,
-each of them learned or not, and `course_utils.formatting` makes token ids of these.
+`read_example` reads a record, whichever its columns, into a `Conversation`; `lay_out`
+writes one as pieces of text, each of them learned or not, of which
+`course_utils.formatting` makes token ids.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import os.path
 import re
 from collections.abc import Mapping, Sequence
@@ -69,18 +70,14 @@ TEMPLATES: Mapping[str, Template] = {
         repeat_bos=True,
     ),
     "plain": Template(
-        "plain",
-        turn="{system}Human: {text}\n\nAssistant: ",
-        system="{text}\n\n",
-        between="\n\n",
+        "plain", "{system}Human: {text}\n\nAssistant: ", "{text}\n\n", between="\n\n"
     ),
     # Whatever chat template the tokenizer carries: see `_own_pieces`.
     "tokenizer": Template("tokenizer"),
 }
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """One user turn and its answer (None: still to be given)."""
 
     text: str
@@ -88,8 +85,7 @@ class Exchange:
     answer: str | None
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A record in one shape, whichever columns it came in."""
 
     system: str | None
@@ -98,23 +94,16 @@ class Conversation:
     def without_last_answer(self) -> Conversation:
         """The same conversation, its last answer still to be given."""
         *earlier, last = self.exchanges
-        return replace(self, exchanges=(*earlier, replace(last, answer=None)))
-
-    @property
-    def prompt_characters(self) -> int:
-        """Characters of the record's own text in the prompt of a single exchange."""
-        first = self.exchanges[0]
-        return len(first.text) + len(first.input) + len(self.system or "")
+        return self._replace(exchanges=(*earlier, last._replace(answer=None)))
 
     def cut(self, characters: int) -> Conversation:
         """Drop `characters` from the left: user text, then input, then system."""
-        first = self.exchanges[0]
-        text = first.text[characters:]
-        characters = max(0, characters - len(first.text))
-        shorter = replace(first, text=text, input=first.input[characters:])
-        characters = max(0, characters - len(first.input))
-        system = self.system[characters:] if self.system else self.system
-        return Conversation(system, (shorter, *self.exchanges[1:]))
+        first, parts = self.exchanges[0], []
+        for part in (first.text, first.input, self.system or ""):
+            parts.append(part[characters:])
+            characters = max(0, characters - len(part))
+        shorter = first._replace(text=parts[0], input=parts[1])
+        return Conversation(self.system and parts[2], (shorter, *self.exchanges[1:]))
 
 
 def find_template(template: str | Template) -> Template:
@@ -129,20 +118,11 @@ def find_template(template: str | Template) -> Template:
 def with_examples(
     template: str | Template, examples: Sequence[Mapping[str, str]], *, system: str
 ) -> Template:
-    """A template whose every conversation begins with worked examples.
+    """A few-shot template: each conversation begins with the examples as its turns.
 
-    This is few-shot prompting: the model sees each example as an earlier turn of the
-    same chat, the question from the user and the answer as its own.
-
-    Args:
-        template: the layout to begin with; it needs an end of turn of its own.
-        examples: records with `prompt` and `completion`, in the order shown. They are
-            yours: text in them that looks like a marker becomes one.
-        system: the instructions that stand above everything, where a conversation has
-            no system text of its own.
-
-    Raises:
-        ValueError: the template ends its answers with the tokenizer's token.
+    `system` stands above them where a conversation has no system text of its own. Text
+    of an example that looks like a marker becomes one. A template that ends answers
+    with the tokenizer's token raises ValueError.
 
     >>> shots = [{"prompt": "2 + 2?", "completion": "4"}]
     >>> with_examples("chatml", shots, system="Count.").default_system[-23:]
@@ -152,10 +132,10 @@ def with_examples(
     if not layout.end:
         raise ValueError(f"the {layout.name} template has no end of turn of its own")
     shots = ""
+    turn = layout.turn.replace("{system}", "").replace("{input}", "")
     for example in examples:
-        turn = layout.turn.replace("{system}", "").replace("{input}", "")
-        shots += turn.replace("{text}", example["prompt"])
-        shots += example["completion"] + layout.end
+        prompt = turn.replace("{text}", example["prompt"])
+        shots += prompt + example["completion"] + layout.end
     return replace(
         layout,
         name=f"{layout.name} with {len(examples)} examples",
@@ -170,19 +150,16 @@ def read_example(
     """Read prompt + completion, instruction + input + output, or messages.
 
     The record's own system turn comes before `system`. A `prompt` and a `completion`
-    that are texts are the record, whatever else stands beside them.
-
-    Raises:
-        ValueError: the record has none of these, a value is not text, or its turns do
-            not alternate user, assistant, user, ...
+    that are texts are the record, whatever else stands beside them. Fields that are
+    missing or no texts, and turns out of order, raise ValueError.
     """
     prompt, completion = example.get("prompt"), example.get("completion")
-    messages = example.get("messages")
-    if isinstance(prompt, list):  # the conversational form of TRL
-        messages = prompt + (completion if isinstance(completion, list) else [])
     is_pair = isinstance(prompt, str) and isinstance(completion, str)
-    if messages is not None and not is_pair:
-        return _read_messages(messages, system)
+    if isinstance(prompt, list):  # the conversational form of TRL
+        answers = completion if isinstance(completion, list) else []
+        return _read_messages(prompt + answers, system)
+    if example.get("messages") is not None and not is_pair:
+        return _read_messages(example["messages"], system)
     text, extra, answer = prompt, "", completion
     instruction, context = example.get("instruction"), example.get("input") or ""
     joined = (instruction, f"{instruction}\n\n{context}")  # as `load_examples` joins
@@ -191,10 +168,8 @@ def read_example(
         text, extra = instruction, context
         answer = example.get("output") if completion is None else completion
     if text is None:
-        raise ValueError(
-            "no prompt, instruction or messages in this record; "
-            f"its fields are {sorted(example)}"
-        )
+        fields = sorted(example)
+        raise ValueError(f"no prompt, instruction or messages; its fields are {fields}")
     if template.input is None and extra:
         text, extra = f"{text}\n\n{extra}", ""
     for value in (text, extra, answer, system):
@@ -204,40 +179,26 @@ def read_example(
 
 
 def first_misplaced_turn(roles: Sequence[str]) -> int | None:
-    """Index of the first turn that is out of order, or None.
-
-    A system turn comes first if at all; then user and assistant take turns.
-
-    >>> first_misplaced_turn(["system", "user", "user"])
-    2
-    """
-    begin = 1 if roles and roles[0] == "system" else 0
-    for i in range(begin, len(roles)):
-        if roles[i] != ("user", "assistant")[(i - begin) % 2]:
-            return i
-    return None
+    """Index of the first turn out of the order (system), user, assistant, user, ..."""
+    begin = int(list(roles[:1]) == ["system"])
+    due = itertools.cycle(("user", "assistant"))
+    turns = enumerate(zip(roles[begin:], due, strict=False), begin)
+    return next((i for i, (role, expected) in turns if role != expected), None)
 
 
 def _read_messages(messages: list, system: str | None) -> Conversation:
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if not isinstance(content, str):
-            raise ValueError(f"the {role} turn's content is not text: {content!r}")
     roles = [message["role"] for message in messages]
     texts = [message["content"] for message in messages]
+    for role, text in zip(roles, texts, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(f"the {role} turn's content is not text: {text!r}")
     misplaced = first_misplaced_turn(roles)
     if roles and roles[0] == "system":
         roles, (system, *texts) = roles[1:], texts
     if not texts or misplaced is not None:
-        raise ValueError(
-            "after an optional system turn, turns must alternate user, assistant, "
-            f"beginning with user; found {roles}"
-        )
-    answers = [*texts[1::2], None] if len(texts) % 2 else texts[1::2]
-    pairs = zip(texts[::2], answers, strict=True)
-    return Conversation(
-        system, tuple(Exchange(text, "", answer) for text, answer in pairs)
-    )
+        raise ValueError(f"turns must alternate user, assistant, user; found {roles}")
+    pairs = itertools.zip_longest(texts[::2], texts[1::2])
+    return Conversation(system, tuple(Exchange(ask, "", reply) for ask, reply in pairs))
 
 
 # --- from a conversation to pieces of text ---
@@ -258,11 +219,9 @@ def lay_out(
 ) -> list[Piece]:
     """The pieces of a conversation, from its first character to its last.
 
-    A last exchange without an answer ends where the answer would begin. The
-    beginning-of-sequence token of the built-in layouts is left to the tokenizer.
-
-    Raises:
-        ValueError: the layout needs a tokenizer, or this one cannot express it.
+    A last exchange without an answer ends where the answer would begin. A built-in
+    layout leaves the beginning-of-sequence token to the tokenizer. A layout that the
+    tokenizer cannot express raises ValueError.
     """
     if template.name == "tokenizer":
         return _own_pieces(conversation, tokenizer)
@@ -284,7 +243,7 @@ def lay_out(
         if exchange.answer is not None:
             pieces.append(Piece(exchange.answer, literal=True, learned=True))
             pieces.append(Piece(end, learned=True))
-    return [piece for piece in pieces if piece.text]
+    return pieces
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -301,10 +260,7 @@ def _end_of_answer(template: Template, tokenizer: Any) -> str:
     if end := getattr(tokenizer, "eos_token", None):
         return end
     cure = "it has none, set tokenizer.eos_token" if tokenizer else "pass one"
-    raise ValueError(
-        f"the {template.name} template ends an answer with the tokenizer's "
-        f"end-of-sequence token: {cure}"
-    )
+    raise ValueError(f"the {template.name} template ends answers with eos: {cure}")
 
 
 def _fill(pattern: str, text: str) -> list[Piece]:
@@ -347,8 +303,7 @@ def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except TemplateError as error:
-        message = f"the chat template refuses this chat: {error}"
-        raise ValueError(message) from error
+        raise ValueError(f"the chat template refuses this chat: {error}") from error
 
 
 _MARK = "\t\ue000{}\ue001\t"  # the tabs show whether the template strips what it gets
@@ -360,10 +315,6 @@ class _OwnTurn(NamedTuple):
     keeps_left: str  # empty where the template strips the text on this side
     keeps_right: str
     after: str  # what follows the text
-
-    def text_of(self, content: str) -> str:
-        content = content if self.keeps_left else content.lstrip()
-        return content if self.keeps_right else content.rstrip()
 
 
 class _OwnLayout(NamedTuple):
@@ -380,10 +331,8 @@ def _own_layout(
     """Render the chat template, which may tell the day, with marks for the texts."""
     marked = [{"role": r, "content": _MARK.format(i)} for i, r in enumerate(roles)]
     first, *parts = _MARKS.split(_render(tokenizer, marked))
-    turns = []
-    for k in range(0, len(parts), 4):
-        left, index, right, after = parts[k : k + 4]
-        turns.append(_OwnTurn(int(index), left, right, after))
+    fields = zip(*(parts[k::4] for k in range(4)), strict=True)
+    turns = [_OwnTurn(int(i), left, right, after) for left, i, right, after in fields]
     if sorted(turn.index for turn in turns) != list(range(len(roles))):
         raise ValueError("the chat template leaves out or repeats a turn of this chat")
     user = [{"role": "user", "content": _MARK.format(0)}]
@@ -401,31 +350,26 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     model must produce that too.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the 'tokenizer' template needs a tokenizer with a chat template; "
-            "this one has none: use 'chatml', 'alpaca', 'llama2' or 'plain'"
-        )
-    messages = []
-    if conversation.system is not None:
-        messages.append({"role": "system", "content": conversation.system})
+        raise ValueError("this tokenizer has no chat template: use 'alpaca' or 'plain'")
+    turns = [] if conversation.system is None else [("system", conversation.system)]
     for exchange in conversation.exchanges:
-        messages.append({"role": "user", "content": exchange.text})
-        messages.append({"role": "assistant", "content": exchange.answer})
-    roles = tuple(message["role"] for message in messages)
+        turns += [("user", exchange.text), ("assistant", exchange.answer)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    roles = tuple(role for role, _ in turns)
     today = datetime.date.today()
     layout = _own_layout(tokenizer, str(tokenizer.chat_template), roles, today)
 
     pieces, before = [], layout.first
     for turn in layout.turns:
-        is_answer = roles[turn.index] == "assistant"
-        opening = before
+        role, content = turns[turn.index]
+        is_answer, opening = role == "assistant", before
         if is_answer and before.startswith(layout.opening):
             opening = layout.opening
         pieces.append(Piece(opening))
-        content = messages[turn.index]["content"]
         if content is None:  # asked for, not given: the prompt ends here
-            return [piece for piece in pieces if piece.text]
-        text = turn.text_of(content)
+            return pieces
+        text = content if turn.keeps_left else content.lstrip()
+        text = text if turn.keeps_right else text.rstrip()
         if is_answer and not text:
             raise ValueError("nothing to learn: an answer is only white space")
         end = os.path.commonprefix([turn.after, layout.ending]) if is_answer else ""
@@ -433,7 +377,7 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         pieces.append(Piece(text, literal=True, learned=is_answer))
         pieces.append(Piece(end, learned=True))
         before = turn.after[len(end) :]
-    pieces = [piece for piece in [*pieces, Piece(before)] if piece.text]
+    pieces.append(Piece(before))
     if "".join(piece.text for piece in pieces) != _render(tokenizer, messages):
         raise ValueError("the chat template rewrites the text of this chat's turns")
     return pieces

@@ -109,13 +109,13 @@ BROKEN = {
     ),
     "list with a comma at its end": (
         "a.json",
-        '[\n{"prompt": "a", "completion": "b"},\n]',
-        *(3, 1, ["A comma after the last record", "Delete"]),
+        '[\n{"prompt": "a", "completion": "b"},]',
+        *(2, None, ["broken JSON", "no comma at the end"]),
     ),
     "list without a comma": (
         "a.json",
         '[{"prompt": "a", "completion": "b"}\n  {"prompt": "c"}]',
-        *(2, 3, ["broken JSON", "Expecting ',' or ']'"]),
+        *(2, 3, ["broken JSON", "Expecting ',' delimiter"]),
     ),
     "broken inside a list": (
         "a.json",
@@ -125,12 +125,12 @@ BROKEN = {
     "text after the list": (
         "a.json",
         '[{"prompt": "a", "completion": "b"}]\nmore',
-        *(2, 1, ["Extra data after the list", "Delete what follows"]),
+        *(2, 1, ["broken JSON (Extra data)", "Delete what follows"]),
     ),
     "lines named .json": (
         "a.json",
         PAIR + PAIR,
-        *(2, None, ["several JSON values", "rename the file to end in .jsonl"]),
+        *(2, None, ["broken JSON (Extra data)", "rename the file to end in .jsonl"]),
     ),
     "one object named .json": ("a.json", PAIR, 1, None, ["not a list", "[ and ]"]),
     "list named .jsonl": ("a.jsonl", "[1]", 1, None, ["a list as a record", ".json."]),
@@ -148,7 +148,7 @@ BROKEN = {
     "record is a number": (
         "a.jsonl",
         PAIR + "7\n",
-        *(2, None, ["the number 7 as a record", "an object", "named fields"]),
+        *(2, None, ["the number 7 as a record", "an object", "Write records as"]),
     ),
     "record is null in a list": (
         "a.json",
@@ -173,7 +173,7 @@ BROKEN = {
     "columns of nothing known": (
         "a.csv",
         "q,reply\n1,2\n",
-        *(2, None, ["'q', 'reply'", "expected prompt + completion", "Rename"]),
+        *(2, None, ["'q', 'reply'", "expected one of prompt + completion", "Rename"]),
     ),
     "no columns": ("a.jsonl", "{}", 1, None, ["found no fields", "Rename"]),
     "number for a text": (
@@ -219,7 +219,7 @@ BROKEN = {
     "mixed schemas": (
         "a.jsonl",
         PAIR + PAIR + chat(("user", "a"), ("assistant", "b")),
-        *(3, None, ["the kind chat", "as in line 1", "file of its own"]),
+        *(3, None, ["a record with messages", "as in line 1", "file of its own"]),
     ),
     "messages as a text": (
         "a.jsonl",
@@ -301,7 +301,11 @@ BROKEN = {
     "label is a fraction": (
         "a.jsonl",
         '{"text": "a", "label": 0.5}\n',
-        *(1, "label", ["the number 0.5", "whole number from 0", "number or its name"]),
+        *(
+            1,
+            "label",
+            ["the number 0.5", "a whole number from 0 or a name", "Write one"],
+        ),
     ),
     "label is negative": (
         "a.jsonl",
@@ -384,7 +388,8 @@ def test_each_kind_has_its_own_sentence(tmp_path):
     assert sorted(same for same in kinds.values() if len(same) > 1) == [
         ["UTF-16 without a mark", "NUL byte"],
         ["blank completion", "empty output"],
-        ["comma missing", "text not closed"],
+        ["comma missing", "text not closed", "list without a comma"],
+        ["list with a comma at its end", "broken inside a list"],
         ["list without a record", "header only"],
     ]
 
