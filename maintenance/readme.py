@@ -20,11 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
-from course_utils.sweep.results import FAMILIES, SPEED, readme_section, recorded_methods
+from course_utils.sweep.experiment import BUDGET, SEEDS
+from course_utils.sweep.results import (
+    FAMILIES,
+    SPEED,
+    MethodResult,
+    methods_table,
+    recorded_methods,
+)
 from maintenance.store import hardware, save_record
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = "course_cpu"
+LESSON_8 = "notebooks/08_choosing_a_method.ipynb"
 BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the README show
 # Units of bytes and of seconds, in which the records count.
 UNITS = {
@@ -164,6 +172,41 @@ def write_page(path: Path) -> None:
         path.write_text(new, encoding="utf-8")
 
 
+def path_of(result: MethodResult) -> str:
+    """Name a method's exact match at its best rate as `records.lookup` does.
+
+    >>> path_of(MethodResult("LoRA", "lora", 0.01, record="08_low_rank"))
+    '08_low_rank:exact_match.LoRA lr 0.01'
+    """
+    rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
+    return f"{result.record}:exact_match.{result.name}{rate}"
+
+
+def readme_section(results: Sequence[MethodResult], *, threads: int = 1) -> str:
+    """Make the section on the sweep, which was timed on so many processor threads.
+
+    It is empty while a method is incomplete.
+    """
+    trained = [r for r in results if r.learning_rate]
+    if len(trained) < 2 or not all(r.complete for r in results):
+        return ""
+    steps, batch = BUDGET["steps"], BUDGET["batch_size"]
+    on = "one processor thread" if threads == 1 else f"{threads} processor threads"
+    return f"""## Methods compared
+
+Each method at its own best learning rate, with {steps} steps of {batch} examples and \
+{len(SEEDS)} seeds, scored on {BUDGET["test_examples"]} test sentences: the mean, and \
+in brackets the least and the greatest. The prompts were asked once.
+
+{methods_table(results)._repr_markdown_()}
+
+*File* is what has to be kept for each task, *peak* the most that tensors took in one \
+step, *training* its seconds on {on}; *general questions* is the \
+share still answered.
+[Lesson 8]({LESSON_8}) shows how it was measured, and how much of the order is noise.
+"""
+
+
 def write_methods(readme: str) -> str:
     """Return the README with its comparison of methods made anew.
 
@@ -173,8 +216,7 @@ def write_methods(readme: str) -> str:
     complete = {*FAMILIES, SPEED} <= {*records.list_records()}
     swept = recorded_methods() if complete else []
     machine = records.load_record(SPEED)["hardware"] if swept else {}
-    lesson, threads = "notebooks/08_choosing_a_method.ipynb", machine.get("threads", 1)
-    section = readme_section(swept, lesson=lesson, threads=threads)
+    section = readme_section(swept, threads=machine.get("threads", 1))
     first, last = "<!-- methods:begin -->", "<!-- methods:end -->"
     before, begin, rest = readme.partition(first)
     _, end, after = rest.partition(last)

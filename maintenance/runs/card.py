@@ -44,7 +44,7 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from maintenance.store import METRICS, compute_metrics
+from maintenance.store import compute_metrics
 
 BUILT_IN = "smollm2-135m"
 SHORTER = 5  # tokens that one record of a batch lacks, so that there is padding
@@ -481,7 +481,7 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
         "measured": predicted | remarks | figures,
     }
     if figures:
-        run["metrics"] = compute_metrics(run, MEASURED, METRICS)
+        run["metrics"] = compute_metrics(run, MEASURED)
         print(
             f"{experiment.label}: predicted {plan.total_gib:.3f} GiB, measured "
             f"{figures['peak_bytes'] / GIB:.3f}, ratio "

@@ -19,7 +19,7 @@ from course_utils.parameters import count_parameters
 from course_utils.runtime import get_profile, set_seed
 from course_utils.sweep.experiment import new_run
 from course_utils.training import LossHistory, prepare_trainer, training_arguments
-from maintenance.store import METRICS, compute_metrics
+from maintenance.store import compute_metrics
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def run_classifier(
     Raises:
         ValueError: as `make_classifier`.
     """
-    from course_utils.sweep.costs import saved_bytes
+    from course_utils.sweep.experiment import saved_bytes
     from course_utils.training_callbacks import PlainProgress
 
     begun = time.perf_counter()
@@ -129,7 +129,7 @@ def run_classifier(
     if "slice" in test.column_names:
         run["slices"] = list(test["slice"])
         metrics.append("accuracy_by_slice")
-    run["metrics"] = compute_metrics(run, metrics, METRICS)
+    run["metrics"] = compute_metrics(run, metrics)
     return run | {"seconds": time.perf_counter() - begun}
 
 

@@ -26,7 +26,7 @@ from course_utils.formatting import CompletionCollator, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer
 from course_utils.runtime import set_seed
 from course_utils.sweep.experiment import new_run
-from maintenance.store import METRICS, compute_metrics
+from maintenance.store import compute_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -321,7 +321,7 @@ def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
             measured.setdefault(name, {}).setdefault(batch["set"], []).extend(values)
     run = new_run(experiment) | {"measured": measured, "trainable_parameters": 0}
     names = ("weight_error", "kl", "kl_standard_error", "loss_change")
-    run["metrics"] = compute_metrics(run, names, METRICS)
+    run["metrics"] = compute_metrics(run, names)
     return run | {"seconds": time.perf_counter() - begun}
 
 
