@@ -34,25 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMES = "course_cpu"
 LESSON_8 = "notebooks/08_choosing_a_method.ipynb"
 BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the README show
-# Units of bytes and of seconds, in which the records count.
-UNITS = {
-    "s": 1.0,
-    "minutes": 60.0,
-    "kB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "MiB": 2.0**20,
-    "GiB": 2.0**30,
-}
+# Units of seconds and of bytes, in which the records count.
+UNITS = {"s": 1.0, "minutes": 60.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+UNITS |= {"MiB": 2.0**20, "GiB": 2.0**30}
 # Training steps of 16 × 128 tokens of the built-in model, whose memory is predicted.
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
-PLANS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": LORA,
-    "prompt_tuning": {"num_virtual_tokens": 20},
-    "prefix_tuning": {"num_virtual_tokens": 20},
-    "qlora": LORA,
-}
+VIRTUAL: dict[str, Any] = {"num_virtual_tokens": 20}
+PLANS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora": LORA}
+PLANS |= {"prompt_tuning": VIRTUAL, "prefix_tuning": VIRTUAL}
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"<!--\s*(?P<source>run|plan):(?P<rest>[^>]*?)\s*-->")
 _NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?$")
@@ -60,11 +49,7 @@ _EMPHASIS = "*_` \n"
 
 
 def lookup(source: str, path: str) -> Any:
-    """Return what a marker names.
-
-    Args:
-        source: `"run"` for a record, `"plan"` for a prediction in bytes.
-        path: of `records.lookup`, or a key of `PLANS`.
+    """Return what a marker names: `"run"` a path of a record, `"plan"` one of `PLANS`.
 
     Raises:
         RecordError: there is no such record, key or plan.
@@ -78,11 +63,7 @@ def lookup(source: str, path: str) -> Any:
 
 
 def show(value: float, form: str) -> str:
-    """Write a number in the form that its marker gives.
-
-    Args:
-        value: a share, seconds, bytes or a plain number.
-        form: a Python format, then perhaps a space and one of `UNITS`.
+    """Write a share, seconds, bytes or a plain number in the form of its marker.
 
     Raises:
         ValueError: there is no such format or unit.
@@ -100,13 +81,10 @@ def show(value: float, form: str) -> str:
 def rewrite(
     text: str, find: Callable[[str, str], Any] = lookup
 ) -> tuple[str, list[str], list[str]]:
-    """Write each marked number of a text anew.
+    """Write each marked number of a Markdown text anew.
 
-    Markers in code, where they are only shown, do not count.
-
-    Args:
-        text: Markdown.
-        find: gives the value for a marker's source and path.
+    Markers in code, where they are only shown, do not count. `find` gives the value for
+    a marker's source and path.
 
     Returns:
         The new text, sentences about the numbers that were wrong, and sentences about
@@ -147,10 +125,7 @@ def check_text(text: str, find: Callable[[str, str], Any] = lookup) -> list[str]
 
 
 def write_page(path: Path) -> None:
-    """Write the numbers of a page or of a lesson anew.
-
-    Args:
-        path: Markdown or a notebook.
+    """Write the numbers of a page (Markdown) or of a lesson (a notebook) anew.
 
     Raises:
         ValueError: a marker names nothing, or no number stands before it.
@@ -231,11 +206,7 @@ def lesson_paths(root: Path = ROOT) -> list[Path]:
 
 
 def keep_times(path: Path, stems: Iterable[str]) -> None:
-    """Record the seconds of a full run of the course, as `make course` left them.
-
-    Args:
-        path: `build/results/course.json`.
-        stems: the lessons that there are.
+    """Record the seconds that a full run of all lessons left in `results/course.json`.
 
     Raises:
         ValueError: it was another profile, a lesson failed, or one is missing.

@@ -300,11 +300,10 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
 
 
 def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
-    """Summarise runs by label: mean, least and greatest of each metric over the seeds.
+    """{metric: {label: mean over the seeds}}, `metric_min` and `metric_max` alike.
 
-    Returns:
-        {metric: {label: mean}}, `metric_min` and `metric_max` alike; `by_slice` as
-        {label: {slice: mean}}; `seeds`, `seconds` (mean), `trainable_parameters`.
+    Of a metric by slice, the mean of each slice; beside the metrics `seeds` (how many),
+    `seconds` (mean) and `trainable_parameters`.
     """
     grouped: dict[str, list[dict]] = {}
     for run in runs:
