@@ -255,9 +255,11 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
     else:
         set_seed(experiment.seed)
         model = make_model(experiment)
+        tokenizer = load_tokenizer(experiment.model)
+        rows = load_examples(experiment.data, seed=experiment.seed)
+        rows = tokenize_dataset(rows, tokenizer, template=template_for(tokenizer))
         with tempfile.TemporaryDirectory() as folder:
-            records = make_records(experiment)
-            run = train(experiment, model, records, folder, progress=progress)
+            run = train(experiment, model, list(rows), folder, progress=progress)
     if experiment.test_examples != 0:
         add_test(run, experiment, model)
     del model
@@ -317,13 +319,6 @@ def template_for(tokenizer: Any) -> str:
     return "chatml" if "<|im_end|>" in tokenizer.get_vocab() else "tokenizer"
 
 
-def make_records(experiment: Experiment) -> list[dict[str, Any]]:
-    """Tokenized training records."""
-    tokenizer = load_tokenizer(experiment.model)
-    rows = load_examples(experiment.data, seed=experiment.seed)
-    return list(tokenize_dataset(rows, tokenizer, template=template_for(tokenizer)))
-
-
 def _make_trainer(
     experiment: Experiment,
     model: Any,
@@ -380,7 +375,7 @@ def train(
     """Train on the path that the lessons use, and return a run without answers.
 
     Args:
-        experiment, model, records: of `make_model` and `make_records`.
+        model, records: of `make_model`, and the tokenized training set.
         folder: for checkpoints.
         resume_from: a checkpoint to go on from, `before_s` seconds of training old.
         arguments: of `sft_config`, before those of the experiment.

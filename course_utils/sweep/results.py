@@ -143,7 +143,7 @@ def _final(run: dict) -> float | None:
     return run["eval_loss"][-1][1] if run.get("eval_loss") else None
 
 
-def result_of(name: str, runs: Sequence[dict]) -> MethodResult:
+def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
     """Read one method's result from its runs, at one rate or several."""
     runs = sorted(runs, key=lambda run: run["seed"])
     rates, best, chosen, inside = _rates(runs), None, runs, True
@@ -218,7 +218,7 @@ def recorded_methods() -> list[MethodResult]:
         step_seconds.setdefault(run["label"], []).append(seconds)
     results = []
     for (record, name), runs in groups.items():
-        result = replace(result_of(name, runs), record=record)
+        result = replace(_result_of(name, runs), record=record)
         if timed := mean(step_seconds.get(name, [])):
             result = replace(result, seconds=timed * runs[0]["settings"]["steps"])
         results.append(result)
@@ -498,7 +498,7 @@ def compare_on(
         print(f"{experiment.label}: {experiment.steps} steps of {OWN_BATCH}", end="")
         runs[name] = run_experiment(experiment, progress=False)
         print(f" · {runs[name]['seconds']:.0f} s")
-    results = {name: result_of(name, [run]) for name, run in runs.items()}
+    results = {name: _result_of(name, [run]) for name, run in runs.items()}
     if "full" in results:
         total = results["full"].trainable_parameters
     else:
