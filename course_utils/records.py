@@ -38,10 +38,7 @@ def list_records() -> list[str]:
 
 
 def load_record(name: str) -> dict[str, Any]:
-    """Read one record.
-
-    Args:
-        name: the file's name without `.json`.
+    """Read the record of that name, the file's without `.json`.
 
     Raises:
         RecordError: there is no such record, or it is malformed.
@@ -78,11 +75,19 @@ def lookup(path: str) -> Any:
     if not colon or not keys:
         raise RecordError(f"{path!r} is not of the form 'record:key.key'")
     record = load_record(name)
-    for root in (record["summary"], record):
-        if _first_key(root, keys):
-            return _walk(root, keys, path)
-    known = ", ".join([*record["summary"], *record])
-    raise RecordError(f"{path}: no key {keys!r}; there are {known}")
+    value = record["summary"] if _first_key(record["summary"], keys) else record
+    if not _first_key(value, keys):
+        known = ", ".join([*record["summary"], *record])
+        raise RecordError(f"{path}: no key {keys!r}; there are {known}")
+    while keys:
+        key = _first_key(value, keys)
+        if key is None:
+            is_dict = isinstance(value, dict)
+            known = ", ".join(value) if is_dict else type(value).__name__
+            raise RecordError(f"{path}: nothing at {keys!r}; there is {known}")
+        value = value[int(key)] if isinstance(value, list) else value[key]
+        keys = keys[len(key) + 1 :]
+    return value
 
 
 def _first_key(value: Any, keys: str) -> str | None:
@@ -94,16 +99,3 @@ def _first_key(value: Any, keys: str) -> str | None:
         return None
     fits = [key for key in value if keys == key or keys.startswith(f"{key}.")]
     return max(fits, key=len, default=None)
-
-
-def _walk(value: Any, keys: str, path: str) -> Any:
-    while keys:
-        key = _first_key(value, keys)
-        if key is None:
-            there = (
-                ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            )
-            raise RecordError(f"{path}: nothing at {keys!r}; there is {there}")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-        keys = keys[len(key) + 1 :]
-    return value

@@ -214,3 +214,39 @@ def _stopped_early(trainer: Any, state: TrainerState) -> bool:
         for callback in trainer.callback_handler.callbacks
         if isinstance(callback, EarlyStoppingCallback)
     )
+
+
+class PeakOfStep(TrainerCallback):
+    """Measures the most that tensors take in the second step.
+
+    In the first there is no optimizer state yet; in the second weights, gradients,
+    state and activations are all there.
+
+    Attributes:
+        peak_bytes: of the step, once it has ended.
+        seconds: what the measuring itself took.
+    """
+
+    STEP = 2
+
+    def __init__(self) -> None:
+        self.seconds, self.peak_bytes = 0.0, None
+        self._meter: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from course_utils.memory import measure_memory
+
+        if state.global_step == self.STEP - 1:
+            clock = time.perf_counter()
+            device = args.device.type
+            on_card = device in ("cuda", "mps")
+            self._meter = measure_memory(device if on_card else "allocator")
+            self._used = self._meter.__enter__()
+            self.seconds += time.perf_counter() - clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._meter is not None:
+            clock = time.perf_counter()
+            self._meter.__exit__(None, None, None)
+            self.peak_bytes, self._meter = self._used.peak_bytes, None
+            self.seconds += time.perf_counter() - clock

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,11 +35,7 @@ class Outcome:
 
 
 def find_lessons(folder: Path = NOTEBOOKS, only: str | None = None) -> list[Path]:
-    """Return the lessons' notebooks in order.
-
-    Args:
-        folder: where the notebooks are.
-        only: two digits (or the start of a name) of one lesson; None means all.
+    """Return the lessons in order, or the one whose digits or name begin so.
 
     Raises:
         FileNotFoundError: there is no such lesson, or no lesson at all.
@@ -69,16 +65,14 @@ def run_lesson(path: Path, out: Path) -> Outcome:
     return Outcome(path.stem, run.failure is None, run.seconds, result)
 
 
-def run_course(
-    paths: Sequence[Path], out: Path, say: Callable[[str], None] = print
-) -> list[Outcome]:
-    """Run the lessons in order, saying one line for each as it ends."""
+def run_course(paths: Sequence[Path], out: Path) -> list[Outcome]:
+    """Run the lessons in order, and print one line for each as it ends."""
     outcomes = []
     for path in paths:
         outcome = run_lesson(path, out)
         outcomes.append(outcome)
         sign = "✓" if outcome.ok else "✗"
-        say(f"{sign} {outcome.lesson:<22} {outcome.seconds:6.0f} s  {outcome.result}")
+        print(f"{sign} {outcome.lesson:<22} {outcome.seconds:6.0f} s  {outcome.result}")
     return outcomes
 
 
@@ -93,9 +87,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """
     lines = ["| lesson | seconds | result |", "|---|---:|---|"]
     for o in outcomes:
-        result = o.result if o.ok else f"FAILED: {o.result}"
-        cell = result.replace("|", "\\|")
-        lines.append(f"| {o.lesson} | {o.seconds:.0f} | {cell} |")
+        result = ("" if o.ok else "FAILED: ") + o.result.replace("|", "\\|")
+        lines.append(f"| {o.lesson} | {o.seconds:.0f} | {result} |")
     total, good = sum(o.seconds for o in outcomes), sum(o.ok for o in outcomes)
     ran = f"{good} of {len(outcomes)} ran"
     lines.append(f"| {ran} | {total:.0f} | {total / 60:.1f} minutes |")
@@ -112,22 +105,22 @@ def save_outcomes(outcomes: Sequence[Outcome], out: Path) -> Path:
     return path
 
 
-def fetch_model(say: Callable[[str], None] = print) -> None:
+def fetch_model() -> None:
     """Make sure that the model is at hand before the first lesson needs it."""
     from course_utils import models
 
     started = time.perf_counter()
     models.release(models.load_model())
-    say(f"Model ready: {models.model_name()} ({time.perf_counter() - started:.0f} s)")
+    seconds = time.perf_counter() - started
+    print(f"Model ready: {models.model_name()} ({seconds:.0f} s)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 if a lesson failed, 2 if there is no such lesson."""
     parser = argparse.ArgumentParser(prog="maintenance.course", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--profile", choices=runtime.PROFILES, help="default: by hardware"
-    )
+    profiles = {"choices": runtime.PROFILES, "help": "default: by hardware"}
+    parser.add_argument("--profile", **profiles)
     parser.add_argument("--lesson", help="two digits: run this one only")
     parser.add_argument("--out", type=Path, help="default: build")
     options = parser.parse_args(arguments)

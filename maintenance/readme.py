@@ -20,31 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
-from course_utils.sweep.results import FAMILIES, SPEED, readme_section, recorded_methods
+from course_utils.sweep.experiment import BUDGET, SEEDS
+from course_utils.sweep.results import (
+    FAMILIES,
+    SPEED,
+    MethodResult,
+    methods_table,
+    recorded_methods,
+)
 from maintenance.store import hardware, save_record
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = "course_cpu"
+LESSON_8 = "notebooks/08_choosing_a_method.ipynb"
 BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the README show
-# Units of bytes and of seconds, in which the records count.
-UNITS = {
-    "s": 1.0,
-    "minutes": 60.0,
-    "kB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "MiB": 2.0**20,
-    "GiB": 2.0**30,
-}
+# Units of seconds and of bytes, in which the records count.
+UNITS = {"s": 1.0, "minutes": 60.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+UNITS |= {"MiB": 2.0**20, "GiB": 2.0**30}
 # Training steps of 16 × 128 tokens of the built-in model, whose memory is predicted.
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
-PLANS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": LORA,
-    "prompt_tuning": {"num_virtual_tokens": 20},
-    "prefix_tuning": {"num_virtual_tokens": 20},
-    "qlora": LORA,
-}
+VIRTUAL: dict[str, Any] = {"num_virtual_tokens": 20}
+PLANS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora": LORA}
+PLANS |= {"prompt_tuning": VIRTUAL, "prefix_tuning": VIRTUAL}
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"<!--\s*(?P<source>run|plan):(?P<rest>[^>]*?)\s*-->")
 _NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?$")
@@ -52,11 +49,7 @@ _EMPHASIS = "*_` \n"
 
 
 def lookup(source: str, path: str) -> Any:
-    """Return what a marker names.
-
-    Args:
-        source: `"run"` for a record, `"plan"` for a prediction in bytes.
-        path: of `records.lookup`, or a key of `PLANS`.
+    """Return what a marker names: `"run"` a path of a record, `"plan"` one of `PLANS`.
 
     Raises:
         RecordError: there is no such record, key or plan.
@@ -70,11 +63,7 @@ def lookup(source: str, path: str) -> Any:
 
 
 def show(value: float, form: str) -> str:
-    """Write a number in the form that its marker gives.
-
-    Args:
-        value: a share, seconds, bytes or a plain number.
-        form: a Python format, then perhaps a space and one of `UNITS`.
+    """Write a share, seconds, bytes or a plain number in the form of its marker.
 
     Raises:
         ValueError: there is no such format or unit.
@@ -92,13 +81,10 @@ def show(value: float, form: str) -> str:
 def rewrite(
     text: str, find: Callable[[str, str], Any] = lookup
 ) -> tuple[str, list[str], list[str]]:
-    """Write each marked number of a text anew.
+    """Write each marked number of a Markdown text anew.
 
-    Markers in code, where they are only shown, do not count.
-
-    Args:
-        text: Markdown.
-        find: gives the value for a marker's source and path.
+    Markers in code, where they are only shown, do not count. `find` gives the value for
+    a marker's source and path.
 
     Returns:
         The new text, sentences about the numbers that were wrong, and sentences about
@@ -139,10 +125,7 @@ def check_text(text: str, find: Callable[[str, str], Any] = lookup) -> list[str]
 
 
 def write_page(path: Path) -> None:
-    """Write the numbers of a page or of a lesson anew.
-
-    Args:
-        path: Markdown or a notebook.
+    """Write the numbers of a page (Markdown) or of a lesson (a notebook) anew.
 
     Raises:
         ValueError: a marker names nothing, or no number stands before it.
@@ -164,6 +147,41 @@ def write_page(path: Path) -> None:
         path.write_text(new, encoding="utf-8")
 
 
+def path_of(result: MethodResult) -> str:
+    """Name a method's exact match at its best rate as `records.lookup` does.
+
+    >>> path_of(MethodResult("LoRA", "lora", 0.01, record="08_low_rank"))
+    '08_low_rank:exact_match.LoRA lr 0.01'
+    """
+    rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
+    return f"{result.record}:exact_match.{result.name}{rate}"
+
+
+def readme_section(results: Sequence[MethodResult], *, threads: int = 1) -> str:
+    """Make the section on the sweep, which was timed on so many processor threads.
+
+    It is empty while a method is incomplete.
+    """
+    trained = [r for r in results if r.learning_rate]
+    if len(trained) < 2 or not all(r.complete for r in results):
+        return ""
+    steps, batch = BUDGET["steps"], BUDGET["batch_size"]
+    on = "one processor thread" if threads == 1 else f"{threads} processor threads"
+    return f"""## Methods compared
+
+Each method at its own best learning rate, with {steps} steps of {batch} examples and \
+{len(SEEDS)} seeds, scored on {BUDGET["test_examples"]} test sentences: the mean, and \
+in brackets the least and the greatest. The prompts were asked once.
+
+{methods_table(results)._repr_markdown_()}
+
+*File* is what has to be kept for each task, *peak* the most that tensors took in one \
+step, *training* its seconds on {on}; *general questions* is the \
+share still answered.
+[Lesson 8]({LESSON_8}) shows how it was measured, and how much of the order is noise.
+"""
+
+
 def write_methods(readme: str) -> str:
     """Return the README with its comparison of methods made anew.
 
@@ -173,8 +191,7 @@ def write_methods(readme: str) -> str:
     complete = {*FAMILIES, SPEED} <= {*records.list_records()}
     swept = recorded_methods() if complete else []
     machine = records.load_record(SPEED)["hardware"] if swept else {}
-    lesson, threads = "notebooks/08_choosing_a_method.ipynb", machine.get("threads", 1)
-    section = readme_section(swept, lesson=lesson, threads=threads)
+    section = readme_section(swept, threads=machine.get("threads", 1))
     first, last = "<!-- methods:begin -->", "<!-- methods:end -->"
     before, begin, rest = readme.partition(first)
     _, end, after = rest.partition(last)
@@ -189,11 +206,7 @@ def lesson_paths(root: Path = ROOT) -> list[Path]:
 
 
 def keep_times(path: Path, stems: Iterable[str]) -> None:
-    """Record the seconds of a full run of the course, as `make course` left them.
-
-    Args:
-        path: `build/results/course.json`.
-        stems: the lessons that there are.
+    """Record the seconds that a full run of all lessons left in `results/course.json`.
 
     Raises:
         ValueError: it was another profile, a lesson failed, or one is missing.

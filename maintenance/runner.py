@@ -19,13 +19,9 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a notebook.
+    """A notebook as far as it was executed, in seconds that include the kernel's start.
 
-    Attributes:
-        notebook: the notebook as far as it was executed, with its outputs.
-        seconds: of the execution, the kernel's start included.
-        failure: which cell failed and why, in one line; None after a success.
-        details: the failure with its traceback; empty after a success.
+    `failure` says in one line which cell failed and why, `details` with its traceback.
     """
 
     notebook: Any
@@ -37,11 +33,10 @@ class Run:
 def execute(
     notebook: Any, folder: Path, environment: Mapping[str, str] | None = None
 ) -> Run:
-    """Execute a notebook, and say how it went whatever it does.
+    """Execute an nbformat notebook in place, and say how it went whatever it does.
 
     Args:
-        notebook: an nbformat notebook; its metadata may hold `execution.timeout`,
-            seconds for one cell. It is changed in place.
+        notebook: its metadata may hold `execution.timeout`, seconds for one cell.
         folder: where its kernel stands.
         environment: the kernel's; None takes `kernel_environment()`.
     """
@@ -93,12 +88,7 @@ def kernel_environment() -> dict[str, str]:
 
 
 def describe_failure(notebook: Any, error: Exception) -> str:
-    """Say which cell failed (its id and first line) and why, in one line.
-
-    Args:
-        notebook: the notebook as far as it was executed.
-        error: what nbclient raised.
-    """
+    """Say which cell failed (its id and first line) and why, in one line."""
     where = "before the first cell"
     for cell in notebook.cells:
         if cell.cell_type != "code" or not cell.source.strip():

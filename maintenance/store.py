@@ -12,46 +12,42 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from course_utils import classification, records, scoring
 from course_utils.records import RecordError
 from course_utils.runtime import cpu_has_bf16, memory_gib, replace_file
-from course_utils.sweep.experiment import METRICS as SWEEP_METRICS
-from course_utils.sweep.experiment import compute_metrics
 
 # --- the schema --------------------------------------------------------------------
 
-_TEXTS = {"type": "array", "items": {"type": "string"}}
+
+def _typed(**types: Any) -> dict[str, dict[str, Any]]:
+    return {name: {"type": json_type} for name, json_type in types.items()}
+
+
+def _list_of(items: dict[str, Any], **more: int) -> dict[str, Any]:
+    return {"type": "array", "items": items} | more
+
+
 _LOSS = {"type": ["number", "null"]}
-_MACHINE = {
-    "type": "object",
-    "required": ["hardware", "versions"],
-    "properties": {"hardware": {"type": "object"}, "versions": {"type": "object"}},
-}
+_TEXTS = _list_of({"type": "string"})
 _RUN = {
     "type": "object",
     "required": ["label", "settings", "seed", "loss", "metrics", "seconds"],
     "properties": {
-        "label": {"type": "string"},
-        "settings": {"type": "object"},
-        "seed": {"type": "integer"},
-        "loss": {"type": "array", "items": _LOSS},
-        "eval_loss": {
-            "type": "array",
-            "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": _LOSS},
+        **_typed(label="string", settings="object", seed="integer", metrics="object"),
+        **_typed(measured="object", trainable_parameters="integer", seconds="number"),
+        **_typed(tokens_per_s="number"),
+        **{"predictions": _TEXTS, "references": _TEXTS, "slices": _TEXTS},
+        "loss": _list_of(_LOSS),
+        "eval_loss": _list_of(_list_of(_LOSS, minItems=2, maxItems=2)),
+        "machine": {
+            "type": "object",
+            "required": ["hardware", "versions"],
+            "properties": _typed(hardware="object", versions="object"),
         },
-        "predictions": _TEXTS,
-        "references": _TEXTS,
-        "slices": _TEXTS,
-        "metrics": {"type": "object"},
-        "measured": {"type": "object"},
-        "trainable_parameters": {"type": "integer"},
-        "tokens_per_s": {"type": "number"},
-        "seconds": {"type": "number"},
-        "machine": _MACHINE,
     },
 }
 SCHEMA = {
@@ -62,20 +58,16 @@ SCHEMA = {
     ],
     "additionalProperties": False,
     "properties": {
+        **_typed(name="string", command="string", hardware="object"),
+        **_typed(versions="object", seconds="number", summary="object"),
         "schema": {"const": 1},
-        "name": {"type": "string"},
-        "command": {"type": "string"},
         "created": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
-        "hardware": {"type": "object"},
-        "versions": {"type": "object"},
         "data": {
             "type": "object",
             "required": ["name", "sha256"],
-            "properties": {"name": {"type": "string"}, "sha256": {"type": "string"}},
+            "properties": _typed(name="string", sha256="string"),
         },
-        "seconds": {"type": "number"},
-        "runs": {"type": "array", "minItems": 1, "items": _RUN},
-        "summary": {"type": "object"},
+        "runs": _list_of(_RUN, minItems=1),
     },
 }
 
@@ -120,15 +112,12 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
             `created` defaults to today. Each run's `metrics`, values or mere names,
             are computed again. Losses that are not finite become null.
 
-    Returns:
-        The path written.
-
     Raises:
         RecordError: as in `validate_record` and `recompute`.
     """
     today = datetime.date.today().isoformat()
-    record = {"schema": 1, "name": name, "created": today} | dict(record)
-    record |= {"schema": 1, "name": name, "summary": {}}
+    top = {"schema": 1, "name": name, "created": today}  # their order in the file
+    record = top | dict(record) | {"schema": 1, "name": name, "summary": {}}
     runs = [dict(run) for run in record.get("runs", [])]
     for run in runs:
         for key in run.keys() & {"loss", "eval_loss", "measured"}:
@@ -168,28 +157,39 @@ def _as_text(record: dict[str, Any]) -> str:
     def dump(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-    lines = []
-    for key, value in record.items():
-        if key == "runs":
-            body = "[\n  " + ",\n  ".join(map(dump, value)) + "\n ]"
-        else:
-            body = dump(value)
-        lines.append(f" {dump(key)}: {body}")
+    fields = {key: dump(value) for key, value in record.items()}
+    fields["runs"] = "[\n  " + ",\n  ".join(map(dump, record["runs"])) + "\n ]"
+    lines = [f" {dump(key)}: {text}" for key, text in fields.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-# --- figures that follow from a record ---
+# --- figures that follow from a record ---------------------------------------------
+
+Metric = Callable[[Mapping[str, Any]], Any]
+Summary = Callable[[list[dict]], dict[str, Any]]
 
 
-def _by_text(run: dict, function: Callable[..., float]) -> dict[str, float]:
-    """Apply a function to what was measured on the texts of each set."""
-    found = run["measured"]
-    return {
-        name: function(
-            *(found[key][name] for key in ("kl", "tokens", "loss_before", "loss_after"))
-        )
-        for name in found["kl"]
-    }
+def _of_answers(score: Callable[..., Any], *more: Any, part: str = "") -> Metric:
+    """A score of a run's answers, or of those to another set, which it measured."""
+
+    def compute(run: Mapping[str, Any]) -> Any:
+        answers = run["measured"][part] if part else run
+        given = [answers[name] for name in ("predictions", "references")]
+        slices = [answers["slices"]] if score is scoring.by_slice else []
+        return score(*given, *slices, *more)
+
+    return compute
+
+
+def _of_texts(function: Callable[..., float]) -> Metric:
+    """A figure of what was measured on the texts of each set, by set."""
+    names = ("kl", "tokens", "loss_before", "loss_after")
+
+    def compute(run: Mapping[str, Any]) -> dict[str, float]:
+        by_set = [run["measured"][name] for name in names]
+        return {name: function(*(sums[name] for sums in by_set)) for name in by_set[0]}
+
+    return compute
 
 
 def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
@@ -200,56 +200,60 @@ def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
     return math.sqrt(n / (n - 1) * math.fsum(x * x for x in left)) / sum(counts)
 
 
+def _last_known(values: Iterable[float | None]) -> float | None:
+    return next((v for v in reversed([*values]) if v is not None), None)
+
+
+def _measured(function: Callable[[dict], float]) -> Metric:
+    return lambda run: function(run["measured"])
+
+
 # How each metric of a run is computed from the run.
-METRICS: dict[str, Callable[[Mapping[str, Any]], Any]] = SWEEP_METRICS | {
-    "field_f1_by_slice": lambda run: scoring.by_slice(
-        run["predictions"], run["references"], run["slices"], scoring.field_f1
+METRICS: dict[str, Metric] = {
+    "final_loss": lambda run: _last_known(run["loss"]),
+    "final_eval_loss": lambda run: _last_known(loss for _, loss in run["eval_loss"]),
+    "exact_match": _of_answers(scoring.exact_match),
+    "exact_text": _of_answers(scoring.exact_text),
+    "field_f1": _of_answers(scoring.field_f1),
+    "by_field": _of_answers(scoring.by_field),
+    "by_slice": _of_answers(scoring.by_slice),
+    "field_f1_by_slice": _of_answers(scoring.by_slice, scoring.field_f1),
+    "accuracy": _of_answers(classification.accuracy),
+    "macro_f1": _of_answers(classification.macro_f1),
+    "accuracy_by_slice": _of_answers(scoring.by_slice, classification.accuracy),
+    "validation_exact_match": _of_answers(scoring.exact_match, part="validation"),
+    "also_test_exact_match": _of_answers(scoring.exact_match, part="also_test"),
+    "also_test_by_slice": _of_answers(scoring.by_slice, part="also_test"),
+    "weight_error": _measured(
+        lambda m: math.sqrt(
+            math.fsum(m["squared_error"]) / math.fsum(m["squared_norm"])
+        )
     ),
-    "accuracy_by_slice": lambda run: scoring.by_slice(
-        run["predictions"], run["references"], run["slices"], classification.accuracy
-    ),
-    # Of answers to other sets, which stand in `measured` as a run's own stand in it.
-    "validation_exact_match": lambda run: SWEEP_METRICS["exact_match"](
-        run["measured"]["validation"]
-    ),
-    "also_test_exact_match": lambda run: SWEEP_METRICS["exact_match"](
-        run["measured"]["also_test"]
-    ),
-    "also_test_by_slice": lambda run: SWEEP_METRICS["by_slice"](
-        run["measured"]["also_test"]
-    ),
-    "weight_error": lambda run: math.sqrt(
-        math.fsum(run["measured"]["squared_error"])
-        / math.fsum(run["measured"]["squared_norm"])
-    ),
-    # Nats a token, by set of texts.
-    "kl": lambda run: _by_text(run, lambda kl, n, *_: math.fsum(kl) / sum(n)),
-    "kl_standard_error": lambda run: _by_text(
-        run, lambda kl, n, *_: _ratio_error(kl, n)
-    ),
-    "loss_change": lambda run: _by_text(
-        run, lambda _, n, old, new: (math.fsum(new) - math.fsum(old)) / sum(n)
+    # Nats a token.
+    "kl": _of_texts(lambda kl, n, *_: math.fsum(kl) / sum(n)),
+    "kl_standard_error": _of_texts(lambda kl, n, *_: _ratio_error(kl, n)),
+    "loss_change": _of_texts(
+        lambda _, n, old, new: (math.fsum(new) - math.fsum(old)) / sum(n)
     ),
     # A step on a card: predicted bytes through measured ones, at its peak and between
     # steps; GiB = 2**30 bytes.
-    "memory_ratio": lambda run: (
-        run["measured"]["predicted_bytes"] / run["measured"]["peak_bytes"]
-    ),
-    "kept_ratio": lambda run: (
-        run["measured"]["predicted_kept_bytes"] / run["measured"]["kept_bytes"]
-    ),
-    "predicted_gib": lambda run: run["measured"]["predicted_bytes"] / 2**30,
-    "measured_gib": lambda run: run["measured"]["peak_bytes"] / 2**30,
-    "step_s": lambda run: run["measured"]["step_seconds"],
+    "memory_ratio": _measured(lambda m: m["predicted_bytes"] / m["peak_bytes"]),
+    "kept_ratio": _measured(lambda m: m["predicted_kept_bytes"] / m["kept_bytes"]),
+    "predicted_gib": _measured(lambda m: m["predicted_bytes"] / 2**30),
+    "measured_gib": _measured(lambda m: m["peak_bytes"] / 2**30),
+    "step_s": _measured(lambda m: m["step_seconds"]),
 }
 
 
-_summaries: dict[str, Callable[[list[dict]], dict]] = {}
+def compute_metrics(run: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Compute figures of a run from what it holds; KeyError where it lacks that."""
+    return {name: METRICS[name](run) for name in names}
 
 
-def summary_of(
-    name: str,
-) -> Callable[[Callable[[list[dict]], dict]], Callable[[list[dict]], dict]]:
+_summaries: dict[str, Summary] = {}
+
+
+def summary_of(name: str) -> Callable[[Summary], Summary]:
     """Decorator: the function computes the summary of the record `name` from its runs.
 
     Raises:
@@ -258,7 +262,7 @@ def summary_of(
     if name in _summaries:
         raise ValueError(f"the record {name!r} has a summary already")
 
-    def register(function: Callable[[list[dict]], dict]) -> Callable:
+    def register(function: Summary) -> Summary:
         _summaries[name] = function
         return function
 
@@ -269,70 +273,61 @@ def summary_of(
 def _card_summary(runs: list[dict]) -> dict[str, Any]:
     """How near predictions came, over all cases and by label; failures in words."""
     cases = {run["label"]: run for run in runs if run["metrics"]}
+    measured = {label: run["measured"] for label, run in cases.items()}
     off = [abs(run["metrics"]["memory_ratio"] - 1) for run in cases.values()]
-    found = {label: run["measured"] for label, run in cases.items()}
+    failed = {run["label"]: run["measured"].get("failed") for run in runs}
     summary: dict[str, Any] = {
         "cases": len(runs),
         "measured": len(cases),
         "as_on_a_t4": sum(run["settings"]["way"] == "T4" for run in cases.values()),
-        "within_10_percent": sum(one <= 0.1 for one in off),
+        "within_10_percent": sum(error <= 0.1 for error in off),
         "mean_error": _mean(off) if off else None,
         "greatest_error": max(off, default=None),
-        "failed": {
-            run["label"]: run["measured"]["failed"]
-            for run in runs
-            if "failed" in run["measured"]
-        },
-        "did_not_fit": [
-            run["label"] for run in runs if "did_not_fit" in run["measured"]
-        ],
+        "failed": {label: words for label, words in failed.items() if words},
+        "did_not_fit": [r["label"] for r in runs if "did_not_fit" in r["measured"]],
     }
     for key in ("predicted_bytes", "peak_bytes", "kept_bytes", "workspace_bytes"):
-        summary[key] = {label: m[key] for label, m in found.items() if key in m}
+        summary[key] = {label: m[key] for label, m in measured.items() if key in m}
     summary["rounding_bytes"] = {  # what the allocator hands out above what is asked
         label: m["peak_bytes"] + m["before_bytes"] - m["requested_bytes"]
-        for label, m in found.items()
+        for label, m in measured.items()
         if m.get("requested_bytes")
     }
-    keys = dict.fromkeys(key for run in cases.values() for key in run["metrics"])
-    return summary | {
-        key: {label: run["metrics"][key] for label, run in cases.items()}
-        for key in keys
-    }
+    for label, run in cases.items():
+        for key, value in run["metrics"].items():
+            summary.setdefault(key, {})[label] = value
+    return summary
 
 
 def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
-    """Summarise runs by label: mean, least and greatest of each metric over the seeds.
+    """{metric: {label: mean over the seeds}}, `metric_min` and `metric_max` alike.
 
-    Returns:
-        {metric: {label: mean}}, `metric_min` and `metric_max` alike; `by_slice` as
-        {label: {slice: mean}}; `seeds`, `seconds` (mean), `trainable_parameters`.
+    Of a metric by slice, the mean of each slice; beside the metrics `seeds` (how many),
+    `seconds` (mean) and `trainable_parameters`.
     """
     grouped: dict[str, list[dict]] = {}
     for run in runs:
         grouped.setdefault(run["label"], []).append(run)
     summary: dict[str, dict[str, Any]] = {}
-
-    def put(key: str, label: str, value: Any) -> None:
-        summary.setdefault(key, {})[label] = value
-
     for label, group in grouped.items():
-        put("seeds", label, len(group))
-        put("seconds", label, _mean([run["seconds"] for run in group]))
+        figures = {
+            "seeds": len(group),
+            "seconds": _mean([run["seconds"] for run in group]),
+        }
         if "trainable_parameters" in group[0]:
-            put("trainable_parameters", label, group[0]["trainable_parameters"])
+            figures["trainable_parameters"] = group[0]["trainable_parameters"]
         for key, first in group[0]["metrics"].items():
             values = [run["metrics"].get(key) for run in group]
             if isinstance(first, dict):
-                means = {
+                figures[key] = {
                     name: _mean([value[name] for value in values if name in value])
                     for name in first
                 }
-                put(key, label, means)
             elif all(isinstance(value, int | float) for value in values):
-                put(key, label, _mean(values))
-                put(f"{key}_min", label, min(values))
-                put(f"{key}_max", label, max(values))
+                figures[key] = _mean(values)
+                figures[f"{key}_min"], figures[f"{key}_max"] = min(values), max(values)
+        for key, figure in figures.items():
+            summary.setdefault(key, {})[label] = figure
     return summary
 
 
@@ -341,14 +336,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute each run's metrics and the record's summary again.
+    """Compute each run's metrics, and the record's summary, again, in a copy.
 
-    Args:
-        record: a record; `metrics` of a run says which metrics it has. Its summary
-            function is the one given to `summary_of`, else `default_summary`.
-
-    Returns:
-        A copy with computed figures, equal to the record if nobody edited it.
+    `metrics` of a run says which metrics it has; the summary is that of the function
+    given to `summary_of`, else `default_summary`. The copy equals the record if nobody
+    edited it.
 
     Raises:
         RecordError: a metric has no function, or lacks what it is computed from.
@@ -362,7 +354,7 @@ def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
                 "`METRICS`, or put a measured number under 'measured'"
             )
         try:
-            run["metrics"] = compute_metrics(run, run["metrics"], METRICS)
+            run["metrics"] = compute_metrics(run, run["metrics"])
         except KeyError as error:
             raise RecordError(f"{where}: a metric needs {error}") from None
     summarise = _summaries.get(record["name"], default_summary)
@@ -378,12 +370,13 @@ def differences(record: Mapping[str, Any]) -> list[str]:
 def _differ(stored: Any, computed: Any, path: str) -> Iterator[str]:
     if isinstance(stored, dict) and isinstance(computed, dict):
         for key in dict.fromkeys([*stored, *computed]):
-            here = f"{path}.{key}" if path else str(key)
-            if key not in stored or key not in computed:
-                side = "not stored" if key not in stored else "not computed"
-                yield f"{here}: {side}"
+            inner = f"{path}.{key}" if path else str(key)
+            if key not in stored:
+                yield f"{inner}: not stored"
+            elif key not in computed:
+                yield f"{inner}: not computed"
             else:
-                yield from _differ(stored[key], computed[key], here)
+                yield from _differ(stored[key], computed[key], inner)
     elif isinstance(stored, list) and isinstance(computed, list):
         if len(stored) != len(computed):
             yield f"{path}: {len(stored)} items stored, {len(computed)} computed"
@@ -397,7 +390,7 @@ def _differ(stored: Any, computed: Any, path: str) -> Iterator[str]:
         yield f"{path}: {stored!r} stored, {computed!r} computed"
 
 
-# --- the machine ---
+# --- the machine -------------------------------------------------------------------
 
 
 def hardware() -> dict[str, Any]:

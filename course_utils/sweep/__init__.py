@@ -1,19 +1,14 @@
 """The comparison of methods in lesson 8: its experiments, its results, your own data.
 
-`experiment` says what is trained and trains it, `results` reads what the recorded runs
-found, `compare` makes the comparison on other data and another model.
+`experiment` says what is trained and trains it; `results` reads what the recorded runs
+found, and makes the comparison on other data and another model.
 """
 
-from course_utils.sweep.compare import OwnComparison, compare_on
 from course_utils.sweep.experiment import (
     BUDGET,
     LORA,
-    METHODS,
     PROMPT,
-    SEEDS,
     Experiment,
-    LastLayers,
-    Prompting,
     best_of,
     grid,
     low_rank,
@@ -22,27 +17,18 @@ from course_utils.sweep.experiment import (
     run_experiment,
 )
 from course_utils.sweep.results import (
-    MethodResult,
-    MethodsTable,
     agreement,
+    compare_on,
     long_runs,
     methods_table,
     recorded_methods,
-    split_label,
 )
 
 __all__ = [
     "BUDGET",
     "LORA",
-    "METHODS",
     "PROMPT",
-    "SEEDS",
     "Experiment",
-    "LastLayers",
-    "MethodResult",
-    "MethodsTable",
-    "OwnComparison",
-    "Prompting",
     "agreement",
     "best_of",
     "compare_on",
@@ -54,5 +40,4 @@ __all__ = [
     "other_methods",
     "recorded_methods",
     "run_experiment",
-    "split_label",
 ]

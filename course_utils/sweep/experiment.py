@@ -2,32 +2,26 @@
 
 `run_experiment` trains on the path that the lessons use (`SFTTrainer` and
 `prepare_trainer`) and scores the test set. `METHODS` are the sweep's methods, `BUDGET`
-what each of them gets, `grid` the learning rates that are tried.
+what each of them gets, `grid` the learning rates that are tried; `plan` makes
+experiments of them on other data.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from course_utils import classification, scoring
-from course_utils.data import load_examples
-from course_utils.evaluation import (
-    Evaluation,
-    answer_share,
-    evaluate,
-    free_text,
-    perplexity,
-    stratified,
-)
+from course_utils import scoring
+from course_utils.data import SPLITS, DataError, load_examples
+from course_utils.evaluation import Evaluation, evaluate, free_text, stratified
 from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
 from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.parameters import count_parameters
@@ -35,6 +29,8 @@ from course_utils.runtime import data_folder, get_profile, set_seed
 from course_utils.training import LossHistory, prepare_trainer, sft_config
 
 BUILTIN_LAYERS = 30
+OWN_DATA_SET = "home_commands"  # the course's own, which the sweep is trained on
+ZERO_SHOT = "prompting, zero-shot"
 SEEDS = (0, 1, 2)
 # All methods alike: what is frozen is stored in float32 too, and multiplied in bfloat16
 # where the processor can.
@@ -68,7 +64,7 @@ PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 32}
 Candidate = tuple[Any, float, dict[str, Any]]
 
 
-# --- what is trained -------------------------------------------------------------
+# --- what is trained ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,7 @@ class LastLayers:
         return f"freeze:{kept}" if model is None else f"last:{self.count}"
 
     def freeze(self, model: Any) -> None:
-        """Freeze the rest of a causal model, in place.
-
-        Raises:
-            ValueError: it has fewer layers.
-        """
+        """Freeze the rest of a causal model, in place; ValueError if it is shorter."""
         layers = model.base_model.layers
         if not 0 <= self.count <= len(layers):
             raise ValueError(f"{self}: expected 'full' or 0 to {len(layers)} layers")
@@ -124,23 +116,19 @@ class Experiment:
         label: what a figure calls it; runs that differ in the seed alone share it.
         method: `"full"`, `LastLayers`, `Prompting`, or the fields of a PEFT
             configuration, as `LORA`.
-        learning_rate: at its peak.
         steps, batch_size: optimiser steps, and examples in each.
         schedule: a name of transformers' schedules.
-        warmup: share of the steps in which the rate rises, 0 to 1.
+        warmup: share of the steps in which the learning rate rises, 0 to 1.
         seed: orders the data, initialises adapters.
-        test_examples: answers generated and scored, chosen by slice; 0 for none, None
-            for the whole test set.
+        test_examples: answers generated and scored, chosen by slice; None for all.
         eval_every: validation loss every so many steps; 0 measures it at the end.
         eval_examples: validation examples for that.
-        base_dtype: dtype of frozen weights; None takes the profile's. What is trained
-            is float32 always.
-        forgetting: measure the general questions before and after.
+        base_dtype: of frozen weights; None takes the profile's. What is trained is
+            float32 always.
         quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
         prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
             `schema.txt`, set as a system turn; None starts as PEFT does.
-        costs: measure the most that tensors take in the second step, and the bytes of
-            what a user of the method has to keep.
+        costs: measure the peak of tensors in the second step, and the bytes to be kept.
         data, model: names of the data set and, None for the built-in one, the model.
     """
 
@@ -156,7 +144,6 @@ class Experiment:
     eval_every: int = 0
     eval_examples: int = 64
     base_dtype: str | None = None
-    forgetting: bool = False
     quantization: str | None = None
     prefix_from: str | None = None
     costs: bool | None = None
@@ -165,28 +152,17 @@ class Experiment:
 
     def settings(self) -> dict[str, Any]:
         """All fields but label and seed, in JSON types."""
-        names = [f.name for f in fields(self) if f.name not in ("label", "seed")]
-        values = {name: getattr(self, name) for name in names}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        del values["label"], values["seed"]
         if not isinstance(self.method, str | dict):
             values["method"] = self.method.stored(self.model)
         return values | {"model": model_name(self.model)}
 
-    def seeds(self, *seeds: int) -> list[Experiment]:
-        """The same experiment with each of these seeds.
-
-        >>> [e.seed for e in Experiment("full").seeds(0, 1, 2)]
-        [0, 1, 2]
-        """
-        return [replace(self, seed=seed) for seed in seeds]
-
 
 def low_rank(lora: dict[str, Any]) -> dict[str, Candidate]:
-    """LoRA and its kin, by name.
-
-    rsLoRA divides `lora_alpha` by the root of r, so that at r = 64 its factor is the 2
-    of the others.
-    """
+    """LoRA and its kin, by name."""
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    # rsLoRA divides alpha by the root of r: at r = 64 its factor is the 2 of the others
     wide = {"r": 64, "lora_alpha": 16, "use_rslora": True}
     return {
         "LoRA": (lora, 1e-2, {}),
@@ -212,7 +188,7 @@ def other_methods(lora: dict[str, Any], prompt: dict[str, Any]) -> dict[str, Can
 METHODS = low_rank(LORA) | other_methods(LORA, PROMPT)
 
 
-# --- which learning rates are tried ----------------------------------------------
+# --- the learning rates that are tried ---------------------------------------------
 
 
 def neighbour(rate: float, turn: int) -> float:
@@ -260,84 +236,34 @@ def best_of(losses: dict[float, float | None]) -> float:
     )
 
 
-# --- how a run's figures follow from what it holds ---------------------------------
-
-
-def last_known(values: Iterable[float | None]) -> float | None:
-    """The last value that is not None; None of nothing."""
-    return next((v for v in reversed([*values]) if v is not None), None)
-
-
-def _of_answers(score: Callable[..., Any], *by: str) -> Callable[[Mapping], Any]:
-    names = ("predictions", "references", *by)
-    return lambda run: score(*(run[name] for name in names))
-
-
-METRICS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "exact_match": _of_answers(scoring.exact_match),
-    "exact_text": _of_answers(scoring.exact_text),
-    "field_f1": _of_answers(scoring.field_f1),
-    "by_slice": _of_answers(scoring.by_slice, "slices"),
-    "by_field": _of_answers(scoring.by_field),
-    "accuracy": _of_answers(classification.accuracy),
-    "macro_f1": _of_answers(classification.macro_f1),
-    "final_loss": lambda run: last_known(run["loss"]),
-    "final_eval_loss": lambda run: last_known(loss for _, loss in run["eval_loss"]),
-}
-
-
-def compute_metrics(
-    run: Mapping[str, Any],
-    names: Iterable[str],
-    metrics: Mapping[str, Callable[[Mapping[str, Any]], Any]] = METRICS,
-) -> dict[str, Any]:
-    """Compute figures of a run from its losses and answers.
-
-    Args:
-        run: as `run_experiment` returns it.
-        names: of `metrics`.
-        metrics: {name: how it follows from a run}.
-
-    Raises:
-        KeyError: the run lacks what a metric is computed from.
-    """
-    return {name: metrics[name](run) for name in names}
-
-
 # --- one run -----------------------------------------------------------------------
 
 
 def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     """Train, measure, and return a run as records hold it.
 
-    Answers are generated with 16-bit weights where the profile computes in 16 bits.
-
-    Args:
-        experiment: what to do.
-        progress: print a line from time to time.
-
     Returns:
         `label`, `settings`, `seed`, `loss` by step (nats a token), `eval_loss` as
         [step, loss] pairs, `trainable_parameters`, `metrics`, `measured` (seconds,
         bytes), `seconds` in all; with test examples `predictions`, `references` and,
         where there are some, `slices`.
-
-    Raises:
-        ValueError: as `make_model`.
     """
     begun = time.perf_counter()
     if isinstance(experiment.method, Prompting):
+        model = load_model(experiment.model)
         run = new_run(experiment) | {"trainable_parameters": 0}
-        add_test(run, experiment, load_model(experiment.model))
     else:
         set_seed(experiment.seed)
         model = make_model(experiment)
+        tokenizer = load_tokenizer(experiment.model)
+        rows = load_examples(experiment.data, seed=experiment.seed)
+        rows = tokenize_dataset(rows, tokenizer, template=template_for(tokenizer))
         with tempfile.TemporaryDirectory() as folder:
-            records = make_records(experiment)
-            run = train(experiment, model, records, folder, progress=progress)
-        score(run, experiment, model)
-        del model
-        gc.collect()
+            run = train(experiment, model, list(rows), folder, progress=progress)
+    if experiment.test_examples != 0:
+        add_test(run, experiment, model)
+    del model
+    gc.collect()
     return run | {"seconds": time.perf_counter() - begun}
 
 
@@ -356,7 +282,7 @@ def make_model(experiment: Experiment) -> Any:
     """
     import torch
 
-    method, name = experiment.method, experiment.model
+    method = experiment.method
     if isinstance(method, dict):
         return _with_adapter(experiment)
     if method != "full" and not isinstance(method, LastLayers):
@@ -364,7 +290,7 @@ def make_model(experiment: Experiment) -> Any:
             f"method {method!r}: expected 'full', LastLayers(n), or a dict with a PEFT "
             "configuration's fields"
         )
-    model = load_model(name, dtype=torch.float32)
+    model = load_model(experiment.model, dtype=torch.float32)
     if method != "full":
         method.freeze(model)
     return model
@@ -375,15 +301,15 @@ def _with_adapter(experiment: Experiment) -> Any:
     from peft import get_peft_config, get_peft_model, initialize_kv_prefix_from_text
 
     method, name = experiment.method, experiment.model
+    tokenizer = load_tokenizer(name)
     if method.get("prompt_tuning_init") == "TEXT":  # a record holds no paths
-        folder = load_tokenizer(name).name_or_path
-        method = {"tokenizer_name_or_path": folder, **method}
+        method = {"tokenizer_name_or_path": tokenizer.name_or_path, **method}
     dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None
     base = load_model(name, dtype=dtype, quantization=experiment.quantization)
     model = get_peft_model(base, get_peft_config({"task_type": "CAUSAL_LM", **method}))
     if experiment.prefix_from:
         file = data_folder() / experiment.data / f"{experiment.prefix_from}.txt"
-        text, tokenizer = file.read_text(encoding="utf-8"), load_tokenizer(name)
+        text = file.read_text(encoding="utf-8")
         initialize_kv_prefix_from_text(model, tokenizer, text=text)
     return model
 
@@ -391,13 +317,6 @@ def _with_adapter(experiment: Experiment) -> Any:
 def template_for(tokenizer: Any) -> str:
     """Name the layout: ChatML where its markers are known, else the tokenizer's own."""
     return "chatml" if "<|im_end|>" in tokenizer.get_vocab() else "tokenizer"
-
-
-def make_records(experiment: Experiment) -> list[dict[str, Any]]:
-    """Tokenized training records."""
-    tokenizer = load_tokenizer(experiment.model)
-    rows = load_examples(experiment.data, seed=experiment.seed)
-    return list(tokenize_dataset(rows, tokenizer, template=template_for(tokenizer)))
 
 
 def _make_trainer(
@@ -412,6 +331,7 @@ def _make_trainer(
     from trl import SFTTrainer
 
     tokenizer = load_tokenizer(experiment.model)
+    template = template_for(tokenizer)
     validation = load_examples(experiment.data, "validation")
     validation = stratified(validation, experiment.eval_examples)
     every = experiment.eval_every
@@ -430,9 +350,7 @@ def _make_trainer(
         model=model,
         args=sft_config(profile, folder, **settings | arguments),
         train_dataset=datasets.Dataset.from_list(records),
-        eval_dataset=tokenize_dataset(
-            validation, tokenizer, template=template_for(tokenizer)
-        ),
+        eval_dataset=tokenize_dataset(validation, tokenizer, template=template),
         data_collator=CompletionCollator(tokenizer),
         processing_class=tokenizer,
         optimizers=(optimizer, None),
@@ -454,23 +372,15 @@ def train(
     before_s: float = 0.0,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train on the path that the lessons use.
+    """Train on the path that the lessons use, and return a run without answers.
 
     Args:
-        experiment, model, records: of `make_model` and `make_records`.
+        model, records: of `make_model`, and the tokenized training set.
         folder: for checkpoints.
-        progress: print a line from time to time.
-        optimizer: in place of the trainer's own.
-        callbacks: of transformers' kind, further ones.
-        resume_from: a checkpoint to go on from.
-        before_s: seconds of training that led to it.
+        resume_from: a checkpoint to go on from, `before_s` seconds of training old.
         arguments: of `sft_config`, before those of the experiment.
-
-    Returns:
-        A run without answers.
     """
-    from course_utils.sweep.costs import PeakOfStep, saved_bytes
-    from course_utils.training_callbacks import PlainProgress
+    from course_utils.training_callbacks import PeakOfStep, PlainProgress
 
     trainer = _make_trainer(experiment, model, records, folder, optimizer, arguments)
     if not progress:
@@ -478,66 +388,74 @@ def train(
     peak = PeakOfStep()
     for callback in [peak] * bool(experiment.costs) + [*callbacks]:
         trainer.add_callback(callback)
-    trained = count_parameters(trainer.model).trainable
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume_from)
     seconds = before_s + time.perf_counter() - clock - peak.seconds
     every, steps = experiment.eval_every, experiment.steps
     if not every or steps % every:
         trainer.evaluate()
-    log = trainer.state.log_history
-    history = LossHistory.from_log(log)
     # Validation inside the training is not training time; the last one may be outside.
+    log = trainer.state.log_history
     waits = [entry["eval_runtime"] for entry in log if "eval_runtime" in entry]
     seconds -= sum(waits[: steps // every] if every else ())
-    pairs = zip(history.eval_steps, history.eval_loss, strict=True)
-    run = new_run(experiment) | {
-        "loss": list(history.loss),
-        "eval_loss": [list(pair) for pair in pairs],
-        "trainable_parameters": trained,
-        "tokens_per_s": trainer.state.num_input_tokens_seen / seconds,
-        "measured": {"train_seconds": seconds},
-    }
+    run = trained_run(experiment, trainer, seconds)
     if experiment.costs:
         costs = {"peak_bytes": peak.peak_bytes, "adapter_bytes": saved_bytes(model)}
         run["measured"] |= costs
-    run["metrics"] = compute_metrics(run, ("final_loss", "final_eval_loss"))
     return run
 
 
-def score(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
-    """Put the answers of a trained model, and what it forgot, into its run."""
-    to_dtype(model, get_profile().dtype)
-    if experiment.test_examples != 0:
-        add_test(run, experiment, model)
-    if experiment.forgetting:
-        before = _untuned(experiment.model)
-        after = _general(model, load_tokenizer(experiment.model))
-        run["measured"]["general_questions"] = {"before": before, "after": after}
+def trained_run(experiment: Any, trainer: Any, seconds: float) -> dict[str, Any]:
+    """A run with what a trainer that has trained so many seconds logged."""
+    history = LossHistory.from_trainer(trainer)
+    pairs = zip(history.eval_steps, history.eval_loss, strict=True)
+    last = {"final_loss": history.loss, "final_eval_loss": history.eval_loss}
+    return new_run(experiment) | {
+        "loss": list(history.loss),
+        "eval_loss": [list(pair) for pair in pairs],
+        "metrics": {name: next(reversed(v), None) for name, v in last.items()},
+        "trainable_parameters": count_parameters(trainer.model).trainable,
+        "tokens_per_s": trainer.state.num_input_tokens_seen / seconds,
+        "measured": {"train_seconds": seconds},
+    }
+
+
+def saved_bytes(model: Any) -> int:
+    """Bytes of the file that a method leaves: an adapter, else the trained weights."""
+    if not hasattr(model, "peft_config"):
+        return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
 
 
 def add_test(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
     """Put a model's answers to the test set, and their scores, into its run."""
+    to_dtype(model, get_profile().dtype)
     tokenizer, method = load_tokenizer(experiment.model), experiment.method
-    asks = isinstance(method, Prompting)
+    template = template_for(tokenizer)
+    if isinstance(method, Prompting):
+        template = method.template(experiment.data, tokenizer)
     test = load_examples(experiment.data, "test")
     scored = evaluate(
         model,
         tokenizer,
         test,
-        template=method.template(experiment.data, tokenizer)
-        if asks
-        else template_for(tokenizer),
+        template=template,
         limit=experiment.test_examples,
         as_text=free_text(test["completion"]),
     )
     run["measured"]["test_seconds"] = scored.seconds
     run |= answers_of(scored)
-    names = ["exact_text"] if scored.as_text else ["exact_match", "field_f1"]
-    if not scored.as_text:
-        names += ["by_slice"] * bool(scored.slices)
-        names += ["by_field"] * bool(experiment.costs)
-    run["metrics"] |= compute_metrics(run, names)
+    if scored.as_text:
+        run["metrics"]["exact_text"] = scored.exact_match
+        return
+    run["metrics"] |= {"exact_match": scored.exact_match, "field_f1": scored.field_f1}
+    if scored.slices:
+        run["metrics"]["by_slice"] = scored.by_slice()
+    if experiment.costs:
+        answers = scored.predictions, scored.references
+        run["metrics"]["by_field"] = scoring.by_field(*answers)
 
 
 def answers_of(scored: Evaluation) -> dict[str, list[str]]:
@@ -548,7 +466,7 @@ def answers_of(scored: Evaluation) -> dict[str, list[str]]:
 
 
 def to_dtype(model: Any, dtype: Any) -> None:
-    """Cast to 16 bits to generate with; a PEFT model's adapters stay in float32."""
+    """Cast to the dtype to generate with; a PEFT model's adapters stay in float32."""
     adapted = hasattr(model, "peft_config")
     for parameter in model.parameters():
         trained = adapted and parameter.requires_grad
@@ -556,15 +474,83 @@ def to_dtype(model: Any, dtype: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _general(model: Any, tokenizer: Any) -> dict[str, float]:
-    questions = load_examples("general_questions", "test")
-    asked, layout = (model, tokenizer, questions), template_for(tokenizer)
-    return {
-        "loss": perplexity(*asked, template=layout).loss,
-        "answer_share": answer_share(*asked, template=layout).share,
-    }
+# --- the sweep's methods on other data ---------------------------------------------
 
 
-@functools.cache
-def _untuned(name: str | None) -> dict[str, float]:
-    return _general(load_model(name), load_tokenizer(name))
+def split_sizes(data: str, batch_size: int) -> dict[str, int]:
+    """Count the examples of each split; DataError where they cannot be compared on."""
+    columns = load_examples(data, "all").column_names
+    if missing := {"prompt", "completion"} - set(columns):
+        raise DataError(
+            f"no {' and no '.join(sorted(missing))} in {columns}",
+            expected="records with prompt and completion",
+            cure="Write one prompt and one completion from each conversation.",
+            file=data,
+        )
+    sizes = {split: _size(data, split) for split in SPLITS}
+    if not all(sizes.values()) or sizes["train"] < batch_size:
+        counts = ", ".join(f"{n} {split}" for split, n in sizes.items())
+        raise DataError(
+            f"too few examples: {counts}",
+            expected=f"{batch_size} or more to train on, and one of each other split",
+            cure="One file splits 80/10/10 by a hash of the prompt, so 50 examples "
+            "fill every split as a rule; or make a folder with a file for each.",
+            file=data,
+        )
+    answers = load_examples(data, "test")["completion"]
+    objects = sum(not free_text([answer]) for answer in answers)
+    if 0 < objects < len(answers):
+        raise DataError(
+            f"{objects} of {len(answers)} test completions are JSON objects",
+            expected="all of them, compared field by field, or none, compared as text",
+            cure="Write the others as JSON objects too, or put them into another file.",
+            file=data,
+        )
+    return sizes
+
+
+def _size(data: str, split: str) -> int:
+    try:
+        return len(load_examples(data, split))
+    except DataError:  # the file or folder is fine: this split is empty
+        return 0
+
+
+def plan(
+    data: str, methods: Sequence[str], rates: Mapping[str, float], **settings: Any
+) -> dict[str, Experiment]:
+    """Define one experiment a method: {its name: its experiment}.
+
+    Prompt tuning and a prefix start from the course's own task in the sweep; on other
+    data they start from the vocabulary and as PEFT does.
+
+    Args:
+        data: as `load_examples`.
+        methods: names, of `METHODS` or `ZERO_SHOT`; case does not matter.
+        rates: {name: learning rate}; the sweep's first rate where it has none.
+        settings: of every `Experiment`.
+
+    Raises:
+        ValueError: a name is unknown; says the known ones.
+    """
+    names = {name.lower(): name for name in [*METHODS, ZERO_SHOT]}
+    if unknown := [m for m in [*methods, *rates] if m.lower() not in names]:
+        known = ", ".join(names.values())
+        raise ValueError(f"unknown method {unknown[0]!r}; known: {known}")
+    rates = {name.lower(): rate for name, rate in rates.items()}
+    planned = {}
+    for name in [names[method.lower()] for method in methods]:
+        if name == ZERO_SHOT:
+            untrained = settings | {"steps": 0, "costs": None, "data": data}
+            planned[name] = Experiment(name, Prompting(), **untrained)
+            continue
+        method, first_rate, more = METHODS[name]
+        rate = rates.get(name.lower()) or first_rate
+        if data != OWN_DATA_SET:
+            more = more | {"prefix_from": None}
+            if isinstance(method, dict) and "prompt_tuning_init" in method:
+                start = {"prompt_tuning_init": "SAMPLE_VOCAB"}
+                method = method | start | {"prompt_tuning_init_text": None}
+        label, more = f"{name} lr {rate:g}", settings | more | {"data": data}
+        planned[name] = Experiment(label, method, rate, **more)
+    return planned

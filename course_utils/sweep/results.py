@@ -1,7 +1,7 @@
-"""What the sweep of lesson 8 found, and how a reader's own points compare with it.
+"""What the sweep of lesson 8 found, and how a reader's own runs compare with it.
 
 `recorded_methods` reads the records, `methods_table` shows them, `agreement` says
-whether a reader's order is the recorded one.
+whether a reader's order is the recorded one, `compare_on` runs methods on other data.
 """
 
 from __future__ import annotations
@@ -10,10 +10,23 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from course_utils import records
+from course_utils.data import load_examples
+from course_utils.evaluation import free_text
+from course_utils.lessons import Table
+from course_utils.models import load_model
+from course_utils.parameters import count_parameters
 from course_utils.plotting.style import display_name, method_of
-from course_utils.sweep.experiment import BUDGET, SEEDS, best_of
+from course_utils.sweep.experiment import (
+    SEEDS,
+    best_of,
+    plan,
+    run_experiment,
+    split_sizes,
+)
 
 FAMILIES = ("08_low_rank", "08_others")
 # A few steps of each method, timed with nothing else on the machine.
@@ -25,6 +38,15 @@ LONG = (
     ("05_long", "prompt"),
     ("06_prefix", "prefix"),
 )
+BUILTIN_PARAMETERS = 134_515_008
+NONE = "–"
+OWN_BATCH = 4  # examples in a step of `compare_on`
+
+# {learning rate: (final validation loss, exact match, field F1)}
+Rates = dict[float, tuple[float | None, float | None, float | None]]
+
+
+# --- what the records hold ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,16 +60,14 @@ class MethodResult:
         name: as the record calls it, without the rate.
         method: its key in `figure_style`, or the name where it has none.
         learning_rate: best by the first seed's validation loss; None if untrained.
-        rates: {rate: (final validation loss, exact match, field F1)}, first seed.
-        exact_match, field_f1, eval_loss: over the seeds.
-        early_loss: validation loss after a quarter of the steps, mean; nats a token.
+        rates: of the first seed.
+        exact_match, field_f1, eval_loss: over the seeds; losses in nats a token.
         by_slice, by_field: {name: share}, means.
         trainable_parameters: a count.
         adapter_bytes: to be kept for each task.
         peak_bytes: the most that tensors took in one step, of the first seed.
         seconds: of the training alone, mean. Where the record `08_speed` has the
             method, of that record's steps, carried on to all steps.
-        tokens_per_s: mean, of the same record.
         general_before, general_after: share of general questions answered, without
             and with the training.
         complete: the best rate is inside its grid, and all seeds ended with a loss.
@@ -57,20 +77,16 @@ class MethodResult:
     name: str
     method: str
     learning_rate: float | None = None
-    rates: dict[float, tuple[float | None, float | None, float | None]] = field(
-        default_factory=dict
-    )
+    rates: Rates = field(default_factory=dict)
     exact_match: tuple[float, ...] = ()
     field_f1: tuple[float, ...] = ()
     eval_loss: tuple[float, ...] = ()
-    early_loss: float | None = None
     by_slice: dict[str, float] = field(default_factory=dict)
     by_field: dict[str, float] = field(default_factory=dict)
     trainable_parameters: int = 0
     adapter_bytes: int | None = None
     peak_bytes: int | None = None
     seconds: float | None = None
-    tokens_per_s: float | None = None
     general_before: float | None = None
     general_after: float | None = None
     complete: bool = False
@@ -107,14 +123,14 @@ def split_label(run: Mapping) -> tuple[str, float | None]:
     >>> split_label({"label": "LoRA lr 0.01"}), split_label({"label": "full"})
     (('LoRA', 0.01), ('full', None))
     """
-    name, found, rate = run["label"].rpartition(" lr ")
-    return (name, float(rate)) if found else (rate, None)
+    name, separator, rate = run["label"].rpartition(" lr ")
+    return (name, float(rate)) if separator else (rate, None)
 
 
 def _means(dicts: Iterable[dict[str, float]]) -> dict[str, float]:
     dicts = list(dicts)
-    names = dict.fromkeys(name for one in dicts for name in one)
-    return {name: mean(one.get(name) for one in dicts) for name in names}
+    names = dict.fromkeys(name for shares in dicts for name in shares)
+    return {name: mean(shares.get(name) for shares in dicts) for name in names}
 
 
 def _exact(run: dict) -> float | None:
@@ -127,32 +143,22 @@ def _final(run: dict) -> float | None:
     return run["eval_loss"][-1][1] if run.get("eval_loss") else None
 
 
-def _early(run: dict) -> float | None:
-    """Validation loss first measured from a quarter to a half of the steps."""
-    steps, pairs = run["settings"]["steps"], run.get("eval_loss", [])
-    return next((v for step, v in pairs if steps / 4 <= step <= steps / 2), None)
-
-
-def result_of(name: str, runs: Sequence[dict]) -> MethodResult:
-    """Read one method's result from its runs.
-
-    Args:
-        name: the method's name.
-        runs: at one rate or several, with one seed or several.
-    """
+def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
+    """Read one method's result from its runs, at one rate or several."""
     runs = sorted(runs, key=lambda run: run["seed"])
     rates, best, chosen, inside = _rates(runs), None, runs, True
     if rates:
         best = best_of({rate: values[0] for rate, values in rates.items()})
         chosen = [r for r in runs if r["settings"]["learning_rate"] == best]
         inside = min(rates) < best < max(rates)
-    seeds = {run["seed"] for run in chosen}
+    all_seeds = {run["seed"] for run in chosen} >= set(SEEDS)
+    losses = [_final(run) for run in chosen]
+    metrics = [run["metrics"] for run in chosen]
     general = [
         run["measured"]["general_questions"]
         for run in chosen
         if "general_questions" in run.get("measured", {})
     ]
-    metrics = [run["metrics"] for run in chosen]
     return MethodResult(
         name=name,
         method=method_of(name) or name,
@@ -160,22 +166,18 @@ def result_of(name: str, runs: Sequence[dict]) -> MethodResult:
         rates=rates,
         exact_match=_known(map(_exact, chosen)),
         field_f1=_known(m.get("field_f1") for m in metrics),
-        eval_loss=_known(map(_final, chosen)),
-        early_loss=mean(map(_early, chosen)) if best else None,
+        eval_loss=_known(losses),
         by_slice=_means(m.get("by_slice") or {} for m in metrics),
         by_field=_means(m.get("by_field") or {} for m in metrics),
         trainable_parameters=chosen[0].get("trainable_parameters", 0),
         general_before=mean(g["before"]["answer_share"] for g in general),
         general_after=mean(g["after"]["answer_share"] for g in general),
-        complete=not best
-        or (inside and seeds >= set(SEEDS) and None not in map(_final, chosen)),
+        complete=not best or (inside and all_seeds and None not in losses),
         **_costs(chosen, trained=bool(best)),
     )
 
 
-def _rates(
-    runs: Sequence[dict],
-) -> dict[float, tuple[float | None, float | None, float | None]]:
+def _rates(runs: Sequence[dict]) -> Rates:
     """`MethodResult.rates`; `runs` stand in the order of their seeds."""
     first: dict[float, dict] = {}
     for run in runs:
@@ -189,65 +191,38 @@ def _rates(
 
 def _costs(runs: Sequence[dict], *, trained: bool) -> dict[str, float | None]:
     """Bytes and seconds, of one machine: the record's own, where it made a run."""
-    here = [run for run in runs if "machine" not in run] or runs
-
-    def over(key: str, some: Sequence[dict] = here) -> float | None:
-        return mean(run.get("measured", {}).get(key) for run in some)
-
-    adapter, peak = over("adapter_bytes"), over("peak_bytes", here[:1])
+    own = [run.get("measured", {}) for run in runs if "machine" not in run]
+    measured = own or [run.get("measured", {}) for run in runs]
+    adapter = mean(m.get("adapter_bytes") for m in measured)
     untrained = None if trained else 0
     return {
         "adapter_bytes": untrained if adapter is None else round(adapter),
-        "peak_bytes": None if peak is None else round(peak),  # seeds: other batches
-        "seconds": over("train_seconds") if trained else 0.0,
-        "tokens_per_s": mean(run.get("tokens_per_s") for run in here),
+        "peak_bytes": measured[0].get("peak_bytes"),  # other seeds: other batches
+        "seconds": mean(m.get("train_seconds") for m in measured) if trained else 0.0,
     }
 
 
-def recorded_methods(names: Sequence[str] = FAMILIES) -> list[MethodResult]:
-    """Read every method that the sweep has begun.
+def recorded_methods() -> list[MethodResult]:
+    """Read every method that the sweep has begun, untrained ones included.
 
-    Args:
-        names: records; one that is not there is left out.
-
-    Returns:
-        One result a method, in the order of the records; untrained ones included.
+    Their order is that of the records; a record that is not there is left out.
     """
-    there = set(records.list_records())
+    recorded = set(records.list_records())
     groups: dict[tuple[str, str], list[dict]] = {}
-    for record in names:
-        if record not in there:
-            continue
-        for run in records.load_record(record)["runs"]:
+    for record in FAMILIES:
+        for run in records.load_record(record)["runs"] if record in recorded else []:
             groups.setdefault((record, split_label(run)[0]), []).append(run)
-    timed: dict[str, list[dict]] = {}
-    for run in records.load_record(SPEED)["runs"] if SPEED in there else []:
-        timed.setdefault(run["label"], []).append(run)
-    return [
-        replace(result_of(name, runs), record=record, **_speed(timed.get(name), runs))
-        for (record, name), runs in groups.items()
-    ]
-
-
-def _speed(timed: list[dict] | None, runs: list[dict]) -> dict[str, float | None]:
-    """Seconds and tokens/s of runs that were timed apart, for the steps of `runs`."""
-    if not timed:
-        return {}
-    step = mean(r["measured"]["train_seconds"] / r["settings"]["steps"] for r in timed)
-    return {
-        "seconds": step * runs[0]["settings"]["steps"],
-        "tokens_per_s": mean(run.get("tokens_per_s") for run in timed),
-    }
-
-
-def path_of(result: MethodResult, figure: str = "exact_match") -> str:
-    """Name a recorded figure at the method's best rate as `records.lookup` does.
-
-    >>> path_of(MethodResult("LoRA", "lora", 0.01, record="08_low_rank"))
-    '08_low_rank:exact_match.LoRA lr 0.01'
-    """
-    rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
-    return f"{result.record}:{figure}.{result.name}{rate}"
+    step_seconds: dict[str, list[float]] = {}
+    for run in records.load_record(SPEED)["runs"] if SPEED in recorded else []:
+        seconds = run["measured"]["train_seconds"] / run["settings"]["steps"]
+        step_seconds.setdefault(run["label"], []).append(seconds)
+    results = []
+    for (record, name), runs in groups.items():
+        result = replace(_result_of(name, runs), record=record)
+        if timed := mean(step_seconds.get(name, [])):
+            result = replace(result, seconds=timed * runs[0]["settings"]["steps"])
+        results.append(result)
+    return results
 
 
 def long_runs() -> dict[str, float]:
@@ -258,51 +233,17 @@ def long_runs() -> dict[str, float]:
         each. Longer than the sweep's runs, on other test sentences of the same set,
         and with one seed.
     """
-    there, found = set(records.list_records()), {}
+    recorded, scores = set(records.list_records()), {}
     for record, label in LONG:
-        runs = records.load_record(record)["runs"] if record in there else []
-        for run in runs:
+        for run in records.load_record(record)["runs"] if record in recorded else []:
             if run["label"] == label and "exact_match" in run["metrics"]:
                 made = run["settings"]
-                size = f"{made['steps']} x {made['batch_size']}"
-                found[f"{label}, long ({size})"] = run["metrics"]["exact_match"]
-    return found
+                key = f"{label}, long ({made['steps']} x {made['batch_size']})"
+                scores[key] = run["metrics"]["exact_match"]
+    return scores
 
 
-# --- the table ---
-
-BUILTIN_PARAMETERS = 134_515_008
-NONE = "–"
-
-
-@dataclass(frozen=True)
-class MethodsTable:
-    """Methods in lines; a notebook shows it as a table, `print` as plain columns.
-
-    Attributes:
-        head: the columns' names; the first is the method.
-        rows: texts, one tuple a method, as long as `head`.
-    """
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def __str__(self) -> str:
-        lines = [self.head, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
-        return "\n".join(
-            "  ".join(
-                text.rjust(width) if i else text.ljust(width)
-                for i, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
-
-    def _repr_markdown_(self) -> str:
-        lines = [self.head, *self.rows]
-        shown = ["| " + " | ".join(line) + " |" for line in lines]
-        rule = "|---|" + "---:|" * (len(self.head) - 1)
-        return "\n".join([shown[0], rule, *shown[1:]])
+# --- the table ---------------------------------------------------------------------
 
 
 def percent(values: Sequence[float]) -> str:
@@ -338,15 +279,13 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def order(results: Iterable[MethodResult]) -> list[MethodResult]:
     """Best first: by exact match, then by the lower validation loss, then by name."""
-    far = float("inf")
-    return sorted(
-        results,
-        key=lambda r: (
-            -r.score if r.score is not None else far,
-            r.loss if r.loss is not None else far,
-            r.name,
-        ),
-    )
+
+    def key(result: MethodResult) -> tuple[float, float, str]:
+        score, loss = result.score, result.loss
+        first = math.inf if score is None else -score
+        return first, math.inf if loss is None else loss, result.name
+
+    return sorted(results, key=key)
 
 
 def methods_table(
@@ -354,7 +293,8 @@ def methods_table(
     *,
     total_parameters: int = BUILTIN_PARAMETERS,
     marked: bool = True,
-) -> MethodsTable:
+    caption: str = "",
+) -> Table:
     """Compare methods in one table, the best score first.
 
     Bytes are to be kept for each task; MiB are the most that tensors took in a step
@@ -365,6 +305,7 @@ def methods_table(
         results: of `recorded_methods`.
         total_parameters: of the model, for the share that is trained.
         marked: say of a method that its sweep is incomplete.
+        caption: stands above the table.
     """
     results = order(results)
     before = {round(100 * r.general_before) for r in results if r.general_before}
@@ -376,7 +317,7 @@ def methods_table(
         *("trained parameters", "share", "file", "peak", "training", general),
     )
     rows = [_row(r, total_parameters, marked) for r in results]
-    return MethodsTable(head, tuple(rows))
+    return Table(head, tuple(rows), caption)
 
 
 def _row(r: MethodResult, total_parameters: int, marked: bool) -> tuple[str, ...]:
@@ -397,61 +338,16 @@ def _row(r: MethodResult, total_parameters: int, marked: bool) -> tuple[str, ...
     )
 
 
-def readme_section(
-    results: Iterable[MethodResult], *, lesson: str, threads: int = 1
-) -> str:
-    """Make the README's section on the sweep; empty while a method is incomplete.
+# --- the order ---------------------------------------------------------------------
+
+
+def agreement(mine: Mapping[str, float], results: Iterable[MethodResult]) -> str:
+    """Say whether the reader's methods stand in the recorded order of their losses.
 
     Args:
-        results: of `recorded_methods`.
-        lesson: the path of lesson 8's notebook.
-        threads: of the processor that the recorded runs had.
-    """
-    results = list(results)
-    trained = [r for r in results if r.learning_rate]
-    if len(trained) < 2 or not all(r.complete for r in results):
-        return ""
-    steps, batch = BUDGET["steps"], BUDGET["batch_size"]
-    on = "one processor thread" if threads == 1 else f"{threads} processor threads"
-    return f"""## Methods compared
-
-Each method at its own best learning rate, with {steps} steps of {batch} examples and \
-{len(SEEDS)} seeds, scored on {BUDGET["test_examples"]} test sentences: the mean, and \
-in brackets the least and the greatest. The prompts were asked once.
-
-{methods_table(results)._repr_markdown_()}
-
-*File* is what has to be kept for each task, *peak* the most that tensors took in one \
-step, *training* its seconds on {on}; *general questions* is the \
-share still answered.
-[Lesson 8]({lesson}) shows how it was measured, and how much of the order is noise.
-"""
-
-
-# --- the order ---
-
-# Of these the least is best.
-_LOWER = {"eval_loss", "early_loss", "seconds", "peak_bytes", "adapter_bytes"}
-
-
-def _values(result: MethodResult, score: str) -> tuple[float, ...]:
-    value = getattr(result, score)
-    return value if isinstance(value, tuple) else () if value is None else (value,)
-
-
-def agreement(
-    mine: Mapping[str, float],
-    results: Iterable[MethodResult],
-    *,
-    score: str = "eval_loss",
-) -> str:
-    """Say whether the reader's methods stand in the recorded order.
-
-    Args:
-        mine: {name of a method: the reader's value}; a value that is not finite is
-            the worst.
+        mine: {name of a method: the reader's validation loss}; one that is not finite
+            is the worst.
         results: of `recorded_methods`; means over their seeds make the order.
-        score: the attribute compared, such as `"eval_loss"` or `"exact_match"`.
 
     Returns:
         One or two sentences: that they agree, or which pairs changed places and
@@ -466,29 +362,25 @@ def agreement(
     >>> agreement({"LoRA": 0.6, "full": 0.5}, recorded)  # doctest: +ELLIPSIS
     'Your order is not the recorded one: LoRA and full fine-tuning changed places...
     """
-    known = {r.name: _values(r, score) for r in results}
-    names = [name for name in mine if known.get(name)]
+    seeds = {r.name: r.eval_loss for r in results}
+    names = [name for name in mine if seeds.get(name)]
     if len(names) < 2:
         return "Nothing to compare yet: fewer than two of your methods are recorded."
-    sign = 1 if score in _LOWER else -1
-
-    def own(name: str) -> float:
-        value = float(mine[name])
-        return sign * value if math.isfinite(value) else math.inf
-
-    def recorded(name: str) -> float:
-        return sign * math.fsum(known[name]) / len(known[name])
-
-    names.sort(key=recorded)
+    recorded = {name: mean(seeds[name]) for name in names}
+    own = {name: float(mine[name]) for name in names}
+    own = {
+        name: loss if math.isfinite(loss) else math.inf for name, loss in own.items()
+    }
+    names.sort(key=recorded.get)
     swapped = [
         (first, second)
         for first, second in itertools.combinations(names, 2)
-        if recorded(first) != recorded(second) and own(first) > own(second)
+        if recorded[first] != recorded[second] and own[first] > own[second]
     ]
     if not swapped:
         order = ", then ".join(map(display_name, names))
         return f"Your order is the recorded one: {order}."
-    reasons = _reasons(swapped, known)
+    reasons = _reasons(swapped, seeds)
     return (
         f"Your order is not the recorded one: {'; '.join(map(_pair, swapped))} changed "
         f"places. {reasons[0].upper()}{reasons[1:]}."
@@ -500,28 +392,126 @@ def _pair(names: tuple[str, str]) -> str:
 
 
 def _reasons(
-    swapped: Sequence[tuple[str, str]], known: Mapping[str, tuple[float, ...]]
+    swapped: Sequence[tuple[str, str]], seeds: Mapping[str, tuple[float, ...]]
 ) -> str:
     """Of pairs that changed places: is it noise of the seeds, or a difference?"""
     noise, single, clear = [], [], []
     for pair in swapped:
-        a, b = (known[name] for name in pair)
+        a, b = (seeds[name] for name in pair)
         if min(len(a), len(b)) < 2:
             single.append(_pair(pair))
         elif max(min(a), min(b)) <= min(max(a), max(b)):
             noise.append(_pair(pair))
         else:
             clear.append(_pair(pair))
-    seeds = "those" if noise else "the recorded seeds"
-    sentences = [
-        (noise, "the recorded seeds of {} overlap, so that their order is noise"),
-        (
-            clear,
-            f"{seeds} of {{}} do not overlap: a shorter run, or other settings, made "
-            "it",
-        ),
-        (single, "of {} too few seeds are recorded to tell noise from a difference"),
-    ]
+    of_clear = "those" if noise else "the recorded seeds"
+    sentences = {
+        "the recorded seeds of {} overlap, so that their order is noise": noise,
+        f"{of_clear} of {{}} do not overlap: a shorter run, or other settings, made "
+        "it": clear,
+        "of {} too few seeds are recorded to tell noise from a difference": single,
+    }
     return "; ".join(
-        text.format("; ".join(pairs)) for pairs, text in sentences if pairs
+        text.format("; ".join(pairs)) for text, pairs in sentences.items() if pairs
     )
+
+
+# --- the reader's data and model ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OwnComparison:
+    """Methods compared on the reader's data; a notebook shows it as a table.
+
+    Attributes:
+        results: one a method, in the order asked for.
+        sizes: {split: examples there are}.
+        as_text: answers were compared as text, not as JSON.
+        table: the results as `methods_table` shows them.
+        runs: what `run_experiment` returned: losses, answers, metrics.
+    """
+
+    results: tuple[MethodResult, ...]
+    sizes: dict[str, int]
+    as_text: bool
+    table: Table
+    runs: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_markdown_(self) -> str:
+        return self.table._repr_markdown_()
+
+
+def compare_on(
+    data: str | Path,
+    *,
+    model: str | None = None,
+    methods: Sequence[str] = ("LoRA", "full"),
+    steps: int = 20,
+    eval_examples: int = 24,
+    test_examples: int = 24,
+    rates: Mapping[str, float] | None = None,
+) -> OwnComparison:
+    """Train and compare methods on other data, with another model.
+
+    Each method runs as in the sweep, once, with steps of `OWN_BATCH` examples, at its
+    best recorded learning rate. Where no test completion is a JSON object, answers are
+    compared as text.
+
+    Args:
+        data: a .jsonl file, which is split 80/10/10 by a hash of the prompt; a folder
+            with train.jsonl, validation.jsonl and test.jsonl; or a data set's name.
+        model: a hub name or a folder; None takes the course's.
+        methods: names as in the sweep, such as `"PiSSA"`, or `ZERO_SHOT`, which asks
+            the untrained model; case does not matter.
+        steps: of the optimiser.
+        eval_examples, test_examples: for the validation loss, and answers generated.
+        rates: {name of a method: learning rate} where the recorded one will not do.
+
+    Raises:
+        DataError: the data cannot be used, or there are too few examples.
+        ValueError: a method is unknown; says the known ones.
+    """
+    data = str(data)
+    recorded = {r.name: r.learning_rate for r in recorded_methods()}
+    experiments = plan(
+        data,
+        methods,
+        recorded | dict(rates or {}),
+        steps=steps,
+        batch_size=OWN_BATCH,
+        eval_examples=eval_examples,
+        test_examples=test_examples,
+        base_dtype="float32",
+        costs=True,
+        model=model,
+    )
+    if not experiments:
+        raise ValueError("no method is named")
+    sizes = split_sizes(data, OWN_BATCH)
+    counts = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
+    print(f"{data}: {counts} examples")
+    runs = {}
+    for name, experiment in experiments.items():
+        print(f"{experiment.label}: {experiment.steps} steps of {OWN_BATCH}", end="")
+        runs[name] = run_experiment(experiment, progress=False)
+        print(f" · {runs[name]['seconds']:.0f} s")
+    results = {name: _result_of(name, [run]) for name, run in runs.items()}
+    if "full" in results:
+        total = results["full"].trainable_parameters
+    else:
+        total = count_parameters(load_model(model)).total
+    as_text = free_text(load_examples(data, "test")["completion"])
+    answered = len(next(iter(runs.values())).get("references", []))
+    table = methods_table(
+        results.values(),
+        total_parameters=total,
+        marked=False,
+        caption=f"Examples: {counts}. Exact match is the reference's "
+        f"{'text' if as_text else 'JSON'}, on {answered} test examples; one seed, so "
+        "small differences are noise.",
+    )
+    values = tuple(results.values()), sizes, as_text, table, tuple(runs.values())
+    return OwnComparison(*values)

@@ -80,10 +80,8 @@ def record_family(
     say(f"{name}: {len(runs) - len(left)} of {len(runs)} runs are there")
     for place in left:
         experiment = experiments[place]
-        say(
-            f"{name}: run {place + 1} of {len(runs)} · {experiment.label}, seed "
-            f"{experiment.seed}"
-        )
+        label = f"{experiment.label}, seed {experiment.seed}"
+        say(f"{name}: run {place + 1} of {len(runs)} · {label}")
         runs[place] = run(experiment)
         if machine != begun_on:
             runs[place]["machine"] = machine
@@ -111,41 +109,30 @@ def _source(name: str, experiments: Sequence[Any]) -> dict[str, Any]:
 
 def _find(recorded: Sequence[dict], experiment: Any) -> dict | None:
     identity = experiment.label, experiment.seed, experiment.settings()
-    for run in recorded:
-        if (run["label"], run["seed"], run["settings"]) == identity:
-            return run
-    return None
+    same = (r for r in recorded if (r["label"], r["seed"], r["settings"]) == identity)
+    return next(same, None)
 
 
 def record_lesson(lesson: str, only: str | None = None) -> None:
     """Record a lesson's families, again while what was recorded asks for more runs.
 
-    Args:
-        lesson: `"00"` to `"08"`.
-        only: families whose name contains this; None for all.
+    `only` chooses those whose name contains it.
     """
     for name, family in LESSON_RUNS[lesson].items():
-        if only and only not in name:
-            continue
-        made = 1
+        made = not only or only in name
         while made:
             experiments = family() if callable(family) else family
             print(f"{name}: {len(experiments)} runs in all")
+            command = f"make runs LESSON={lesson}"
             try:
-                made = record_family(
-                    name, experiments, command=f"make runs LESSON={lesson}"
-                )
+                made = record_family(name, experiments, command=command)
             except NoCard as reason:
                 print(f"{name}: {reason}")
                 made = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module's own text.
-
-    Args:
-        arguments: words of the command line; None takes the process's own.
-    """
+    """The command line; see the module's own text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lessons", nargs="+", choices=sorted(LESSON_RUNS))
     parser.add_argument("--only", help="families whose name contains this")

@@ -44,7 +44,7 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from maintenance.store import METRICS, compute_metrics
+from maintenance.store import compute_metrics
 
 BUILT_IN = "smollm2-135m"
 SHORTER = 5  # tokens that one record of a batch lacks, so that there is padding
@@ -86,12 +86,12 @@ class CardExperiment:
     data: str = "instructions"
 
     def settings(self) -> dict[str, Any]:
-        """All fields but label and seed, as a record holds them.
-
-        The first records know of no other loss than the chunked one.
-        """
-        left_out = {"label", "seed"} | ({"loss"} if self.loss == "chunked" else set())
-        return {k: v for k, v in asdict(self).items() if k not in left_out}
+        """All fields but label and seed, as a record holds them."""
+        values = asdict(self)
+        del values["label"], values["seed"]
+        if self.loss == "chunked":  # the first records know of no other
+            del values["loss"]
+        return values
 
 
 def plan_of(experiment: CardExperiment) -> MemoryEstimate:
@@ -100,15 +100,9 @@ def plan_of(experiment: CardExperiment) -> MemoryEstimate:
     Raises:
         ValueError: as `estimate_memory`; or the way is neither `"T4"` nor `"own"`.
     """
-    shared = {
-        "batch_size": experiment.batch_size,
-        "sequence_length": experiment.sequence_length,
-        "gradient_checkpointing": experiment.gradient_checkpointing,
-        "optimizer": experiment.optimizer,
-        "double_quant": experiment.double_quant,
-        "loss": experiment.loss,
-        **experiment.options,
-    }
+    names = ("batch_size", "sequence_length", "gradient_checkpointing", "optimizer")
+    names += ("double_quant", "loss")
+    shared = {name: getattr(experiment, name) for name in names} | experiment.options
     if experiment.way == "T4":
         return t4_plan(experiment.model, experiment.method, **shared)
     if experiment.way != "own":
@@ -133,7 +127,6 @@ def random_model(
     Args:
         config: a `transformers` configuration of the Llama, Mistral or Qwen2 family.
         dtype: torch dtype of what is not packed.
-        device: where.
         quantization: a `BitsAndBytesConfig` for 4 bits, or None.
     """
     import torch
@@ -149,9 +142,8 @@ def random_model(
     with torch.device(device):
         rotary = model.model.rotary_emb
         model.model.rotary_emb = type(rotary)(config=model.config)
-    left = [n for n, t in model.named_buffers() if t.is_meta]
-    if left:
-        raise ValueError(f"{type(model).__name__}: no values for {left}")
+    if empty := [name for name, b in model.named_buffers() if b.is_meta]:
+        raise ValueError(f"{type(model).__name__}: no values for {empty}")
     if quantization is not None:
         model.is_loaded_in_4bit = True
         model.config.quantization_config = quantization
@@ -223,10 +215,8 @@ def make_card_model(
     """The model of a case as the course trains it, with its adapter.
 
     Args:
-        experiment: the case.
-        plan: of `plan_of`; says the dtype.
-        device: `"cuda"`, or `"cpu"` for tests.
-        config: in place of the model's own, for tests.
+        experiment, plan: the case, and its `plan_of`, which says the dtype.
+        device, config: for tests `"cpu"`, and what stands for the model's own.
     """
     import torch
     from peft import get_peft_model
@@ -240,15 +230,12 @@ def make_card_model(
             bnb_4bit_use_double_quant=experiment.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
+    stored = {"dtype": dtype, "quantization": quantization}
     if experiment.model == BUILT_IN and config is None:
-        model = load_model(dtype=dtype, quantization=quantization)
+        model = load_model(**stored)
     else:
-        model = random_model(
-            config or model_config(experiment.model),
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-        )
+        config = config or model_config(experiment.model)
+        model = random_model(config, device=device, **stored)
     if experiment.method == "full":
         return model
     method = "lora" if experiment.method == "qlora" else experiment.method
@@ -266,13 +253,12 @@ def card_records(experiment: CardExperiment, tokenizer: Any, vocab: int) -> list
     for place in range(B):
         end = T - SHORTER if place == B - 1 and B > 1 else T
         ids = tokens[place * T : place * T + end]
-        records.append(
-            {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
-        )
+        record = {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
+        records.append(record)
     return records
 
 
-# --- the measured run ---
+# --- the measured run --------------------------------------------------------------
 
 
 class NoCard(RuntimeError):
@@ -291,13 +277,12 @@ def _as_on_a_t4(way: str, room: float | None) -> Iterator[None]:
     if way != "T4":
         yield
         return
-    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     has_card = torch.cuda.is_available()
     if has_card and room:
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, room / whole))
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total))
     try:
-        with sdpa_kernel(kernels):
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
         if has_card:
@@ -311,7 +296,7 @@ def _start_of_case() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+        _workspace_bytes()
         torch.cuda.empty_cache()
 
 
@@ -336,10 +321,9 @@ def measure_case(
     """Build the model, take the steps, and return what was measured.
 
     Args:
-        experiment, plan: the case and its prediction.
-        device: `"cuda"`, or `"cpu"` for tests.
         room: bytes that PyTorch may take of the card, in the way of a T4.
-        config, dtype: for tests: another configuration, another dtype to compute in.
+        device, config, dtype: for tests: `"cpu"`, another configuration, another dtype
+            to compute in.
 
     Returns:
         `loss` of each step; `peak_bytes` and `kept_bytes` (what is alive between
@@ -398,11 +382,10 @@ def _make_trainer(
 
     tokenizer = load_tokenizer(None)
     records = card_records(experiment, tokenizer, model.config.vocab_size)
-    trainers = {
-        "chunked": (SFTTrainer, sft_config),
-        "logits": (Trainer, training_arguments),
-    }
-    make, arguments = trainers[experiment.loss]
+    chunked = experiment.loss == "chunked"
+    make, arguments = (
+        (SFTTrainer, sft_config) if chunked else (Trainer, training_arguments)
+    )
     trainer = make(
         model=model,
         args=arguments(
@@ -449,14 +432,8 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
     """Predict and measure one case; a failure is recorded in words.
 
     In the way of a T4 the card is first held to the T4's room; a case that does not
-    fit is measured again without, and says so.
-
-    Args:
-        experiment: the case.
-        device, tests: for tests, as in `measure_case`.
-
-    Returns:
-        A run in the schema of `course_utils.records`.
+    fit is measured again without, and says so. For tests there are `device` and what
+    else `measure_case` takes.
 
     Raises:
         NoCard: there is none.
@@ -481,12 +458,11 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
         "measured": predicted | remarks | figures,
     }
     if figures:
-        run["metrics"] = compute_metrics(run, MEASURED, METRICS)
+        run["metrics"] = compute_metrics(run, MEASURED)
+        ratio, peak = run["metrics"]["memory_ratio"], figures["peak_bytes"] / GIB
         print(
             f"{experiment.label}: predicted {plan.total_gib:.3f} GiB, measured "
-            f"{figures['peak_bytes'] / GIB:.3f}, ratio "
-            f"{run['metrics']['memory_ratio']:.3f}, "
-            f"{figures['step_seconds']:.2f} s a step",
+            f"{peak:.3f}, ratio {ratio:.3f}, {figures['step_seconds']:.2f} s a step",
             flush=True,
         )
     return run | {"seconds": time.perf_counter() - begun}

@@ -15,11 +15,10 @@ from course_utils.classification import (
 )
 from course_utils.data import load_examples
 from course_utils.models import load_classifier
-from course_utils.parameters import count_parameters
 from course_utils.runtime import get_profile, set_seed
-from course_utils.sweep.experiment import new_run
-from course_utils.training import LossHistory, prepare_trainer, training_arguments
-from maintenance.store import METRICS, compute_metrics
+from course_utils.sweep.experiment import saved_bytes, trained_run
+from course_utils.training import prepare_trainer, training_arguments
+from maintenance.store import compute_metrics
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ class ClassifierExperiment:
 
     def settings(self) -> dict[str, Any]:
         """All fields but label and seed, as a record holds them."""
-        fields = asdict(self)
-        return {k: v for k, v in fields.items() if k not in {"label", "seed"}}
+        values = asdict(self)
+        del values["label"], values["seed"]
+        return values
 
     def seeds(self, *seeds: int) -> list[ClassifierExperiment]:
         """The same experiment with each of these seeds."""
@@ -65,14 +65,7 @@ class ClassifierExperiment:
 def make_classifier(
     method: Any, num_labels: int, start_scale: float = 1.0
 ) -> tuple[Any, Any]:
-    """The encoder with a fresh head, and what the method trains made trainable.
-
-    Args:
-        method, start_scale: as `ClassifierExperiment` has them.
-        num_labels: classes.
-
-    Returns:
-        The model and its tokenizer.
+    """The encoder with a fresh head, what the method trains trainable; its tokenizer.
 
     Raises:
         ValueError: the method is unknown.
@@ -96,15 +89,7 @@ def make_classifier(
 def run_classifier(
     experiment: ClassifierExperiment, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Train and measure a classifier.
-
-    Returns:
-        A run in the schema of `course_utils.records`.
-
-    Raises:
-        ValueError: as `make_classifier`.
-    """
-    from course_utils.sweep.costs import saved_bytes
+    """Train and measure a classifier, and return a run as records hold it."""
     from course_utils.training_callbacks import PlainProgress
 
     begun = time.perf_counter()
@@ -129,7 +114,7 @@ def run_classifier(
     if "slice" in test.column_names:
         run["slices"] = list(test["slice"])
         metrics.append("accuracy_by_slice")
-    run["metrics"] = compute_metrics(run, metrics, METRICS)
+    run["metrics"] = compute_metrics(run, metrics)
     return run | {"seconds": time.perf_counter() - begun}
 
 
@@ -170,18 +155,9 @@ def _make_trainer(
 
 def _train(experiment: ClassifierExperiment, trainer: Any) -> dict[str, Any]:
     """Losses and seconds, of the training without its validations."""
-    trained = count_parameters(trainer.model).trainable
     clock = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - clock
     log = trainer.state.log_history
     seconds -= sum(entry.get("eval_runtime", 0.0) for entry in log)
-    history = LossHistory.from_log(log)
-    pairs = zip(history.eval_steps, history.eval_loss, strict=True)
-    return new_run(experiment) | {
-        "loss": list(history.loss),
-        "eval_loss": [list(pair) for pair in pairs],
-        "trainable_parameters": trained,
-        "tokens_per_s": trainer.state.num_input_tokens_seen / seconds,
-        "measured": {"train_seconds": seconds},
-    }
+    return trained_run(experiment, trainer, seconds)

@@ -1,11 +1,12 @@
 """What only recorded runs need of a training, beside what lesson 8's sweep has.
 
-Spoiled labels, further data sets and tests, singular values, LoRA+, adapters that start
-from what 4 bits lose, long runs that go on from a checkpoint.
+Spoiled labels, further data sets and tests, what was forgotten, singular values, LoRA+,
+adapters that start from what 4 bits lose, long runs that go on from a checkpoint.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import random
@@ -17,21 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from course_utils.data import data_hash, load_examples
-from course_utils.evaluation import evaluate
+from course_utils.evaluation import answer_share, evaluate, perplexity
 from course_utils.formatting import IGNORE, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, model_name
-from course_utils.runtime import build_folder, data_folder, set_seed
+from course_utils.runtime import build_folder, data_folder, get_profile, set_seed
 from course_utils.sweep.experiment import (
     Experiment,
+    add_test,
     answers_of,
     make_model,
-    score,
     template_for,
+    to_dtype,
     train,
 )
 from course_utils.training import find_checkpoint
 from maintenance.runs.rounding import LoftQ, QPiSSA, set_start
-from maintenance.store import METRICS, compute_metrics
+from maintenance.store import compute_metrics
 
 LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
 # Younger than the first records, which know nothing of them.
@@ -47,6 +49,7 @@ class RecordedExperiment(Experiment):
 
     Attributes:
         method: besides the sweep's, `"head"` (the output layer alone) and `Rounding`.
+        forgetting: measure the general questions before and after.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         train_examples: train on that many examples only; None takes all.
         loraplus_ratio: LoRA+'s ratio of the rates of B and A; None for one rate.
@@ -62,6 +65,7 @@ class RecordedExperiment(Experiment):
             apart; None for none.
     """
 
+    forgetting: bool = False
     max_grad_norm: float = 1.0
     train_examples: int | None = None
     loraplus_ratio: float | None = None
@@ -81,6 +85,10 @@ class RecordedExperiment(Experiment):
             values["start"] = self.start.stored()
         unset = {name for name in ABSENT_WHEN_UNSET if values[name] is None}
         return {key: value for key, value in values.items() if key not in unset}
+
+    def seeds(self, *seeds: int) -> list[RecordedExperiment]:
+        """The same experiment with each of these seeds."""
+        return [replace(self, seed=seed) for seed in seeds]
 
 
 def run_training(
@@ -133,8 +141,7 @@ def _train_and_measure(
         save_steps=experiment.eval_every or 1,
     )
     _keep(run, experiment, model, before)
-    score(run, experiment, model)
-    _add_other_tests(run, experiment, model)
+    _add_tests(run, experiment, model)
     del model
     gc.collect()
     return run | {"seconds": before_s + time.perf_counter() - begun}
@@ -157,12 +164,16 @@ def _keep(
         }
 
 
-def _add_other_tests(
-    run: dict[str, Any], experiment: RecordedExperiment, model: Any
-) -> None:
-    """Put answers to a second test set and to validation sentences into the run."""
+def _add_tests(run: dict[str, Any], experiment: RecordedExperiment, model: Any) -> None:
+    """Put answers to all tests into the run, and what the model forgot."""
+    to_dtype(model, get_profile().dtype)
+    if experiment.test_examples != 0:
+        add_test(run, experiment, model)
     tokenizer, names = load_tokenizer(experiment.model), []
     template = template_for(tokenizer)
+    if experiment.forgetting:
+        before, after = _untuned(experiment.model), _general(model, tokenizer)
+        run["measured"]["general_questions"] = {"before": before, "after": after}
     if experiment.also_test:
         test = load_examples(experiment.also_test, "test")
         answers = answers_of(evaluate(model, tokenizer, test, template=template))
@@ -176,7 +187,20 @@ def _add_other_tests(
         answers.pop("slices", None)
         run["measured"]["validation"] = answers
         names.append("validation_exact_match")
-    run["metrics"] |= compute_metrics(run, names, METRICS)
+    run["metrics"] |= compute_metrics(run, names)
+
+
+def _general(model: Any, tokenizer: Any) -> dict[str, float]:
+    questions = load_examples("general_questions", "test")
+    template = template_for(tokenizer)
+    loss = perplexity(model, tokenizer, questions, template=template).loss
+    answered = answer_share(model, tokenizer, questions, template=template)
+    return {"loss": loss, "answer_share": answered.share}
+
+
+@functools.cache
+def _untuned(name: str | None) -> dict[str, float]:
+    return _general(load_model(name), load_tokenizer(name))
 
 
 def make_recorded_model(experiment: RecordedExperiment) -> Any:

@@ -40,22 +40,26 @@ SHORT = {"steps": 20, "batch_size": 4, "eval_examples": 32}
 MAIN = {"steps": 150, "batch_size": 8, "schedule": "cosine", "eval_every": 25}
 
 
-def best_rate(name: str, label: str) -> float:
-    """The learning rate of lowest final validation loss in a record.
+def recorded_losses(record: str, label: str) -> dict[float, float | None]:
+    """{rate: final validation loss} of the runs with that label and the first seed.
 
-    Args:
-        name: the record.
-        label: of the runs that take part, without their rate.
+    A record that is not begun has none.
+    """
+    begun = record in records.list_records()
+    return {
+        run["settings"]["learning_rate"]: run["metrics"]["final_eval_loss"]
+        for run in (records.load_record(record)["runs"] if begun else [])
+        if run["seed"] == SEEDS[0] and split_label(run)[0] == label
+    }
+
+
+def best_rate(name: str, label: str) -> float:
+    """The learning rate of the record's lowest final validation loss with that label.
 
     Raises:
         ValueError: the best rate is at an edge of its grid: extend the grid.
     """
-    runs = records.load_record(name)["runs"]
-    losses = {
-        run["settings"]["learning_rate"]: run["metrics"]["final_eval_loss"]
-        for run in runs
-        if split_label(run)[0] == label
-    }
+    losses = recorded_losses(name, label)
     best = best_of(losses)
     if best in (min(losses), max(losses)):
         raise ValueError(
@@ -79,13 +83,11 @@ def _at_rates(
 
 def prompting_runs() -> dict[str, Family]:
     """The families of lesson 0: the untrained model, asked."""
+    methods = {"zero-shot": Prompting(), "few-shot": Prompting(few_shot=True)}
     return {
         "00_prompting": [
             RecordedExperiment(label, method, steps=0, test_examples=None)
-            for label, method in (
-                ("zero-shot", Prompting()),
-                ("few-shot", Prompting(few_shot=True)),
-            )
+            for label, method in methods.items()
         ]
     }
 
@@ -231,13 +233,11 @@ def lora_runs() -> dict[str, Family]:
 
 def _pissa_at_best_rates() -> list[RecordedExperiment]:
     settings = GRID | {"steps": 30, "eval_every": 10, "base_dtype": "float32"}
-    return [
-        run
-        for label, method in (("LoRA", LORA), ("PiSSA", PISSA))
-        for run in RecordedExperiment(
-            label, method, best_rate("04_learning_rates", label), **settings
-        ).seeds(0, 1, 2)
-    ]
+    runs = []
+    for label, method in (("LoRA", LORA), ("PiSSA", PISSA)):
+        rate = best_rate("04_learning_rates", label)
+        runs += RecordedExperiment(label, method, rate, **settings).seeds(0, 1, 2)
+    return runs
 
 
 def pissa_runs() -> dict[str, Family]:
@@ -296,19 +296,13 @@ def prompt_runs() -> dict[str, Family]:
 # --- lesson 6 ----------------------------------------------------------------------
 
 # How a prefix begins: method, learning rates tried, where its first values are from.
+PREFIX_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+PROJECTED = PREFIX | {"prefix_projection": True, "encoder_hidden_size": 64}
 PREFIX_STARTS: dict[str, tuple[dict, tuple[float, ...], str | None]] = {
-    "prefix from text": (PREFIX, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "schema"),
-    "prefix random": (PREFIX, (3e-2, 1e-1, 3e-1), None),
-    "prefix zero": (
-        PREFIX | {"init_weights": "zero"},
-        (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        None,
-    ),
-    "prefix projected": (
-        PREFIX | {"prefix_projection": True, "encoder_hidden_size": 64},
-        (1e-3, 3e-3, 1e-2, 3e-2),
-        None,
-    ),
+    "prefix from text": (PREFIX, PREFIX_RATES, "schema"),
+    "prefix random": (PREFIX, PREFIX_RATES[2:], None),
+    "prefix zero": (PREFIX | {"init_weights": "zero"}, PREFIX_RATES, None),
+    "prefix projected": (PROJECTED, (1e-3, 3e-3, 1e-2, 3e-2), None),
 }
 VIRTUAL = {"num_virtual_tokens": 16}
 DEEP = {"peft_type": "PREFIX_TUNING"} | VIRTUAL
@@ -320,7 +314,7 @@ CLASSIFIERS: dict[str, tuple[Any, tuple[float, ...]]] = {
         {"peft_type": "P_TUNING", "encoder_hidden_size": 128} | VIRTUAL,
         (3e-4, 1e-3, 3e-3, 1e-2),
     ),
-    "prefix": (DEEP, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "prefix": (DEEP, PREFIX_RATES),
     "prefix, projected": (
         DEEP | {"prefix_projection": True, "encoder_hidden_size": 128},
         (1e-3, 3e-3, 1e-2),
@@ -344,13 +338,11 @@ def _classifier(name: str, rate: float, label: str) -> ClassifierExperiment:
 
 
 def _classifiers_at_best_rates() -> list[ClassifierExperiment]:
-    return [
-        run
-        for name in CLASSIFIERS
-        for run in _classifier(name, best_rate("06_method_rates", name), name).seeds(
-            0, 1, 2
-        )
-    ]
+    runs = []
+    for name in CLASSIFIERS:
+        rate = best_rate("06_method_rates", name)
+        runs += _classifier(name, rate, name).seeds(0, 1, 2)
+    return runs
 
 
 def prefix_runs() -> dict[str, Family]:
@@ -402,12 +394,8 @@ CARD_METHODS = {
     "prefix tuning": ("prefix_tuning", CARD_PREFIX),
 }
 # As the QLoRA paper's code trains.
-CARD_RECIPE = {
-    "r": 64,
-    "lora_alpha": 16,
-    "lora_dropout": 0.1,
-    "target_modules": ["q_proj", "v_proj"],
-}
+CARD_RECIPE = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1}
+CARD_RECIPE |= {"target_modules": ["q_proj", "v_proj"]}
 
 
 def _case(name: str, model: str, size: tuple[int, int], **more: Any) -> CardExperiment:
@@ -491,22 +479,8 @@ def quantized_runs() -> dict[str, Family]:
 # --- lesson 8 ----------------------------------------------------------------------
 
 # Seconds are compared apart: in one go, in rounds, with nothing else on the machine.
-SPEED = BUDGET | {
-    "steps": 6,
-    "eval_every": 0,
-    "eval_examples": 6,
-    "test_examples": 0,
-    "costs": None,
-}
-
-
-def _recorded_losses(runs: list[dict], name: str) -> dict[float, float | None]:
-    """{rate: final validation loss} of a method's runs with the first seed."""
-    return {
-        run["settings"]["learning_rate"]: run["metrics"]["final_eval_loss"]
-        for run in runs
-        if run["seed"] == SEEDS[0] and split_label(run)[0] == name
-    }
+SPEED = BUDGET | {"steps": 6, "eval_every": 0, "eval_examples": 6}
+SPEED |= {"test_examples": 0, "costs": None}
 
 
 def sweep(
@@ -515,20 +489,13 @@ def sweep(
     """What to run so far: rates around the best, then the best with further seeds.
 
     The list grows with its record, until every best rate lies inside its grid and has
-    all seeds.
-
-    Args:
-        record: its name.
-        methods: as `low_rank` gives them.
-        more: further experiments, run last.
+    all seeds; `more` experiments are run last.
     """
 
     def experiments() -> list[RecordedExperiment]:
-        known = record in records.list_records()
-        runs = records.load_record(record)["runs"] if known else []
         tried, repeated = [], []
         for name, (method, first, settings) in methods.items():
-            losses = _recorded_losses(runs, name)
+            losses = recorded_losses(record, name)
             rates, inside = grid(first, losses)
             settings = BUDGET | settings
             tried += _at_rates(name, rates, method=method, **settings)
@@ -582,12 +549,3 @@ LESSON_RUNS: dict[str, dict[str, Family]] = {
     "07": quantized_runs(),
     "08": comparison_runs(),
 }
-
-
-def all_runs() -> dict[str, list[Any]]:
-    """Every family by name, as far as the records at hand ask for its runs."""
-    return {
-        name: family() if callable(family) else family
-        for families in LESSON_RUNS.values()
-        for name, family in families.items()
-    }

@@ -26,7 +26,7 @@ from course_utils.formatting import CompletionCollator, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer
 from course_utils.runtime import set_seed
 from course_utils.sweep.experiment import new_run
-from maintenance.store import METRICS, compute_metrics
+from maintenance.store import compute_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -134,12 +134,6 @@ def qpissa_init(
 ) -> Start:
     """QPiSSA: the principal part is the adapter, what is left is rounded.
 
-    Args:
-        weight: (out, in).
-        r: rank.
-        alpha: LoRA's `alpha`.
-        rounding: from a weight to the same weight after its trip through 4 bits.
-
     Returns:
         `A` (r, in), `B` (out, r) and the rounded residual (out, in), in float32.
     """
@@ -166,10 +160,10 @@ def loftq_init(
 
 
 def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> int:
-    """Give a PEFT model on 4-bit weights another start, in place.
+    """Give LoRA layers on bitsandbytes' 4-bit layers another start, in place.
 
     Args:
-        model: a `PeftModel` with LoRA layers on bitsandbytes' 4-bit layers.
+        model: a `PeftModel`.
         originals: the weights before quantization, by the base model's names.
         start: `qpissa_init`, or `loftq_init`, or another function of the same kind.
 
@@ -286,18 +280,12 @@ def rounded_weight(
 
 
 def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
-    """Measure an experiment whose method is a `Rounding`; see `rounded_weight`.
+    """Measure an experiment whose method is a `Rounding`, as a run that records hold.
 
     Errors of weights, by matrix; and by text, over the tokens after what all texts
     begin with (the template's system turn): the Kullback-Leibler divergence
-    KL(original || rounded) in nats, and the loss of both.
-
-    Args:
-        experiment: its `eval_examples` validation records are one set of texts, the
-            general questions with their answers the other.
-
-    Returns:
-        A run in the schema of `course_utils.records`.
+    KL(original || rounded) in nats, and the loss of both. `eval_examples` validation
+    records are one set of texts, the general questions with their answers the other.
     """
     import torch
 
@@ -321,7 +309,7 @@ def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
             measured.setdefault(name, {}).setdefault(batch["set"], []).extend(values)
     run = new_run(experiment) | {"measured": measured, "trainable_parameters": 0}
     names = ("weight_error", "kl", "kl_standard_error", "loss_change")
-    run["metrics"] = compute_metrics(run, names, METRICS)
+    run["metrics"] = compute_metrics(run, names)
     return run | {"seconds": time.perf_counter() - begun}
 
 

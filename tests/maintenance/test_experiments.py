@@ -10,8 +10,8 @@ from small_models import byte_tokenizer, random_llama
 from course_utils import records
 from course_utils.data import data_hash, load_examples
 from course_utils.runtime import Profile
-from course_utils.sweep import LastLayers, Prompting
 from course_utils.sweep import experiment as sweep_runs
+from course_utils.sweep.experiment import LastLayers, Prompting
 from maintenance.runs import __main__ as command
 from maintenance.runs import costs
 from maintenance.runs import experiment as runs
@@ -44,11 +44,12 @@ def small(monkeypatch, tmp_path):
             module, "load_tokenizer", lambda name=None: byte_tokenizer()
         )
     profile = Profile("cpu", "cpu", torch.float32, 0)
-    monkeypatch.setattr(sweep_runs, "get_profile", lambda: profile)
+    for module in (sweep_runs, runs):
+        monkeypatch.setattr(module, "get_profile", lambda: profile)
     monkeypatch.setattr(records, "data_folder", lambda: tmp_path)
-    sweep_runs._untuned.cache_clear()
+    runs._untuned.cache_clear()
     yield
-    sweep_runs._untuned.cache_clear()
+    runs._untuned.cache_clear()
 
 
 def quick(label="full", method="full", **more):
@@ -95,7 +96,7 @@ def test_spoiled_records_are_spoiled_as_said(small):
 
 def test_a_run_has_what_a_record_needs(small, monkeypatch):
     asked = {"loss": 5.0, "answer_share": 0.0}
-    monkeypatch.setattr(sweep_runs, "_general", lambda model, tok: asked)
+    monkeypatch.setattr(runs, "_general", lambda model, tok: asked)
     name = "model.layers.1.self_attn.q_proj.weight"
     experiment = quick(
         test_examples=3,

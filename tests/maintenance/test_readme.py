@@ -9,7 +9,7 @@ import pytest
 
 from course_utils import records
 from course_utils.records import RecordError
-from course_utils.sweep.results import order, path_of, recorded_methods
+from course_utils.sweep.results import order, recorded_methods
 from maintenance import readme
 
 README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
@@ -181,7 +181,7 @@ def test_every_lesson_has_its_row_with_its_seconds_and_its_predicted_memory():
 def test_the_row_of_lesson_8_names_the_best_of_the_sweep():
     complete = [r for r in recorded_methods() if r.learning_rate and r.complete]
     best = order(complete)[0]
-    assert f"<!-- run:{path_of(best)} as .0% -->" in lesson_rows()[STEMS[8]]
+    assert f"<!-- run:{readme.path_of(best)} as .0% -->" in lesson_rows()[STEMS[8]]
 
 
 def test_a_readme_without_markers_is_refused():
@@ -192,15 +192,14 @@ def test_a_readme_without_markers_is_refused():
 def test_the_methods_are_put_between_their_markers(monkeypatch):
     monkeypatch.setattr(readme, "FAMILIES", ())
     monkeypatch.setattr(readme, "recorded_methods", lambda: ["swept"])
-    monkeypatch.setattr(
-        readme, "readme_section", lambda r, lesson, threads: f"{r} {lesson}\n"
-    )
+    monkeypatch.setattr(readme, "readme_section", lambda r, threads: f"{r} {threads}\n")
     old = "a\n<!-- methods:begin -->\nold\n<!-- methods:end -->\nc"
-    swept = "['swept'] notebooks/08_choosing_a_method.ipynb\n"
+    monkeypatch.setattr(records, "load_record", lambda name: {"hardware": {}})
+    swept = "['swept'] 1\n"
     new = f"a\n<!-- methods:begin -->\n{swept}<!-- methods:end -->\nc"
     assert readme.write_methods(old) == readme.write_methods(new) == new
     monkeypatch.setattr(readme, "FAMILIES", ("08_none",))  # a family not recorded
-    assert "begin -->\n[] notebooks" in readme.write_methods(old)
+    assert "begin -->\n[] 1" in readme.write_methods(old)
 
 
 def test_the_readme_shows_each_picture_that_is_drawn():

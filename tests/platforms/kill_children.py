@@ -34,8 +34,8 @@ def train(folder):
 def record(folder):
     """Four recorded runs of a tiny model."""
     from course_utils import records
-    from course_utils.sweep import LastLayers
     from course_utils.sweep import experiment as sweep_runs
+    from course_utils.sweep.experiment import LastLayers
     from maintenance.runs import experiment as runs
     from maintenance.runs.__main__ import record_family
 
@@ -45,7 +45,7 @@ def record(folder):
     for module in (sweep_runs, runs):
         module.load_model = load
         module.load_tokenizer = lambda name=None: byte_tokenizer()
-    sweep_runs.get_profile = lambda: FP32
+        module.get_profile = lambda: FP32
     records.data_folder = lambda: Path(folder)
     settings = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2}
     settings |= {"eval_examples": 4, "test_examples": 0}

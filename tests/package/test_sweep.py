@@ -13,21 +13,17 @@ from course_utils.data import DataError
 from course_utils.runtime import Profile
 from course_utils.sweep import (
     BUDGET,
-    METHODS,
-    SEEDS,
-    MethodResult,
     agreement,
-    compare,
     compare_on,
     experiment,
     long_runs,
     methods_table,
     recorded_methods,
-    split_label,
+    results,
 )
-from course_utils.sweep.compare import ZERO_SHOT, plan, split_sizes
-from course_utils.sweep.results import path_of, percent, readme_section, size
-from maintenance.readme import check_text
+from course_utils.sweep.experiment import METHODS, SEEDS, ZERO_SHOT, plan, split_sizes
+from course_utils.sweep.results import MethodResult, percent, size, split_label
+from maintenance.readme import check_text, path_of, readme_section
 from maintenance.runs.lists import comparison_runs
 from maintenance.store import save_record
 
@@ -97,22 +93,21 @@ def save(name, runs):
     save_record(name, top | {"seconds": 1.0, "runs": runs})
 
 
-def timed(label, seed, seconds, speed):
+def timed(label, seed, seconds):
     return made_up(label, 1, seed, 1.0, 0, measured={"train_seconds": seconds}) | {
         "label": label,
         "settings": {"learning_rate": 1e-2, "steps": 5, "batch_size": 6},
         "metrics": [],
-        "tokens_per_s": speed,
     }
 
 
 def test_seconds_are_those_that_were_timed_apart(folder):
     save("08_low_rank", [*LORA_RUNS, made_up("DoRA", 1e-2, 0, 0.4, 1)])
-    save("08_speed", [timed("LoRA", 0, 4.0, 90.0), timed("LoRA", 1, 6.0, 110.0)])
+    save("08_speed", [timed("LoRA", 0, 4.0), timed("LoRA", 1, 6.0)])
     lora, dora = recorded_methods()
-    assert (lora.seconds, lora.tokens_per_s) == (pytest.approx(40.0), 100.0)
+    assert lora.seconds == pytest.approx(40.0)
     assert lora.score == 0.75, "only the speed is the other record's"
-    assert (dora.seconds, dora.tokens_per_s) == (10.0, 100.0)
+    assert dora.seconds == 10.0
 
 
 def test_every_method_is_timed_in_turn_and_nothing_else_is_done():
@@ -141,7 +136,6 @@ def test_a_method_is_read_at_its_best_rate_with_all_its_seeds(folder):
     }
     assert lora.exact_match == (0.5, 0.75, 1.0) and lora.score == 0.75
     assert lora.eval_loss == (0.30, 0.34, 0.32)
-    assert lora.early_loss == pytest.approx(0.6)
     assert lora.by_slice == {"easy": 1.0, "hard": 0.5}
     assert lora.by_field == {"a": 0.75}
     assert (lora.seconds, lora.adapter_bytes, lora.peak_bytes) == (
@@ -156,7 +150,7 @@ def test_a_method_is_read_at_its_best_rate_with_all_its_seeds(folder):
     assert (untrained.method, untrained.learning_rate) == ("baseline", None)
     assert untrained.exact_match == (0.25,) and untrained.rates == {}
     assert (untrained.adapter_bytes, untrained.trainable_parameters) == (0, 0)
-    assert untrained.early_loss is None and untrained.eval_loss == ()
+    assert untrained.eval_loss == ()
 
 
 def test_bytes_and_seconds_are_of_the_records_own_machine(folder):
@@ -181,7 +175,7 @@ def test_no_record_and_half_a_record_are_read_too(folder):
     assert lora.exact_match == (0.5,) and lora.general_after is None
     assert full.rates == {1e-3: (None, 0.0, 0.0)} and full.eval_loss == ()
     assert full.loss is None and not full.complete
-    assert readme_section([lora, full], lesson="x") == ""
+    assert readme_section([lora, full]) == ""
     table = methods_table([full, lora])
     assert [row[0] for row in table.rows] == [
         "LoRA (incomplete)",
@@ -270,16 +264,16 @@ def test_shares_and_sizes_are_rounded_as_said():
 
 
 def test_the_readme_gets_a_section_only_when_all_is_complete():
-    section = readme_section([ONE, FULL, ASKED], lesson="notebooks/08.ipynb")
+    section = readme_section([ONE, FULL, ASKED])
     assert section.startswith("## Methods compared\n") and section.endswith("\n")
     assert methods_table([ONE, FULL, ASKED])._repr_markdown_() in section
     assert f"{BUDGET['steps']} steps of {BUDGET['batch_size']}" in section
     assert check_text(section) == [] and "on one processor thread;" in section
-    on_two = readme_section([ONE, FULL], lesson="x", threads=2)
+    on_two = readme_section([ONE, FULL], threads=2)
     assert "on 2 processor threads;" in on_two
     late = replace(FULL, complete=False)
     for few in ([ONE, late, ASKED], [ONE, ASKED], []):
-        assert readme_section(few, lesson="notebooks/08.ipynb") == ""
+        assert readme_section(few) == ""
 
 
 APART = replace(FULL, name="QLoRA", eval_loss=(0.50, 0.52, 0.51))
@@ -327,20 +321,6 @@ def test_agreement_names_what_changed_places_and_whether_it_is_noise(mine, said)
     assert agreement(mine, [ONE, FULL, APART, SINGLE]) == said
 
 
-def test_agreement_follows_the_direction_of_the_score():
-    better = replace(FULL, exact_match=(0.7, 0.8, 0.9))
-    right = {"LoRA": 0.2, "full": 0.3}
-    assert "is the recorded one: full" in agreement(
-        right, [ONE, better], score="exact_match"
-    )
-    assert "changed places" in agreement(
-        {"LoRA": 0.3, "full": 0.2}, [ONE, better], score="exact_match"
-    )
-    assert "changed places" in agreement({"LoRA": 90, "full": 80}, [
-        replace(ONE, seconds=10.0), replace(FULL, seconds=20.0)
-    ], score="seconds")  # fmt: skip
-
-
 def test_a_tie_is_no_disagreement():
     same = replace(FULL, eval_loss=ONE.eval_loss)
     for mine in ({"LoRA": 0.8, "full": 0.7}, {"LoRA": 0.7, "full": 0.8}):
@@ -380,7 +360,7 @@ def tiny(monkeypatch, folder):
     def load(name=None, *, dtype=None, quantization=None):
         return random_llama(initializer_range=0.05).to(dtype or torch.float32)
 
-    for module in (experiment, compare):
+    for module in (experiment, results):
         monkeypatch.setattr(module, "load_model", load)
     monkeypatch.setattr(
         experiment, "load_tokenizer", lambda name=None: byte_tokenizer()
@@ -395,7 +375,7 @@ def write(path, completion, count=60):
     return path
 
 
-SMALL = {"steps": 4, "batch_size": 2, "eval_examples": 3, "test_examples": 2}
+SMALL = {"steps": 4, "eval_examples": 3, "test_examples": 2}
 
 
 def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
@@ -406,12 +386,11 @@ def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
     lora, asked, full = found.results
     assert [r.name for r in found.results] == ["LoRA", ZERO_SHOT, "full"]
     assert (lora.learning_rate, full.learning_rate) == (1e-2, 1e-3)
-    assert sum(found.sizes.values()) == 60 and found.sizes == split_sizes(file, 2)
+    assert sum(found.sizes.values()) == 60 and found.sizes == split_sizes(str(file), 4)
     assert not found.as_text and len(lora.exact_match) == 1 == len(lora.field_f1)
     assert asked.learning_rate is None and len(asked.exact_match) == 1
     assert full.trainable_parameters == random_llama().num_parameters()
     assert 0 < lora.trainable_parameters < full.trainable_parameters
-    assert lora.early_loss is None  # measured at the end alone
     assert lora.peak_bytes and lora.adapter_bytes < full.adapter_bytes
     assert [r.loss for r in (lora, full)] == [
         pytest.approx(found.runs[k]["eval_loss"][-1][1]) for k in (0, 2)
@@ -425,7 +404,7 @@ def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
         found._repr_markdown_()
     )
     printed = capsys.readouterr().out
-    assert "LoRA lr 0.01: 4 steps of 2" in printed and "train" in printed
+    assert "LoRA lr 0.01: 4 steps of 4" in printed and "train" in printed
 
 
 def test_free_text_is_compared_as_text(tiny, tmp_path):
@@ -453,7 +432,7 @@ def test_what_cannot_be_compared_is_said(tiny, tmp_path):
     with pytest.raises(DataError, match="too few examples: .* 0 (validation|test)"):
         compare_on(few)
     with pytest.raises(DataError, match="48 or more to train on"):
-        split_sizes(write(tmp_path / "mid.jsonl", lambda i: "{}", count=50), 48)
+        split_sizes(str(write(tmp_path / "mid.jsonl", lambda i: "{}", count=50)), 48)
     chat = tmp_path / "chat.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chat.write_text((json.dumps({"messages": turns}) + "\n") * 60)
