@@ -105,48 +105,6 @@ def guess(value: Any, question: str) -> Guess:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Texts in columns; a notebook shows a table, `print` aligned columns.
-
-    The first column is flush left, the others, numbers as a rule, are flush right.
-
-    Attributes:
-        head: the columns' names.
-        rows: one tuple a line, as long as `head`.
-        caption: a line above it, or nothing.
-
-    >>> print(Table(("method", "loss"), (("LoRA", "0.31"), ("full", "1.2"))))
-    method  loss
-    LoRA    0.31
-    full     1.2
-    """
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-
-    def __str__(self) -> str:
-        lines = [self.head, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [
-            [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-            for line in lines
-        ]
-        for cells, (first, *_) in zip(aligned, lines, strict=True):
-            cells[0] = first.ljust(widths[0])
-        texts = ["  ".join(cells).rstrip() for cells in aligned]
-        return "\n".join([self.caption, *texts] if self.caption else texts)
-
-    def _repr_markdown_(self) -> str:
-        rule = "|---|" + "---:|" * (len(self.head) - 1)
-        head, *rows = (
-            "| " + " | ".join(line) + " |" for line in [self.head, *self.rows]
-        )
-        above = [self.caption, ""] if self.caption else []
-        return "\n".join([*above, head, rule, *rows])
-
-
-@dataclass(frozen=True)
 class ResultCard:
     """A small two-column table with a title, in Markdown or in plain text."""
 

@@ -16,10 +16,10 @@ from typing import Any
 from course_utils import records
 from course_utils.data import load_examples
 from course_utils.evaluation import free_text
-from course_utils.lessons import Table
 from course_utils.models import load_model
 from course_utils.parameters import count_parameters
 from course_utils.plotting.style import display_name, method_of
+from course_utils.records import Table
 from course_utils.sweep.experiment import (
     SEEDS,
     best_of,
