@@ -2,9 +2,9 @@
 
 The model is built from its configuration with fake tensors (shape and dtype, no
 bytes), one forward, backward and optimizer step runs, and a dispatch mode adds up the
-bytes of every storage alive. It needs no weights and no GPU. What bitsandbytes, TRL and
-a GPU do in kernels of their own does not run on such tensors: stand-ins at the top
-allocate the same bytes at the same moments, and do no arithmetic.
+bytes of every storage alive. What bitsandbytes, TRL and a GPU do in kernels of their
+own does not run on such tensors: stand-ins at the top allocate the same bytes at the
+same moments, and do no arithmetic.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import contextlib
 import copy
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_utils.memory.formula import (
+    KEPT_PARTS,
     TILE_TOKENS,
     TILE_WORDS,
     optimizer_state_bytes,
@@ -40,12 +43,12 @@ class Matmul4bit(torch.autograd.Function):
     def forward(ctx, x, packed, shape):
         ctx.shape, ctx.dtype = shape, x.dtype
         ctx.save_for_backward(packed)
-        weight = torch.empty(shape, dtype=x.dtype, device=x.device)
+        weight = torch.empty(shape, dtype=x.dtype)
         return torch.nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        weight = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device)
+        weight = torch.empty(ctx.shape, dtype=ctx.dtype)
         return grad.to(ctx.dtype) @ weight, None, None
 
 
@@ -59,15 +62,14 @@ def _linear4bit_class() -> type:
             self.in_features, self.out_features = linear.weight.shape[::-1]
             self.compute_dtype = getattr(torch, request.autocast or request.dtype)
             self.bias = linear.bias
-            device, size = linear.weight.device, linear.weight.numel()
-            packed = torch.empty(((size + 1) // 2, 1), dtype=torch.uint8, device=device)
+            size = linear.weight.numel()
+            packed = torch.empty(((size + 1) // 2, 1), dtype=torch.uint8)
             self.weight = nn.Parameter(packed, requires_grad=False)
             self.weight.compress_statistics = request.double_quant
             self.weight.quant_type = request.quantization
             constants = quantization_constants(size, request.double_quant)
             for name, length, dtype in constants:
-                dtype = getattr(torch, dtype)
-                tensor = torch.empty(length, dtype=dtype, device=device)
+                tensor = torch.empty(length, dtype=getattr(torch, dtype))
                 self.register_buffer(name, tensor)
 
         def forward(self, x):
@@ -88,7 +90,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, autocast, count):
         ctx.save_for_backward(hidden, weight)
         ctx.compute, ctx.count = autocast or hidden.dtype, count
-        rows = [torch.empty(len(hidden), device=hidden.device) for _ in range(7)]
+        rows = [torch.empty(len(hidden)) for _ in range(7)]
         tile = _tile(ctx, hidden, weight)
         del tile
         return rows[0].sum()
@@ -96,10 +98,9 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
-        grad_hidden = torch.empty(hidden.shape, device=hidden.device)
-        grad_weight = None
+        grad_hidden, grad_weight = torch.empty(hidden.shape), None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty(weight.shape, device=weight.device)
+            grad_weight = torch.empty(weight.shape)
         tile = _tile(ctx, hidden, weight)
         grad_hidden = grad_hidden.to(hidden.dtype)
         if grad_weight is not None:
@@ -110,30 +111,15 @@ class ChunkedLoss(torch.autograd.Function):
 
 def _tile(ctx, hidden, weight):
     shape = min(len(hidden), TILE_TOKENS), min(len(weight), TILE_WORDS)
-    tile = torch.empty(shape, dtype=ctx.compute, device=hidden.device)
+    tile = torch.empty(shape, dtype=ctx.compute)
     ctx.count(tile, "logits")
     for wide in (hidden[: shape[0]], weight[: shape[1]]):
         wide.to(ctx.compute)
     return tile
 
 
-class HiddenHead(nn.Module):
-    """An output layer that hands the hidden states on; the loss does the rest."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, hidden):
-        return hidden
-
-
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """Dropout with a mask of one byte per element, as on a GPU."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
 
     def forward(self, x):
         return torch.native_dropout(x, self.p, self.training)[0]
@@ -186,11 +172,11 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def _swap(model: nn.Module, wanted, make) -> None:
+def _swap(model: nn.Module, old_type: type, make: Callable) -> None:
+    """Replace the modules of exactly this type, where `make` gives another."""
     for name, module in list(model.named_modules()):
-        if wanted(module):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, make(module))
+        if type(module) is old_type:
+            model.set_submodule(name, make(module))
 
 
 def _build(request: Request) -> nn.Module:
@@ -209,11 +195,7 @@ def _build(request: Request) -> nn.Module:
         )
         if request.quantization:
             packed, head = _linear4bit_class(), model.get_output_embeddings()
-            _swap(
-                model,
-                lambda m: type(m) is nn.Linear and m is not head,
-                lambda m: packed(m, request),
-            )
+            _swap(model, nn.Linear, lambda m: m if m is head else packed(m, request))
             model.is_loaded_in_4bit = True
         if request.method == "full":
             return model
@@ -228,7 +210,7 @@ def _build(request: Request) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
-    _swap(model, lambda m: type(m) is nn.Dropout and m.p > 0, lambda m: Dropout(m.p))
+    _swap(model, nn.Dropout, lambda m: Dropout(m.p) if m.p > 0 else m)
     return model
 
 
@@ -265,11 +247,9 @@ def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
     for p in model.parameters():
         if not p.requires_grad:
             continue
+        is_table = any(p is table for table in tables)
         size, movable = optimizer_state_bytes(
-            request.optimizer,
-            p.numel(),
-            p.dtype.itemsize,
-            embedding=any(p is table for table in tables),
+            request.optimizer, p.numel(), p.dtype.itemsize, embedding=is_table
         )
         paged += movable
         if size:
@@ -290,43 +270,38 @@ def _prepare(model: nn.Module, request: Request, count: LiveBytes) -> None:
     if request.loss == "chunked":
         base = model if request.method == "full" else model.get_base_model()
         head = base.get_output_embeddings()
-        base.lm_head = HiddenHead(head.weight)
+        base.lm_head = nn.Identity()  # hands the hidden states on to the loss
+        base.lm_head.weight = head.weight
         cast = request.autocast and getattr(torch, request.autocast)
         base.loss_function = lambda logits, labels, **_: ChunkedLoss.apply(
             logits[:, :-1].reshape(-1, logits.shape[-1]), head.weight, cast, count.add
         )
 
 
-@contextlib.contextmanager
-def _autocast(request: Request):
+def _attention(request: Request):
+    if request.attention == "math":
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+def _autocast(request: Request) -> contextlib.ExitStack:
     """Autocast on the CPU, where libraries that ask for a card's believe it is on."""
-    if not request.autocast:
-        yield
-        return
-    dtype = getattr(torch, request.autocast)
-    with (
-        torch.autocast("cpu", dtype=dtype),
-        patch("torch.is_autocast_enabled", lambda *_: True),
-    ):
-        yield
+    stack = contextlib.ExitStack()
+    if request.autocast:
+        dtype = getattr(torch, request.autocast)
+        stack.enter_context(torch.autocast("cpu", dtype=dtype))
+        stack.enter_context(patch("torch.is_autocast_enabled", lambda *_: True))
+    return stack
 
 
 def _no_packing():
-    """Let transformers see one document a row: it cannot look into fake positions, and
-    would build a mask for packed rows."""
+    """One document a row: transformers cannot look into fake positions for more."""
     name = "transformers.masking_utils.find_packed_sequence_indices"
     return patch(name, lambda position_ids: None)
 
 
 def dry_run(request: Request) -> dict[str, Any]:
-    """Run one training step without data.
-
-    Returns:
-        ``parts`` (bytes alive at the peak, by kind), ``static_parts`` (bytes kept from
-        step to step), ``moment`` of the peak, ``trainable`` parameters.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """Run one training step without data; the same answer as `closed_form`."""
     model = _build(request)
     count = LiveBytes(request.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -336,8 +311,7 @@ def dry_run(request: Request) -> dict[str, Any]:
             for p in trained:
                 count.add(p, "weights")
         state, paged = _optimizer_state(request, model, count)
-        kinds = ("weights", "quantization", "adapters", "gradients", "optimizer")
-        static = {kind: count.now.get(kind, 0) for kind in kinds}
+        static = {name: count.now.get(name, 0) for name in KEPT_PARTS}
         static["gradients"] = sum(p.numel() * p.dtype.itemsize for p in trained)
         for p in trained:
             if request.gradient_accumulation:
@@ -348,10 +322,7 @@ def dry_run(request: Request) -> dict[str, Any]:
             )
         _prepare(model, request, count)
         shape = request.batch_size, request.sequence_length
-        attention = contextlib.nullcontext()
-        if request.attention == "math":
-            attention = sdpa_kernel(SDPBackend.MATH)
-        with count, attention, _no_packing():
+        with count, _attention(request), _no_packing():
             ids = torch.zeros(shape, dtype=torch.long)
             mask = torch.ones(shape, dtype=torch.long) if request.padding else None
             with _autocast(request):
