@@ -14,7 +14,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
@@ -158,12 +158,14 @@ class LiveBytes(TorchDispatchMode):
             self.total += size
         self.now[kind] = self.now.get(kind, 0) + size
 
+    def add_gradient(self, parameter: nn.Parameter) -> None:
+        self.add(parameter.grad, "gradients")
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            if tensor.untyped_storage()._cdata not in self.live:
+            is_tensor = isinstance(tensor, torch.Tensor)
+            if is_tensor and tensor.untyped_storage()._cdata not in self.live:
                 wide = tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
                 self.add(tensor, "logits" if wide else "activations")
         if self.total > self.peak:
@@ -204,8 +206,7 @@ def _build(request: Request) -> nn.Module:
         peft = copy.deepcopy(request.peft)
         peft.task_type = peft.task_type or "CAUSAL_LM"
         peft.inference_mode = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             model = get_peft_model(model, peft, low_cpu_mem_usage=True)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -214,7 +215,7 @@ def _build(request: Request) -> nn.Module:
     return model
 
 
-def _give_storage(model: nn.Module, count: LiveBytes) -> None:
+def _give_storage(model: nn.Module, count: LiveBytes, full: bool) -> None:
     """Replace meta tensors by fake CPU tensors, ties kept, and count them by kind.
 
     `Module.to` refuses fake tensors, and fake CUDA tensors abort a CPU build of torch.
@@ -223,18 +224,17 @@ def _give_storage(model: nn.Module, count: LiveBytes) -> None:
     replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
         packed = hasattr(module, "compute_dtype") and hasattr(module, "absmax")
+        tables = "quantization" if packed else "activations"  # as rotary frequencies
         for store in (module._parameters, module._buffers):
-            for name, old in list(store.items()):
+            for name, old in store.items():
                 if old is None:
                     continue
                 if id(old) not in replaced:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    kind = "activations"  # tables such as the rotary frequencies
-                    if packed and store is module._buffers:
-                        kind = "quantization"
-                    elif isinstance(old, nn.Parameter):
+                    new, kind = torch.empty(old.shape, dtype=old.dtype), tables
+                    if isinstance(old, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=old.requires_grad)
-                        kind = "adapters" if old.requires_grad else "weights"
+                        added = old.requires_grad and not full
+                        kind = "adapters" if added else "weights"
                     count.add(new, kind)
                     replaced[id(old)] = old, new
                 store[name] = replaced[id(old)][1]
@@ -262,8 +262,8 @@ def _prepare(model: nn.Module, request: Request, count: LiveBytes) -> None:
     model.train()
     if request.gradient_checkpointing:
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        with warnings.catch_warnings():  # newer transformers have another name for it
-            warnings.simplefilter("ignore")
+        # newer transformers have another name for it
+        with warnings.catch_warnings(action="ignore"):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if request.method != "full":
             model.enable_input_require_grads()
@@ -300,26 +300,21 @@ def _no_packing():
     return patch(name, lambda position_ids: None)
 
 
-def dry_run(request: Request) -> dict[str, Any]:
+def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
     """Run one training step without data; the same answer as `closed_form`."""
     model = _build(request)
     count = LiveBytes(request.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_storage(model, count)
+        _give_storage(model, count, request.method == "full")
         trained = [p for p in model.parameters() if p.requires_grad]
-        if request.method == "full":
-            for p in trained:
-                count.add(p, "weights")
         state, paged = _optimizer_state(request, model, count)
         static = {name: count.now.get(name, 0) for name in KEPT_PARTS}
         static["gradients"] = sum(p.numel() * p.dtype.itemsize for p in trained)
         for p in trained:
             if request.gradient_accumulation:
                 p.grad = torch.empty_like(p)
-                count.add(p.grad, "gradients")
-            p.register_post_accumulate_grad_hook(
-                lambda p: count.add(p.grad, "gradients")
-            )
+                count.add_gradient(p)
+            p.register_post_accumulate_grad_hook(count.add_gradient)
         _prepare(model, request, count)
         shape = request.batch_size, request.sequence_length
         with count, _attention(request), _no_packing():
@@ -330,10 +325,5 @@ def dry_run(request: Request) -> dict[str, Any]:
             count.moment = "backward"
             loss.backward()
         del state
-    return {
-        "parts": count.at_peak,
-        "static_parts": static,
-        "moment": count.peak_moment,
-        "trainable": sum(p.numel() for p in trained),
-        "paged": paged,
-    }
+    trainable = sum(p.numel() for p in trained)
+    return count.at_peak, static, count.peak_moment, trainable, paged

@@ -203,17 +203,14 @@ def _method_and_config(method: Any, options: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _predict(request: Request, engine: str) -> MemoryEstimate:
-    if engine == "formula":
-        answer = closed_form(request)
-    elif engine == "exact":
-        from course_utils.memory.dry_run import dry_run
-
-        answer = dry_run(request)
-    else:
+    predict = closed_form
+    if engine == "exact":
+        from course_utils.memory.dry_run import dry_run as predict
+    elif engine != "formula":
         raise ValueError(f"engine {engine!r} is none of formula, exact")
-    sizes = answer.pop("parts")
+    sizes, static, moment, trainable, paged = predict(request)
     parts = {name: sizes[name] for name in PARTS if sizes.get(name)}
-    return MemoryEstimate(parts=parts, request=request, **answer)
+    return MemoryEstimate(parts, static, moment, trainable, paged, request)
 
 
 def unfused(config: Any, method: Any) -> bool:
@@ -235,11 +232,6 @@ def t4_plan(
     A T4 computes in float16. Full fine-tuning keeps float32 weights under float16
     autocast; adapters are float32 on a float16 base, also under autocast. Attention is
     `"math"` where `unfused` says so. All other arguments are `estimate_memory`'s.
-
-    >>> plan = t4_plan("llama-2-7b", "qlora", batch_size=1, sequence_length=512, r=64,
-    ...                target_modules=["q_proj", "v_proj"], gradient_checkpointing=True)
-    >>> plan.fits("T4")
-    True
     """
     if isinstance(config, str):
         config = model_config(config)
@@ -350,25 +342,26 @@ def _changed(request: Request) -> Iterator[tuple[str, MemoryEstimate]]:
         yield " and ".join(words for _, words, _ in changes), estimate
 
 
-def _possible_changes(r: Request) -> tuple[list[_Change], ...]:
+def _possible_changes(r: Request) -> list[list[_Change]]:
     """The changes by kind; each kind has one price, or several for smaller batches."""
-    losses, optimizers, layers, bases = [], [], [], []
+    kinds = []
     if r.loss == "logits":
-        losses = [(1, "the chunked loss", {"loss": "chunked"})]
+        kinds.append([(1, "the chunked loss", {"loss": "chunked"})])
     if r.optimizer == "adamw":
-        optimizers = [(2, "the 8-bit optimizer", {"optimizer": "adamw_8bit"})]
+        kinds.append([(2, "the 8-bit optimizer", {"optimizer": "adamw_8bit"})])
+    kinds.append(_smaller_batches(r))
     if not r.gradient_checkpointing and r.method != "prefix_tuning":
-        layers = [(4, "gradient checkpointing", {"gradient_checkpointing": True})]
+        kinds.append([(4, "gradient checkpointing", {"gradient_checkpointing": True})])
+    fields = {"quantization": "nf4"}
     if r.method == "full":
         adapters = {"r": 16, "target_modules": "all-linear"}
-        _, peft = _method_and_config("qlora", adapters)
-        fields = {"method": "lora", "peft": peft, "quantization": "nf4"}
+        fields["method"], fields["peft"] = _method_and_config("qlora", adapters)
         fields["dtype"] = r.autocast or r.dtype
-        bases = [(16, "QLoRA (r 16, all linear layers)", fields)]
+        kinds.append([(16, "QLoRA (r 16, all linear layers)", fields)])
     elif r.quantization is None:
         words = "QLoRA" if r.method == "lora" else "a 4-bit (NF4) base"
-        bases = [(8, words, {"quantization": "nf4"})]
-    return losses, optimizers, _smaller_batches(r), layers, bases
+        kinds.append([(8, words, fields)])
+    return kinds
 
 
 def _smaller_batches(r: Request) -> list[_Change]:

@@ -94,20 +94,19 @@ def gpu_gib(gpu: str | float) -> float:
     """
     if isinstance(gpu, int | float):
         return float(gpu)
-    known = {name.lower(): gib for name, gib in GPUS.items()}
-    if str(gpu).lower() not in known:
-        raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
-    return known[str(gpu).lower()]
+    for name, gib in GPUS.items():
+        if name.lower() == str(gpu).lower():
+            return gib
+    raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
 
 
 # --- what is kept from step to step ----------------------------------------------
 
 _FAMILIES = ("llama", "mistral", "qwen2")
 #: Where the input of each linear layer comes from.
-_SOURCES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention"),
-    **{"o_proj": "heads", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "product"},
-}
+_SOURCES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention")
+_SOURCES |= {"o_proj": "heads", "gate_proj": "mlp", "up_proj": "mlp"}
+_SOURCES |= {"down_proj": "product"}
 
 
 def optimizer_state_bytes(
@@ -146,13 +145,8 @@ def quantization_constants(elements: int, double_quant: bool) -> list[tuple]:
     levels = ("levels", 16, "float32")
     if not double_quant:
         return [levels, ("absmax", blocks, "float32")]
-    return [
-        levels,
-        ("absmax", blocks, "uint8"),
-        ("absmax2", -(-blocks // 256), "float32"),
-        ("code2", 256, "float32"),
-        ("offset", 1, "float32"),
-    ]
+    nested = ("absmax2", -(-blocks // 256), "float32"), ("code2", 256, "float32")
+    return [levels, ("absmax", blocks, "uint8"), *nested, ("offset", 1, "float32")]
 
 
 @dataclass(frozen=True)
@@ -388,8 +382,8 @@ def _loss(request: Request, layer: Layer) -> tuple[int, int]:
     return rows * words * c, head
 
 
-def closed_form(request: Request) -> dict[str, Any]:
-    """Predict one training step by formula; the same answer as `dry_run`.
+def closed_form(request: Request) -> tuple[dict, dict, str, int, int]:
+    """Predict one training step: the fields of `MemoryEstimate` before `request`.
 
     Raises:
         ValueError: where there is no closed form.
@@ -399,10 +393,4 @@ def closed_form(request: Request) -> dict[str, Any]:
     moments = _moments(request, shapes, static["gradients"])
     moment = max(moments, key=lambda name: sum(moments[name]))
     at_peak = zip(("activations", "logits", "gradients"), moments[moment], strict=True)
-    return {
-        "parts": static | dict(at_peak),
-        "static_parts": static,
-        "moment": moment,
-        "trainable": shapes.trainable,
-        "paged": paged,
-    }
+    return static | dict(at_peak), static, moment, shapes.trainable, paged
