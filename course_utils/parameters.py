@@ -74,7 +74,7 @@ def skeleton(config: PretrainedConfig, task_type: Any = None) -> Module:
     task = getattr(task_type, "value", task_type) or "CAUSAL_LM"
     if task not in _AUTO_CLASSES:
         raise ValueError(f"task_type is CAUSAL_LM or SEQ_CLS, not {task!r}")
-    # num_labels is spelled out, as it is not a field of the JSON
+    # the JSON lacks num_labels
     key = f"{task} {config.num_labels} {config.to_json_string(use_diff=False)}"
     if key not in _skeletons:
         import torch
@@ -162,8 +162,7 @@ def lora_rank(name: str, config: PeftConfig) -> int:
     """The rank of one module's adapter: `r`, unless `rank_pattern` has another."""
     from peft.utils.other import get_pattern_key
 
-    patterns = config.rank_pattern
-    return patterns.get(get_pattern_key(patterns.keys(), name), config.r)
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
 
 
 # LoraConfig's fields that add or change parameters in ways not counted here.
@@ -277,8 +276,7 @@ def _count(model: Module, config: PeftConfig, *, in_file: bool = False) -> int:
     """Parameters that a config trains, or, `in_file`, that its saved file holds."""
     peft_type = getattr(config.peft_type, "value", config.peft_type)
     if peft_type not in _FORMULAS:
-        known = list(_FORMULAS)
-        raise ValueError(f"no formula for {peft_type}; there is one for {known}")
+        raise ValueError(f"no formula for {peft_type}, only for {list(_FORMULAS)}")
     if in_file and peft_type == "P_TUNING":
         peft_type = "PROMPT_TUNING"
     if in_file and peft_type == "PREFIX_TUNING":

@@ -91,16 +91,14 @@ class ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight)
         ctx.compute, ctx.count = autocast or hidden.dtype, count
         rows = [torch.empty(len(hidden)) for _ in range(7)]
-        tile = _tile(ctx, hidden, weight)
-        del tile
+        _tile(ctx, hidden, weight)
         return rows[0].sum()
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty(hidden.shape), None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty(weight.shape)
+        grad_hidden = torch.empty(hidden.shape)
+        grad_weight = torch.empty(weight.shape) if ctx.needs_input_grad[1] else None
         tile = _tile(ctx, hidden, weight)
         grad_hidden = grad_hidden.to(hidden.dtype)
         if grad_weight is not None:
@@ -121,8 +119,8 @@ def _tile(ctx, hidden, weight):
 class Dropout(nn.Dropout):
     """Dropout with a mask of one byte per element, as on a GPU."""
 
-    def forward(self, x):
-        return torch.native_dropout(x, self.p, self.training)[0]
+    def forward(self, input):
+        return torch.native_dropout(input, self.p, self.training)[0]
 
 
 # --- the step --------------------------------------------------------------------
@@ -278,12 +276,6 @@ def _prepare(model: nn.Module, request: Request, count: LiveBytes) -> None:
         )
 
 
-def _attention(request: Request):
-    if request.attention == "math":
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
-
-
 def _autocast(request: Request) -> contextlib.ExitStack:
     """Autocast on the CPU, where libraries that ask for a card's believe it is on."""
     stack = contextlib.ExitStack()
@@ -317,7 +309,9 @@ def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
             p.register_post_accumulate_grad_hook(count.add_gradient)
         _prepare(model, request, count)
         shape = request.batch_size, request.sequence_length
-        with count, _attention(request), _no_packing():
+        math = request.attention == "math"
+        attention = sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext()
+        with count, attention, _no_packing():
             ids = torch.zeros(shape, dtype=torch.long)
             mask = torch.ones(shape, dtype=torch.long) if request.padding else None
             with _autocast(request):

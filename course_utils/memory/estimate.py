@@ -39,6 +39,7 @@ _CHOICES: dict[str, tuple] = {
     "attention": ("sdpa", "math", "eager"),
     "loss": ("logits", "chunked"),
     "quantization": ("nf4", "fp4", None),
+    "autocast": ("float16", "bfloat16", None),
 }
 
 
@@ -69,9 +70,8 @@ class Request:
                 raise ValueError(f"{name} {value!r} is none of {names}")
         for name in ("batch_size", "sequence_length"):
             if not isinstance(size := getattr(self, name), int) or size < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {size!r}")
-        if self.autocast not in ("float16", "bfloat16", None):
-            raise ValueError("autocast is float16 or bfloat16; None means no autocast")
+                needed = "must be a whole number of at least 1"
+                raise ValueError(f"{name} {needed}, got {size!r}")
         self._check_combinations()
         limit = getattr(self.config, "max_position_embeddings", None)
         tokens = self.sequence_length + self.virtual_tokens
@@ -220,8 +220,8 @@ def unfused(config: Any, method: Any) -> bool:
     given (huggingface/transformers#48633).
     """
     heads = getattr(config, "num_attention_heads", None)
-    grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
-    return grouped and method != "prefix_tuning"
+    key_value_heads = getattr(config, "num_key_value_heads", None)
+    return key_value_heads not in (None, heads) and method != "prefix_tuning"
 
 
 def t4_plan(
@@ -366,8 +366,7 @@ def _possible_changes(r: Request) -> list[list[_Change]]:
 
 def _smaller_batches(r: Request) -> list[_Change]:
     changes, size = [], r.batch_size
-    while size > 1:
-        size //= 2
+    while (size := size // 2) > 0:
         fields = {"batch_size": size, "gradient_accumulation": True}
         if size == 1:
             fields["padding"] = False
