@@ -1,42 +1,43 @@
 """Count parameters: of a model in memory, or of a method before any model exists.
 
-`count_parameters` looks at a model. `adapter_parameters` and `adapter_bytes` need only
-its configuration: a model of that shape is built on torch's meta device, which holds no
-weights (7B takes 0.1 s), PEFT's own rules say which of its modules are adapted, and one
-line of arithmetic for each method does the rest.
-
-Letters: `L` layers, `d` width, `r` rank, `n` virtual tokens, `h` encoder width.
+`adapter_parameters` and `adapter_bytes` need only a configuration: a model of that
+shape is built on torch's meta device, which holds no weights (7B takes 0.1 s), PEFT's
+own rules say which of its modules are adapted, and arithmetic does the rest.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
+    from torch.nn import Module
     from transformers import PretrainedConfig
 
-# `pissa` and `qlora` train what `lora` trains; they differ in how W is kept.
-METHODS = {
-    "lora": "LoraConfig",
-    "dora": "LoraConfig",
-    "pissa": "LoraConfig",
-    "qlora": "LoraConfig",
-    "ia3": "IA3Config",
-    "prompt_tuning": "PromptTuningConfig",
-    "prefix_tuning": "PrefixTuningConfig",
-    "p_tuning": "PromptEncoderConfig",
+    Method = str | PeftConfig
+
+# Method -> PEFT's class and the options that are the method. `pissa` and `qlora` train
+# what `lora` trains; they differ in how W is kept.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {}),
+    "dora": ("LoraConfig", {"use_dora": True}),
+    "pissa": ("LoraConfig", {"init_lora_weights": "pissa"}),
+    "qlora": ("LoraConfig", {}),
+    "ia3": ("IA3Config", {}),
+    "prompt_tuning": ("PromptTuningConfig", {}),
+    "prefix_tuning": ("PrefixTuningConfig", {}),
+    "p_tuning": ("PromptEncoderConfig", {}),
 }
 
 
-def peft_config(method: str | PeftConfig, **options: Any) -> PeftConfig:
-    """Turn a method's name and its options into PEFT's own config object.
-
-    The method is a key of `METHODS`, or a PEFT config, of which a copy is returned.
+def peft_config(method: Method, **options: Any) -> PeftConfig:
+    """PEFT's config for a key of `METHODS` and PEFT's options; a config is copied.
 
     Raises:
         ValueError: the method is unknown, or options come with a PEFT config.
@@ -49,17 +50,20 @@ def peft_config(method: str | PeftConfig, **options: Any) -> PeftConfig:
             raise ValueError(f"the PEFT config already holds the options: {options}")
         return copy.deepcopy(method)
     if method not in METHODS:
-        raise ValueError(
-            f"unknown method {method!r}; known: full, {', '.join(METHODS)}"
-        )
-    fixed = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
-    return getattr(peft, METHODS[method])(**(fixed.get(method, {}) | options))
+        known = ", ".join(METHODS)
+        raise ValueError(f"unknown method {method!r}; known: full, {known}")
+    class_name, fixed = METHODS[method]
+    return getattr(peft, class_name)(**(fixed | options))
 
 
-_skeletons: dict[str, torch.nn.Module] = {}
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
+_skeletons: dict[str, Module] = {}
 
 
-def skeleton(config: PretrainedConfig, task_type: Any = None) -> torch.nn.Module:
+def skeleton(config: PretrainedConfig, task_type: Any = None) -> Module:
     """Build the model of a configuration without weights, on the meta device.
 
     The last few are kept, as a slider asks for the same one many times.
@@ -67,15 +71,10 @@ def skeleton(config: PretrainedConfig, task_type: Any = None) -> torch.nn.Module
     Raises:
         ValueError: a task other than PEFT's `"CAUSAL_LM"` (also None) and `"SEQ_CLS"`.
     """
-    task = getattr(task_type, "value", task_type)
-    autos = {
-        None: "AutoModelForCausalLM",
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-    }
-    if task not in autos:
+    task = getattr(task_type, "value", task_type) or "CAUSAL_LM"
+    if task not in _AUTO_CLASSES:
         raise ValueError(f"task_type is CAUSAL_LM or SEQ_CLS, not {task!r}")
-    # num_labels is spelled out, as it is not a field of the JSON
+    # the JSON lacks num_labels
     key = f"{task} {config.num_labels} {config.to_json_string(use_diff=False)}"
     if key not in _skeletons:
         import torch
@@ -85,69 +84,56 @@ def skeleton(config: PretrainedConfig, task_type: Any = None) -> torch.nn.Module
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model = getattr(transformers, autos[task]).from_config(config)
+            model = getattr(transformers, _AUTO_CLASSES[task]).from_config(config)
         if len(_skeletons) > 15:
             _skeletons.clear()
         _skeletons[key] = model
     return _skeletons[key]
 
 
-def _numel(module: torch.nn.Module) -> int:
+def _numel(module: Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# --- which modules a method adapts -----------------------------------------------
-
-
-def target_modules(
-    model: torch.nn.Module, config: PeftConfig
-) -> list[tuple[str, torch.nn.Module]]:
+def target_modules(model: Module, config: PeftConfig) -> list[tuple[str, Module]]:
     """Find (name, module) of each base module that a PEFT config adapts.
 
     Raises:
         ValueError: no module matches, or PEFT has no default for this model type.
     """
+    from peft.tuners import tuners_utils
+
+    config = copy.copy(config)
+    if config.target_modules is None:
+        role = f"{config.peft_type.value}_TARGET"
+        config.target_modules = _default_targets(role, model)
     targets = config.target_modules
-    if targets is None:
-        kind = config.peft_type.value + "_TARGET"
-        targets = _default_targets(kind, model.config.model_type)
-    matches = _matching(model, config, targets)
+    config = tuners_utils._maybe_include_all_linear_layers(config, model)
+    matches = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and tuners_utils.check_target_module_exists(config, name)
+    ]
     if not matches:
         raise ValueError(f"no module matches target_modules={targets!r}")
     return matches
 
 
-def _matching(
-    model: torch.nn.Module, config: PeftConfig, targets: Any
-) -> list[tuple[str, torch.nn.Module]]:
-    """The modules that PEFT would adapt if `targets` were the config's own."""
-    from peft.tuners import tuners_utils
-
-    config = copy.copy(config)
-    config.target_modules = targets
-    config = tuners_utils._maybe_include_all_linear_layers(config, model)
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and tuners_utils.check_target_module_exists(config, name)
-    ]
-
-
-def _default_targets(kind: str, model_type: str) -> list[str]:
+def _default_targets(role: str, model: Module) -> list[str]:
     """PEFT's own choice of modules, such as q_proj and v_proj for LoRA on Llama."""
     from peft.utils import constants
 
-    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_MODULES_MAPPING")
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{role}_MODULES_MAPPING")
+    model_type = model.config.model_type
     if model_type not in table:
         raise ValueError(f"PEFT has no default for {model_type}: name target_modules")
     return table[model_type]
 
 
-def lora_target_names(model: torch.nn.Module) -> list[str]:
-    """Short names of all linear layers but the output head: what to give LoRA.
+def lora_target_names(model: Module) -> list[str]:
+    """Short names of all linear layers but the output head, sorted: what to give LoRA.
 
-    This is the list that `target_modules="all-linear"` finds, on plain, 4-bit and 8-bit
-    models that have no adapters yet: sorted, such as `["down_proj", ..., "v_proj"]`.
+    They are what `target_modules="all-linear"` finds on plain, 4-bit and 8-bit models.
     """
     from peft import LoraConfig
 
@@ -156,31 +142,28 @@ def lora_target_names(model: torch.nn.Module) -> list[str]:
     return sorted({name.split(".")[-1] for name, _ in target_modules(model, config)})
 
 
-def features(name: str, module: torch.nn.Module) -> tuple[int, int]:
+def features(name: str, module: Module) -> tuple[int, int]:
     """Input and output width of a Linear, an Embedding or GPT-2's Conv1D.
 
     Raises:
         ValueError: for another kind of module, which has no formula.
     """
-    kind = type(module).__name__
-    if kind == "Conv1D":
-        return tuple(module.weight.shape)
-    if kind == "Embedding":
-        return module.num_embeddings, module.embedding_dim
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
-    raise ValueError(f"no formula for {name}, a {kind}: choose linear layers")
+    if hasattr(module, "num_embeddings"):
+        return module.num_embeddings, module.embedding_dim
+    layer_type = type(module).__name__
+    if layer_type == "Conv1D":
+        return tuple(module.weight.shape)
+    raise ValueError(f"no formula for {name}, a {layer_type}: choose linear layers")
 
 
 def lora_rank(name: str, config: PeftConfig) -> int:
     """The rank of one module's adapter: `r`, unless `rank_pattern` has another."""
     from peft.utils.other import get_pattern_key
 
-    patterns = config.rank_pattern
-    return patterns.get(get_pattern_key(patterns.keys(), name), config.r)
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
 
-
-# --- how many parameters a method trains -----------------------------------------
 
 # LoraConfig's fields that add or change parameters in ways not counted here.
 _NOT_COUNTED = (
@@ -190,25 +173,20 @@ _NOT_COUNTED = (
 )
 
 
-def _saved_names(model: torch.nn.Module, config: PeftConfig) -> tuple[str, ...]:
-    ends = list(getattr(config, "modules_to_save", None) or ())
+def _saved_names(model: Module, config: PeftConfig) -> list[str]:
+    """Modules that train as copies: `modules_to_save`, and the head of a classifier."""
+    ends = tuple(getattr(config, "modules_to_save", None) or ())
     if getattr(config.task_type, "value", config.task_type) == "SEQ_CLS":
-        ends += ["classifier", "score"]
-    names: tuple[str, ...] = ()
+        ends += ("classifier", "score")
+    names: list[str] = []
     for name, _ in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in names)
-        if not inside and any(name.endswith(end) for end in ends):
-            names += (name,)
+        inside = name.startswith(tuple(f"{outer}." for outer in names))
+        if name.endswith(ends) and not inside:
+            names.append(name)
     return names
 
 
-def _saved_modules(model: torch.nn.Module, config: PeftConfig) -> int:
-    """Parameters of the trained copies of `modules_to_save` and of a classifier."""
-    names = _saved_names(model, config)
-    return sum(_numel(model.get_submodule(name)) for name in names)
-
-
-def _lora(model: torch.nn.Module, config: PeftConfig) -> int:
+def _lora(model: Module, config: PeftConfig) -> int:
     unknown = [field for field in _NOT_COUNTED if getattr(config, field, None)]
     if unknown:
         raise ValueError(f"no formula for a LoraConfig with {', '.join(unknown)}")
@@ -221,44 +199,44 @@ def _lora(model: torch.nn.Module, config: PeftConfig) -> int:
         if config.bias == "lora_only" and getattr(module, "bias", None) is not None:
             total += module.bias.numel()
     if config.bias == "all":  # but for the frozen originals of saved modules
-        saved = _saved_names(model, config)
+        saved = tuple(f"{name}." for name in _saved_names(model, config))
         total += sum(
-            p.numel()
-            for n, p in model.named_parameters()
-            if n.endswith("bias") and not any(n.startswith(f"{s}.") for s in saved)
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if name.endswith("bias") and not name.startswith(saved)
         )
     return total
 
 
-def _ia3(model: torch.nn.Module, config: PeftConfig) -> int:
-    ends = config.feedforward_modules
-    if ends is None:
-        ends = _default_targets("IA3_FEEDFORWARD", model.config.model_type)
-    feedforward = {name for name, _ in _matching(model, config, ends)}
-    # one factor per output; per input where the module is a feedforward one
-    return sum(
-        features(name, module)[0 if name in feedforward else 1]
-        for name, module in target_modules(model, config)
-    )
+def _ia3(model: Module, config: PeftConfig) -> int:
+    from peft import IA3Model
+
+    if config.feedforward_modules is None:
+        config.feedforward_modules = _default_targets("IA3_FEEDFORWARD", model)
+    total = 0
+    for name, module in target_modules(model, config):
+        d_in, d_out = features(name, module)
+        # one factor per output; per input where the module is a feedforward one
+        feedforward = IA3Model._check_target_module_feedforward(config, name)
+        total += d_in if feedforward else d_out
+    return total
 
 
-def _virtual_tokens(config: PeftConfig) -> int:
+def _virtual_shape(model: Module, config: PeftConfig) -> tuple[int, int]:
+    """Number and width of the virtual tokens."""
     if not config.num_virtual_tokens:
         raise ValueError(f"{config.peft_type.value} needs num_virtual_tokens=")
-    return config.num_virtual_tokens * (config.num_transformer_submodules or 1)
+    tokens = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
+    return tokens, config.token_dim or model.config.get_text_config().hidden_size
 
 
-def _width(model: torch.nn.Module, config: PeftConfig) -> int:
-    return config.token_dim or model.config.get_text_config().hidden_size
+def _prompt_tuning(model: Module, config: PeftConfig) -> int:
+    return math.prod(_virtual_shape(model, config))
 
 
-def _prompt_tuning(model: torch.nn.Module, config: PeftConfig) -> int:
-    return _virtual_tokens(config) * _width(model, config)
-
-
-def _prefix_tuning(model: torch.nn.Module, config: PeftConfig) -> int:
+def _prefix_tuning(model: Module, config: PeftConfig) -> int:
     base = model.config.get_text_config()
-    n, width = _virtual_tokens(config), _width(model, config)
+    n, width = _virtual_shape(model, config)
     layers = config.num_layers or base.num_hidden_layers
     kv_heads = getattr(base, "num_key_value_heads", None)
     if kv_heads:
@@ -270,8 +248,8 @@ def _prefix_tuning(model: torch.nn.Module, config: PeftConfig) -> int:
     return n * width + (width * h + h) + (h + 1) * layers * 2 * width
 
 
-def _p_tuning(model: torch.nn.Module, config: PeftConfig) -> int:
-    n, d = _virtual_tokens(config), _width(model, config)
+def _p_tuning(model: Module, config: PeftConfig) -> int:
+    n, d = _virtual_shape(model, config)
     h = config.encoder_hidden_size or d
     encoder = config.encoder_reparameterization_type
     if getattr(encoder, "value", encoder) == "MLP":
@@ -285,8 +263,7 @@ def _p_tuning(model: torch.nn.Module, config: PeftConfig) -> int:
     return n * d + lstm + head
 
 
-# PEFT's type of a method -> its count, from the model without weights and the config
-_FORMULAS: dict[str, Callable[[torch.nn.Module, PeftConfig], int]] = {
+_FORMULAS = {  # by PEFT's type of a method
     "LORA": _lora,
     "IA3": _ia3,
     "PROMPT_TUNING": _prompt_tuning,
@@ -295,17 +272,21 @@ _FORMULAS: dict[str, Callable[[torch.nn.Module, PeftConfig], int]] = {
 }
 
 
-def _formula(config: PeftConfig) -> Callable[[torch.nn.Module, PeftConfig], int]:
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind not in _FORMULAS:
-        raise ValueError(f"no formula for {kind}; there is one for {list(_FORMULAS)}")
-    return _FORMULAS[kind]
+def _count(model: Module, config: PeftConfig, *, in_file: bool = False) -> int:
+    """Parameters that a config trains, or, `in_file`, that its saved file holds."""
+    peft_type = getattr(config.peft_type, "value", config.peft_type)
+    if peft_type not in _FORMULAS:
+        raise ValueError(f"no formula for {peft_type}, only for {list(_FORMULAS)}")
+    if in_file and peft_type == "P_TUNING":
+        peft_type = "PROMPT_TUNING"
+    if in_file and peft_type == "PREFIX_TUNING":
+        config.prefix_projection = False
+    saved = [model.get_submodule(name) for name in _saved_names(model, config)]
+    return _FORMULAS[peft_type](model, config) + sum(map(_numel, saved))
 
 
-def adapter_parameters(
-    config: PretrainedConfig, method: str | PeftConfig, **options: Any
-) -> int:
-    """Count the parameters that a method trains, without loading any weights.
+def adapter_parameters(config: PretrainedConfig, method: Method, **options: Any) -> int:
+    """Count what a method trains, as `print_trainable_parameters`, without weights.
 
     With `r` the rank, `(d_out, d_in)` a target's shape, `n` virtual tokens, `d` the
     width, `L` the layers, `k` = KV heads x head size and `h` the encoder's width:
@@ -321,16 +302,8 @@ def adapter_parameters(
     | p_tuning (MLP) | n d + (d h + h) + (h h + h) + (h d + d) |
     | full | all of the model |
 
-    Copies made by `modules_to_save` and biases trained by `bias=` are counted.
-
-    Args:
-        config: a transformers configuration (`model.config`, or written by hand).
-        method: a name from the table, or a PEFT config object.
-        **options: PEFT's fields (`r`, `target_modules`, `num_virtual_tokens`, ...)
-            with PEFT's defaults.
-
-    Returns:
-        The number that `print_trainable_parameters` would show as trainable.
+    Copies made by `modules_to_save` and biases trained by `bias=` are counted. The
+    method may be a PEFT config; options are PEFT's fields, with PEFT's defaults.
 
     Raises:
         ValueError: unknown method, no module matches, or a field without a formula.
@@ -340,46 +313,27 @@ def adapter_parameters(
     prompt tuning, arXiv:2104.08691; prefix tuning, arXiv:2101.00190; P-tuning,
     arXiv:2103.10385.
 
-    Examples:
-        >>> from transformers import LlamaConfig
-        >>> adapter_parameters(LlamaConfig(), "lora", r=64)  # Llama-2-7B, q and v
-        33554432
+    >>> from transformers import LlamaConfig
+    >>> adapter_parameters(LlamaConfig(), "lora", r=64)  # Llama-2-7B, q and v
+    33554432
     """
     if method == "full":
         if options:
             raise ValueError(f"full fine-tuning takes no options: {options}")
         return _numel(skeleton(config))
     method = peft_config(method, **options)
-    model = skeleton(config, method.task_type)
-    return _formula(method)(model, method) + _saved_modules(model, method)
+    return _count(skeleton(config, method.task_type), method)
 
 
 def adapter_bytes(
-    config: PretrainedConfig,
-    method: str | PeftConfig,
-    *,
-    dtype: str = "float32",
-    **options: Any,
+    config: PretrainedConfig, method: Method, *, dtype: str = "float32", **options: Any
 ) -> int:
-    """Size in bytes of the tensors in a saved adapter file.
+    """Bytes of the tensors in a saved adapter file; `"full"` gives the whole model.
 
-    The file itself also has a header that names the tensors, about 100 bytes each.
-    Prompt methods save the virtual tokens that their encoder produced, never the
-    encoder; a LoRA that targets an embedding saves the base embeddings too.
-
-    Args:
-        method: as in `adapter_parameters`; `"full"` gives the whole model.
-        dtype: what is stored. PEFT keeps adapters in float32, whatever the base is.
-
-    Raises:
-        ValueError: as in `adapter_parameters`.
-
-    Examples:
-        >>> from transformers import LlamaConfig
-        >>> adapter_bytes(LlamaConfig(), "lora", r=64)  # 134 MB, MB = 10^6 bytes
-        134217728
-        >>> adapter_bytes(LlamaConfig(), "full", dtype="float16")  # against 13 GB
-        13476831232
+    `dtype` is what is stored: PEFT keeps adapters in float32, whatever the base is. The
+    file also has a header that names the tensors, about 100 bytes each. Prompt methods
+    save the virtual tokens that their encoder produced, never the encoder; a LoRA that
+    targets an embedding saves the base embeddings too. Errors: `adapter_parameters`'s.
     """
     import torch
 
@@ -387,18 +341,12 @@ def adapter_bytes(
     if method == "full":
         return itemsize * adapter_parameters(config, "full", **options)
     method = peft_config(method, **options)
-    model, formula = skeleton(config, method.task_type), _formula(method)
-    if formula is _p_tuning:
-        formula = _prompt_tuning
-    elif formula is _prefix_tuning:
-        method.prefix_projection = False
-    stored = formula(model, method) + _saved_modules(model, method)
-    if formula is _lora:
-        names = {name.split(".")[-1] for name, _ in target_modules(model, method)}
-        if "embed_tokens" in names:
-            stored += _numel(model.get_input_embeddings())
-        if "lm_head" in names:
-            stored += _numel(model.get_output_embeddings())
+    model = skeleton(config, method.task_type)
+    stored = _count(model, method, in_file=True)
+    if method.peft_type == "LORA":
+        for name, module in target_modules(model, method):
+            if name.split(".")[-1] in ("embed_tokens", "lm_head"):
+                stored += _numel(module)
     return itemsize * stored
 
 
@@ -407,49 +355,28 @@ def adapter_bytes(
 
 def _elements(parameter: torch.nn.Parameter) -> int:
     """Logical elements: a packed 4-bit weight stands for two a byte."""
-    if type(parameter).__name__ == "Params4bit":
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            return state.shape.numel()
-        if getattr(parameter, "bnb_quantized", False):
-            return parameter.numel() * 2 * parameter.element_size()
-    return parameter.numel()
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
-def _constants(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Tensors that bitsandbytes keeps beside the weights of one module."""
-    import torch
-
+def _constants(module: Module) -> Iterator[torch.Tensor | None]:
+    """Tensors that bitsandbytes keeps beside the weights of one module, and Nones."""
     weight = module._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
     while state is not None:  # the second state is double quantization's
         yield from (state.absmax, state.code, state.offset)
         state = state.state2
-    eight_bit = getattr(module, "state", None)
-    for owner in (weight, eight_bit):
-        scale = getattr(owner, "SCB", None)
-        if isinstance(scale, torch.Tensor):
-            yield scale
+    for owner in (weight, getattr(module, "state", None)):  # where 8-bit scales are
+        yield getattr(owner, "SCB", None)
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many parameters a model has. Printed, it reads as PEFT's own line.
+    """How many parameters a model has. Printed, it reads as PEFT's own line."""
 
-    Attributes:
-        total: all parameters, tied ones once.
-        trainable: those that training changes (`requires_grad`).
-        frozen, trainable_percent: the rest, and the trained share from 0 to 100.
-        bytes: bytes that hold all of them, quantization constants included.
-
-    Examples:
-        >>> print(ParameterCount(total=1000, trainable=5, bytes=4000))
-        trainable params: 5 || all params: 1,000 || trainable%: 0.5000
-    """
-
-    total: int
-    trainable: int
-    bytes: int
+    total: int  # tied ones once
+    trainable: int  # those with `requires_grad`
+    bytes: int  # that hold all of them, quantization constants included
 
     @property
     def frozen(self) -> int:
@@ -466,25 +393,20 @@ class ParameterCount:
         )
 
 
-def count_parameters(model: torch.nn.Module) -> ParameterCount:
-    """Count a model's parameters and the bytes that hold them.
+def count_parameters(model: Module) -> ParameterCount:
+    """Count a model's parameters, as PEFT does, and the bytes that hold them.
 
-    Tied weights count once. A bitsandbytes 4-bit weight counts its logical elements,
-    and its bytes include the scales (`absmax`). Buffers are not parameters. The counts
-    agree with PEFT's `get_nb_trainable_parameters`. A model on the meta device is
-    counted as if it were filled.
+    Tied weights count once, a bitsandbytes 4-bit weight its logical elements; its bytes
+    include the scales (`absmax`). Buffers are not parameters. A model on the meta
+    device is counted as if it were filled.
 
-    Examples:
-        >>> import torch
-        >>> print(count_parameters(torch.nn.Linear(3, 2)))
-        trainable params: 8 || all params: 8 || trainable%: 100.0000
+    >>> import torch
+    >>> print(count_parameters(torch.nn.Linear(3, 2)))
+    trainable params: 8 || all params: 8 || trainable%: 100.0000
     """
-    total = trainable = 0
-    for parameter in model.parameters():
-        total += _elements(parameter)
-        trainable += _elements(parameter) if parameter.requires_grad else 0
-    tensors = {id(tensor): tensor for tensor in model.parameters()}
-    for module in model.modules():
-        tensors |= {id(tensor): tensor for tensor in _constants(module)}
-    held = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
-    return ParameterCount(total, trainable, held)
+    parameters = list(model.parameters())
+    total = sum(map(_elements, parameters))
+    trainable = sum(_elements(p) for p in parameters if p.requires_grad)
+    constants = itertools.chain.from_iterable(map(_constants, model.modules()))
+    tensors = {id(t): t for t in (*parameters, *constants) if t is not None}
+    return ParameterCount(total, trainable, sum(t.nbytes for t in tensors.values()))

@@ -2,9 +2,9 @@
 
 The model is built from its configuration with fake tensors (shape and dtype, no
 bytes), one forward, backward and optimizer step runs, and a dispatch mode adds up the
-bytes of every storage alive. It needs no weights and no GPU. What bitsandbytes, TRL and
-a GPU do in kernels of their own does not run on such tensors: stand-ins at the top
-allocate the same bytes at the same moments, and do no arithmetic.
+bytes of every storage alive. What bitsandbytes, TRL and a GPU do in kernels of their
+own does not run on such tensors: stand-ins at the top allocate the same bytes at the
+same moments, and do no arithmetic.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import contextlib
 import copy
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_utils.memory.formula import (
+    KEPT_PARTS,
     TILE_TOKENS,
     TILE_WORDS,
     optimizer_state_bytes,
@@ -40,12 +43,12 @@ class Matmul4bit(torch.autograd.Function):
     def forward(ctx, x, packed, shape):
         ctx.shape, ctx.dtype = shape, x.dtype
         ctx.save_for_backward(packed)
-        weight = torch.empty(shape, dtype=x.dtype, device=x.device)
+        weight = torch.empty(shape, dtype=x.dtype)
         return torch.nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        weight = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device)
+        weight = torch.empty(ctx.shape, dtype=ctx.dtype)
         return grad.to(ctx.dtype) @ weight, None, None
 
 
@@ -59,15 +62,14 @@ def _linear4bit_class() -> type:
             self.in_features, self.out_features = linear.weight.shape[::-1]
             self.compute_dtype = getattr(torch, request.autocast or request.dtype)
             self.bias = linear.bias
-            device, size = linear.weight.device, linear.weight.numel()
-            packed = torch.empty(((size + 1) // 2, 1), dtype=torch.uint8, device=device)
+            size = linear.weight.numel()
+            packed = torch.empty(((size + 1) // 2, 1), dtype=torch.uint8)
             self.weight = nn.Parameter(packed, requires_grad=False)
             self.weight.compress_statistics = request.double_quant
             self.weight.quant_type = request.quantization
             constants = quantization_constants(size, request.double_quant)
             for name, length, dtype in constants:
-                dtype = getattr(torch, dtype)
-                tensor = torch.empty(length, dtype=dtype, device=device)
+                tensor = torch.empty(length, dtype=getattr(torch, dtype))
                 self.register_buffer(name, tensor)
 
         def forward(self, x):
@@ -88,18 +90,15 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, autocast, count):
         ctx.save_for_backward(hidden, weight)
         ctx.compute, ctx.count = autocast or hidden.dtype, count
-        rows = [torch.empty(len(hidden), device=hidden.device) for _ in range(7)]
-        tile = _tile(ctx, hidden, weight)
-        del tile
+        rows = [torch.empty(len(hidden)) for _ in range(7)]
+        _tile(ctx, hidden, weight)
         return rows[0].sum()
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
-        grad_hidden = torch.empty(hidden.shape, device=hidden.device)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty(weight.shape, device=weight.device)
+        grad_hidden = torch.empty(hidden.shape)
+        grad_weight = torch.empty(weight.shape) if ctx.needs_input_grad[1] else None
         tile = _tile(ctx, hidden, weight)
         grad_hidden = grad_hidden.to(hidden.dtype)
         if grad_weight is not None:
@@ -110,33 +109,18 @@ class ChunkedLoss(torch.autograd.Function):
 
 def _tile(ctx, hidden, weight):
     shape = min(len(hidden), TILE_TOKENS), min(len(weight), TILE_WORDS)
-    tile = torch.empty(shape, dtype=ctx.compute, device=hidden.device)
+    tile = torch.empty(shape, dtype=ctx.compute)
     ctx.count(tile, "logits")
     for wide in (hidden[: shape[0]], weight[: shape[1]]):
         wide.to(ctx.compute)
     return tile
 
 
-class HiddenHead(nn.Module):
-    """An output layer that hands the hidden states on; the loss does the rest."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, hidden):
-        return hidden
-
-
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """Dropout with a mask of one byte per element, as on a GPU."""
 
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        return torch.native_dropout(x, self.p, self.training)[0]
+    def forward(self, input):
+        return torch.native_dropout(input, self.p, self.training)[0]
 
 
 # --- the step --------------------------------------------------------------------
@@ -172,12 +156,14 @@ class LiveBytes(TorchDispatchMode):
             self.total += size
         self.now[kind] = self.now.get(kind, 0) + size
 
+    def add_gradient(self, parameter: nn.Parameter) -> None:
+        self.add(parameter.grad, "gradients")
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            if tensor.untyped_storage()._cdata not in self.live:
+            is_tensor = isinstance(tensor, torch.Tensor)
+            if is_tensor and tensor.untyped_storage()._cdata not in self.live:
                 wide = tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
                 self.add(tensor, "logits" if wide else "activations")
         if self.total > self.peak:
@@ -186,11 +172,11 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def _swap(model: nn.Module, wanted, make) -> None:
+def _swap(model: nn.Module, old_type: type, make: Callable) -> None:
+    """Replace the modules of exactly this type, where `make` gives another."""
     for name, module in list(model.named_modules()):
-        if wanted(module):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, make(module))
+        if type(module) is old_type:
+            model.set_submodule(name, make(module))
 
 
 def _build(request: Request) -> nn.Module:
@@ -209,11 +195,7 @@ def _build(request: Request) -> nn.Module:
         )
         if request.quantization:
             packed, head = _linear4bit_class(), model.get_output_embeddings()
-            _swap(
-                model,
-                lambda m: type(m) is nn.Linear and m is not head,
-                lambda m: packed(m, request),
-            )
+            _swap(model, nn.Linear, lambda m: m if m is head else packed(m, request))
             model.is_loaded_in_4bit = True
         if request.method == "full":
             return model
@@ -222,17 +204,16 @@ def _build(request: Request) -> nn.Module:
         peft = copy.deepcopy(request.peft)
         peft.task_type = peft.task_type or "CAUSAL_LM"
         peft.inference_mode = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             model = get_peft_model(model, peft, low_cpu_mem_usage=True)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
-    _swap(model, lambda m: type(m) is nn.Dropout and m.p > 0, lambda m: Dropout(m.p))
+    _swap(model, nn.Dropout, lambda m: Dropout(m.p) if m.p > 0 else m)
     return model
 
 
-def _give_storage(model: nn.Module, count: LiveBytes) -> None:
+def _give_storage(model: nn.Module, count: LiveBytes, full: bool) -> None:
     """Replace meta tensors by fake CPU tensors, ties kept, and count them by kind.
 
     `Module.to` refuses fake tensors, and fake CUDA tensors abort a CPU build of torch.
@@ -241,18 +222,17 @@ def _give_storage(model: nn.Module, count: LiveBytes) -> None:
     replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
         packed = hasattr(module, "compute_dtype") and hasattr(module, "absmax")
+        tables = "quantization" if packed else "activations"  # as rotary frequencies
         for store in (module._parameters, module._buffers):
-            for name, old in list(store.items()):
+            for name, old in store.items():
                 if old is None:
                     continue
                 if id(old) not in replaced:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    kind = "activations"  # tables such as the rotary frequencies
-                    if packed and store is module._buffers:
-                        kind = "quantization"
-                    elif isinstance(old, nn.Parameter):
+                    new, kind = torch.empty(old.shape, dtype=old.dtype), tables
+                    if isinstance(old, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=old.requires_grad)
-                        kind = "adapters" if old.requires_grad else "weights"
+                        added = old.requires_grad and not full
+                        kind = "adapters" if added else "weights"
                     count.add(new, kind)
                     replaced[id(old)] = old, new
                 store[name] = replaced[id(old)][1]
@@ -265,11 +245,9 @@ def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
     for p in model.parameters():
         if not p.requires_grad:
             continue
+        is_table = any(p is table for table in tables)
         size, movable = optimizer_state_bytes(
-            request.optimizer,
-            p.numel(),
-            p.dtype.itemsize,
-            embedding=any(p is table for table in tables),
+            request.optimizer, p.numel(), p.dtype.itemsize, embedding=is_table
         )
         paged += movable
         if size:
@@ -282,75 +260,57 @@ def _prepare(model: nn.Module, request: Request, count: LiveBytes) -> None:
     model.train()
     if request.gradient_checkpointing:
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        with warnings.catch_warnings():  # newer transformers have another name for it
-            warnings.simplefilter("ignore")
+        # newer transformers have another name for it
+        with warnings.catch_warnings(action="ignore"):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if request.method != "full":
             model.enable_input_require_grads()
     if request.loss == "chunked":
         base = model if request.method == "full" else model.get_base_model()
         head = base.get_output_embeddings()
-        base.lm_head = HiddenHead(head.weight)
+        base.lm_head = nn.Identity()  # hands the hidden states on to the loss
+        base.lm_head.weight = head.weight
         cast = request.autocast and getattr(torch, request.autocast)
         base.loss_function = lambda logits, labels, **_: ChunkedLoss.apply(
             logits[:, :-1].reshape(-1, logits.shape[-1]), head.weight, cast, count.add
         )
 
 
-@contextlib.contextmanager
-def _autocast(request: Request):
+def _autocast(request: Request) -> contextlib.ExitStack:
     """Autocast on the CPU, where libraries that ask for a card's believe it is on."""
-    if not request.autocast:
-        yield
-        return
-    dtype = getattr(torch, request.autocast)
-    with (
-        torch.autocast("cpu", dtype=dtype),
-        patch("torch.is_autocast_enabled", lambda *_: True),
-    ):
-        yield
+    stack = contextlib.ExitStack()
+    if request.autocast:
+        dtype = getattr(torch, request.autocast)
+        stack.enter_context(torch.autocast("cpu", dtype=dtype))
+        stack.enter_context(patch("torch.is_autocast_enabled", lambda *_: True))
+    return stack
 
 
 def _no_packing():
-    """Let transformers see one document a row: it cannot look into fake positions, and
-    would build a mask for packed rows."""
+    """One document a row: transformers cannot look into fake positions for more."""
     name = "transformers.masking_utils.find_packed_sequence_indices"
     return patch(name, lambda position_ids: None)
 
 
-def dry_run(request: Request) -> dict[str, Any]:
-    """Run one training step without data.
-
-    Returns:
-        ``parts`` (bytes alive at the peak, by kind), ``static_parts`` (bytes kept from
-        step to step), ``moment`` of the peak, ``trainable`` parameters.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
+    """Run one training step without data; the same answer as `closed_form`."""
     model = _build(request)
     count = LiveBytes(request.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_storage(model, count)
+        _give_storage(model, count, request.method == "full")
         trained = [p for p in model.parameters() if p.requires_grad]
-        if request.method == "full":
-            for p in trained:
-                count.add(p, "weights")
         state, paged = _optimizer_state(request, model, count)
-        kinds = ("weights", "quantization", "adapters", "gradients", "optimizer")
-        static = {kind: count.now.get(kind, 0) for kind in kinds}
+        static = {name: count.now.get(name, 0) for name in KEPT_PARTS}
         static["gradients"] = sum(p.numel() * p.dtype.itemsize for p in trained)
         for p in trained:
             if request.gradient_accumulation:
                 p.grad = torch.empty_like(p)
-                count.add(p.grad, "gradients")
-            p.register_post_accumulate_grad_hook(
-                lambda p: count.add(p.grad, "gradients")
-            )
+                count.add_gradient(p)
+            p.register_post_accumulate_grad_hook(count.add_gradient)
         _prepare(model, request, count)
         shape = request.batch_size, request.sequence_length
-        attention = contextlib.nullcontext()
-        if request.attention == "math":
-            attention = sdpa_kernel(SDPBackend.MATH)
+        math = request.attention == "math"
+        attention = sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext()
         with count, attention, _no_packing():
             ids = torch.zeros(shape, dtype=torch.long)
             mask = torch.ones(shape, dtype=torch.long) if request.padding else None
@@ -359,10 +319,5 @@ def dry_run(request: Request) -> dict[str, Any]:
             count.moment = "backward"
             loss.backward()
         del state
-    return {
-        "parts": count.at_peak,
-        "static_parts": static,
-        "moment": count.peak_moment,
-        "trainable": sum(p.numel() for p in trained),
-        "paged": paged,
-    }
+    trainable = sum(p.numel() for p in trained)
+    return count.at_peak, static, count.peak_moment, trainable, paged

@@ -2,11 +2,6 @@
 
 `estimate_memory` answers from a configuration alone, without weights and without a
 GPU; `measure_memory` says what a piece of code really used. GiB = 2**30 bytes.
-
->>> small = estimate_memory("smollm2-135m", "lora", batch_size=4, sequence_length=128,
-...                         dtype="float32", r=8, target_modules="all-linear")
->>> small.static, small.fits("T4")
-(577135872, True)
 """
 
 from __future__ import annotations
@@ -14,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +19,7 @@ from course_utils.memory.formula import (
     BYTES,
     GIB,
     GPUS,
+    PARTS,
     closed_form,
     gpu_gib,
     model_config,
@@ -33,8 +30,6 @@ from course_utils.runtime import get_profile
 # --- what is asked ---------------------------------------------------------------
 
 _METHODS = ("full", "lora", "qlora", "prompt_tuning", "prefix_tuning")
-
-
 _CHOICES: dict[str, tuple] = {
     "dtype": tuple(BYTES),
     "optimizer": (
@@ -44,25 +39,17 @@ _CHOICES: dict[str, tuple] = {
     "attention": ("sdpa", "math", "eager"),
     "loss": ("logits", "chunked"),
     "quantization": ("nf4", "fp4", None),
+    "autocast": ("float16", "bfloat16", None),
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """One training step; `estimate_memory` says what the fields mean.
-
-    Attributes:
-        method: `"full"`, or PEFT's name of the method in lower case.
-        peft: the PEFT config, None for full fine-tuning.
-
-    Raises:
-        ValueError: unknown names, sizes below 1 or beyond the model's positions, and
-            combinations that no library trains.
-    """
+    """One training step; `estimate_memory` documents the fields and the errors."""
 
     config: Any
-    method: str
-    peft: Any
+    method: str  # "full", or PEFT's name of the method in lower case
+    peft: Any  # the PEFT config, None for full fine-tuning
     batch_size: int
     sequence_length: int
     dtype: str
@@ -78,43 +65,31 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
+            if (value := getattr(self, name)) not in allowed:
                 names = ", ".join(map(str, allowed))
                 raise ValueError(f"{name} {value!r} is none of {names}")
         for name in ("batch_size", "sequence_length"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size := getattr(self, name), int) or size < 1:
                 needed = "must be a whole number of at least 1"
                 raise ValueError(f"{name} {needed}, got {size!r}")
-        if self.autocast not in ("float16", "bfloat16", None):
-            raise ValueError("autocast is float16 or bfloat16; None means no autocast")
         self._check_combinations()
         limit = getattr(self.config, "max_position_embeddings", None)
-        if limit and self.sequence_length + self.virtual_tokens > limit:
-            virtual = self.virtual_tokens
-            more = f" and {virtual} virtual tokens" if virtual else ""
-            raise ValueError(
-                f"sequence_length {self.sequence_length}{more}: the model has only "
-                f"{limit} positions"
-            )
+        tokens = self.sequence_length + self.virtual_tokens
+        if limit and tokens > limit:
+            needed = f"sequence_length and virtual tokens come to {tokens}"
+            raise ValueError(f"{needed}: the model has only {limit} positions")
 
     def _check_combinations(self) -> None:
-        if self.method == "full" and self.quantization:
-            raise ValueError(
-                "full fine-tuning cannot train 4-bit weights: use method='qlora', "
-                "or leave quantization out"
-            )
-        if self.method == "full" and self.dtype == "float16":
-            raise ValueError(
-                "full fine-tuning cannot train fp16 weights (the gradient scaler "
-                "refuses them): dtype='float32' with autocast='float16', or bfloat16"
-            )
+        full = self.method == "full"
+        if full and self.quantization:
+            advice = "use method='qlora', or leave quantization out"
+            raise ValueError(f"full fine-tuning cannot train 4-bit weights: {advice}")
+        if full and self.dtype == "float16":  # the gradient scaler refuses them
+            advice = "use dtype='float32' with autocast='float16', or bfloat16"
+            raise ValueError(f"full fine-tuning cannot train fp16 weights: {advice}")
         if self.method == "prefix_tuning" and self.gradient_checkpointing:
-            raise ValueError(
-                "prefix tuning works through the key/value cache, which gradient "
-                "checkpointing turns off: gradient_checkpointing=False"
-            )
+            advice = "prefix tuning needs it: gradient_checkpointing=False"
+            raise ValueError(f"checkpointing turns off the key/value cache; {advice}")
         targets = str(getattr(self.peft, "target_modules", ""))
         if self.loss == "chunked" and "lm_head" in targets:
             raise ValueError("the chunked loss needs an lm_head without an adapter")
@@ -155,30 +130,21 @@ def estimate_memory(
         config: a `transformers` configuration, or a name in `KNOWN_MODELS`.
         method: ``"full"``, ``"lora"``, ``"qlora"`` (LoRA with ``quantization="nf4"``),
             ``"prompt_tuning"``, ``"prefix_tuning"``, or a PEFT config object.
-        batch_size: `B`, examples in one forward pass.
-        sequence_length: `T`, tokens of the longest example of the batch.
+        sequence_length: tokens of the longest example of the batch.
         dtype: torch dtype, or its name, in which the base model is loaded.
-        optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"paged_adamw"``,
-            ``"paged_adamw_8bit"``, ``"sgd"``, ``"sgd_momentum"`` (fused, as the
-            Trainer's default: the step itself needs no extra memory).
-        gradient_checkpointing: keep only the input of each layer, compute the rest
-            again.
+        optimizer: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, sgd, sgd_momentum;
+            fused, as the Trainer's default: the step itself needs no extra memory.
         engine: ``"formula"`` (milliseconds; Llama, Mistral and Qwen2 models) or
-            ``"exact"`` (seconds; a dry run without data, any causal model, any PEFT
-            config).
-        attention: ``"sdpa"`` (a fused kernel, as on any card of today), ``"math"``
-            (what PyTorch falls back to where no fused kernel takes the request, as on
-            a T4 with grouped-query attention and no padding mask), or ``"eager"``.
-        loss: ``"logits"`` (transformers: all `B x T x V` logits) or ``"chunked"``
-            (TRL: never all at once).
+            ``"exact"`` (seconds; a dry run of any causal model and PEFT config).
+        attention: ``"sdpa"`` (fused), ``"math"`` (PyTorch's fallback where no kernel
+            is; see `unfused`), or ``"eager"``.
+        loss: ``"logits"`` (all `B x T x V`) or ``"chunked"`` (TRL: never all at once).
         quantization: ``"nf4"`` or ``"fp4"`` for a 4-bit base; None for `dtype`.
         double_quant: quantize the 4-bit constants too.
         autocast: dtype of mixed precision (the Trainer's `fp16` or `bf16`), or None.
         gradient_accumulation: gradients of an earlier batch are alive.
-        padding: whether the batch holds padding, and attention so needs a mask. None:
-            yes for batches of more than one example.
-        **options: PEFT's fields and defaults for `method`: ``r``, ``target_modules``,
-            ``num_virtual_tokens``, ...
+        padding: attention needs a mask. None: yes for batches of more than one example.
+        **options: PEFT's fields for `method`, with PEFT's defaults.
 
     Raises:
         ValueError: for unknown names, sizes below 1 or beyond the model's positions,
@@ -186,6 +152,11 @@ def estimate_memory(
 
     Sources: mixed precision, arXiv:1710.03740; gradient checkpointing,
     arXiv:1604.06174; QLoRA, arXiv:2305.14314.
+
+    >>> small = estimate_memory("smollm2-135m", "lora", batch_size=4, dtype="float32",
+    ...                         sequence_length=128, r=8, target_modules="all-linear")
+    >>> small.static, small.fits("T4")
+    (577135872, True)
     """
     if method == "qlora" and quantization is None:
         quantization = "nf4"
@@ -196,22 +167,18 @@ def estimate_memory(
         peft=peft,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        dtype=_dtype_name(dtype),
+        dtype=str(dtype).removeprefix("torch."),
         optimizer=optimizer,
         gradient_checkpointing=gradient_checkpointing,
         attention=attention,
         loss=loss,
         quantization=quantization,
         double_quant=double_quant,
-        autocast=None if autocast is None else _dtype_name(autocast),
+        autocast=autocast and str(autocast).removeprefix("torch."),
         gradient_accumulation=gradient_accumulation,
         padding=batch_size != 1 if padding is None else padding,
     )
     return _predict(request, engine)
-
-
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _method_and_config(method: Any, options: dict[str, Any]) -> tuple[str, Any]:
@@ -236,17 +203,14 @@ def _method_and_config(method: Any, options: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _predict(request: Request, engine: str) -> MemoryEstimate:
-    if engine == "formula":
-        answer = closed_form(request)
-    elif engine == "exact":
-        from course_utils.memory.dry_run import dry_run
-
-        answer = dry_run(request)
-    else:
+    predict = closed_form
+    if engine == "exact":
+        from course_utils.memory.dry_run import dry_run as predict
+    elif engine != "formula":
         raise ValueError(f"engine {engine!r} is none of formula, exact")
-    sizes = answer.pop("parts")
+    sizes, static, moment, trainable, paged = predict(request)
     parts = {name: sizes[name] for name in PARTS if sizes.get(name)}
-    return MemoryEstimate(parts=parts, request=request, **answer)
+    return MemoryEstimate(parts, static, moment, trainable, paged, request)
 
 
 def unfused(config: Any, method: Any) -> bool:
@@ -256,80 +220,50 @@ def unfused(config: Any, method: Any) -> bool:
     given (huggingface/transformers#48633).
     """
     heads = getattr(config, "num_attention_heads", None)
-    grouped = getattr(config, "num_key_value_heads", None) not in (None, heads)
-    return grouped and method != "prefix_tuning"
+    key_value_heads = getattr(config, "num_key_value_heads", None)
+    return key_value_heads not in (None, heads) and method != "prefix_tuning"
 
 
 def t4_plan(
-    config: Any,
-    method: Any,
-    *,
-    batch_size: int,
-    sequence_length: int,
-    **options: Any,
+    config: Any, method: Any, *, batch_size: int, sequence_length: int, **options: Any
 ) -> MemoryEstimate:
     """Predict a run on a T4, with the choices that this card imposes.
 
     A T4 computes in float16. Full fine-tuning keeps float32 weights under float16
     autocast; adapters are float32 on a float16 base, also under autocast. Attention is
-    `"math"` where `unfused` says so. All other arguments are `estimate_memory`'s; the
-    answer's `total_gib` is the number in the README's table.
-
-    >>> plan = t4_plan("llama-2-7b", "qlora", batch_size=1, sequence_length=512, r=64,
-    ...                target_modules=["q_proj", "v_proj"], gradient_checkpointing=True)
-    >>> plan.fits("T4")
-    True
+    `"math"` where `unfused` says so. All other arguments are `estimate_memory`'s.
     """
     if isinstance(config, str):
         config = model_config(config)
     padding = options.get("padding")
     masked = batch_size != 1 if padding is None else padding
     name = method if isinstance(method, str) else str(method.peft_type.value).lower()
+    size = {"batch_size": batch_size, "sequence_length": sequence_length}
     imposed = {
         "dtype": "float32" if method == "full" else "float16",
         "autocast": "float16",
         "attention": "math" if not masked and unfused(config, name) else "sdpa",
     }
-    return estimate_memory(
-        config,
-        method,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        **(imposed | options),
-    )
+    return estimate_memory(config, method, **(size | imposed | options))
 
 
 # --- what is answered ------------------------------------------------------------
-
-_KEPT = ("weights", "quantization", "adapters", "gradients", "optimizer")
-PARTS = (*_KEPT, "activations", "logits")
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """The answer of `estimate_memory`, in bytes.
 
-    Its methods take a card of `GPUS`, or GiB, and raise a ValueError for another card.
-
-    Attributes:
-        parts: bytes alive at the moment of the peak, by kind, in the order of `PARTS`;
-            they add up to `total`. Gradients count here only as far as they exist at
-            that moment: at the loss there are none yet, unless they accumulate.
-        static_parts: bytes kept from step to step, whatever the batch: weights,
-            quantization constants, adapters, gradients, optimizer state.
-        moment: when the peak is reached: ``"loss"``, ``"backward"``, ``"end"`` or
-            ``"embedding"`` (formula), ``"forward"`` or ``"backward"`` (exact).
-        trainable: how many parameters are trained.
-        paged: bytes of optimizer state that a paged optimizer leaves to the driver,
-            which moves them to the host when the card is full; not in `total`.
-        request: what was asked.
+    `gpu` is a card of `GPUS`, or GiB; its methods raise a ValueError for another card.
     """
 
+    # alive at the peak, by kind, in the order of `PARTS`; they add up to `total`.
+    # Gradients only as far as they exist then: at the loss, none but accumulated ones.
     parts: dict[str, int]
-    static_parts: dict[str, int]
-    moment: str
-    trainable: int
-    paged: int
+    static_parts: dict[str, int]  # kept from step to step, whatever the batch
+    moment: str  # of the peak: loss, backward, end, embedding; exact: forward, backward
+    trainable: int  # parameters that are trained
+    paged: int  # optimizer state that a paged optimizer can move to the host; no part
     request: Request = field(repr=False)
 
     @property
@@ -344,7 +278,6 @@ class MemoryEstimate:
 
     @property
     def total_gib(self) -> float:
-        """Peak in GiB."""
         return self.total / GIB
 
     def fits(self, gpu: str | float) -> bool:
@@ -352,52 +285,43 @@ class MemoryEstimate:
         return self.total <= gpu_gib(gpu) * GIB
 
     def cheapest_change(self, gpu: str | float) -> tuple[str, MemoryEstimate] | None:
-        """The change that makes this run fit `gpu` at the lowest price.
+        """The change that makes this run fit `gpu` at the lowest price, in words.
 
         The prices, from low to high: the chunked loss (the same numbers at the same
         speed), an 8-bit optimizer, a smaller batch with gradient accumulation, gradient
         checkpointing (about a third more time), QLoRA (a rounded base; for full
-        fine-tuning, another method). Several changes add their prices.
-
-        Returns:
-            What to change, and its estimate by the closed form; None where nothing
-            fits, or where the model has no closed form.
+        fine-tuning, another method). Several changes add their prices. None where
+        nothing fits, or where the model has no closed form.
         """
         gpu_gib(gpu)
-        for words, estimate in _changed(self.request):
-            if estimate.fits(gpu):
-                return words, estimate
-        return None
+        changed = _changed(self.request)
+        return next((change for change in changed if change[1].fits(gpu)), None)
 
     def verdict(self, gpu: str) -> str:
         """One sentence: does it fit, and if not, what would make it fit."""
-        numbers = (
-            f"{self.total_gib:.1f} GiB needed, {gpu_gib(gpu):.1f} GiB to plan for "
-            f"on the {gpu}"
-        )
+        room = f"{gpu_gib(gpu):.1f} GiB to plan for on the {gpu}"
+        numbers = f"{self.total_gib:.1f} GiB needed, {room}"
         if self.fits(gpu):
             return f"Fits: {numbers}."
-        start, best = f"Does not fit: {numbers}", None
+        start, best = f"Does not fit: {numbers}", math.inf
         for words, estimate in _changed(self.request):
             gib = estimate.total_gib
             if estimate.fits(gpu):
                 return f"{start}; cheapest change: {words} ({gib:.1f} GiB)."
-            best = gib if best is None else min(best, gib)
-        if best is None:
+            best = min(best, gib)
+        if best == math.inf:
             return f"{start}; the closed form knows no change for this."
         larger = [name for name, gib in GPUS.items() if gib >= best]
         advice = "a smaller model"
         if larger:
             advice += f", or at least the {min(larger, key=GPUS.__getitem__)}"
         return (
-            f"{start}; at best {best:.1f} GiB after every change (batch 1, "
-            "gradient checkpointing, chunked loss, 8-bit optimizer, QLoRA): "
-            f"take {advice}."
+            f"{start}; at best {best:.1f} GiB after every change (batch 1, gradient "
+            f"checkpointing, chunked loss, 8-bit optimizer, QLoRA): take {advice}."
         )
 
     def __str__(self) -> str:
-        gib = {name: size / GIB for name, size in self.parts.items()}
-        parts = ", ".join(f"{name} {size:.2f}" for name, size in gib.items())
+        parts = ", ".join(f"{k} {size / GIB:.2f}" for k, size in self.parts.items())
         return f"{self.total_gib:.2f} GiB at the peak ({self.moment}): {parts}"
 
 
@@ -407,10 +331,7 @@ _Change = tuple[float, str, dict[str, Any]]  # price, words, new fields of a req
 def _changed(request: Request) -> Iterator[tuple[str, MemoryEstimate]]:
     """Estimate the request under each combination of changes, the cheapest first."""
     choices = [[None, *changes] for changes in _possible_changes(request)]
-    combinations = [
-        [change for change in combination if change is not None]
-        for combination in itertools.product(*choices)
-    ]
+    combinations = [list(filter(None, row)) for row in itertools.product(*choices)]
     combinations.sort(key=lambda changes: sum(price for price, _, _ in changes))
     for changes in combinations[1:]:  # the first changes nothing
         fields = {name: value for *_, new in changes for name, value in new.items()}
@@ -421,31 +342,31 @@ def _changed(request: Request) -> Iterator[tuple[str, MemoryEstimate]]:
         yield " and ".join(words for _, words, _ in changes), estimate
 
 
-def _possible_changes(r: Request) -> tuple[list[_Change], ...]:
+def _possible_changes(r: Request) -> list[list[_Change]]:
     """The changes by kind; each kind has one price, or several for smaller batches."""
-    losses, optimizers, layers, bases = [], [], [], []
+    kinds = []
     if r.loss == "logits":
-        losses = [(1, "the chunked loss", {"loss": "chunked"})]
+        kinds.append([(1, "the chunked loss", {"loss": "chunked"})])
     if r.optimizer == "adamw":
-        optimizers = [(2, "the 8-bit optimizer", {"optimizer": "adamw_8bit"})]
+        kinds.append([(2, "the 8-bit optimizer", {"optimizer": "adamw_8bit"})])
+    kinds.append(_smaller_batches(r))
     if not r.gradient_checkpointing and r.method != "prefix_tuning":
-        layers = [(4, "gradient checkpointing", {"gradient_checkpointing": True})]
+        kinds.append([(4, "gradient checkpointing", {"gradient_checkpointing": True})])
+    fields = {"quantization": "nf4"}
     if r.method == "full":
         adapters = {"r": 16, "target_modules": "all-linear"}
-        _, peft = _method_and_config("qlora", adapters)
-        fields = {"method": "lora", "peft": peft, "quantization": "nf4"}
+        fields["method"], fields["peft"] = _method_and_config("qlora", adapters)
         fields["dtype"] = r.autocast or r.dtype
-        bases = [(16, "QLoRA (r 16, all linear layers)", fields)]
+        kinds.append([(16, "QLoRA (r 16, all linear layers)", fields)])
     elif r.quantization is None:
         words = "QLoRA" if r.method == "lora" else "a 4-bit (NF4) base"
-        bases = [(8, words, {"quantization": "nf4"})]
-    return losses, optimizers, _smaller_batches(r), layers, bases
+        kinds.append([(8, words, fields)])
+    return kinds
 
 
 def _smaller_batches(r: Request) -> list[_Change]:
     changes, size = [], r.batch_size
-    while size > 1:
-        size //= 2
+    while (size := size // 2) > 0:
         fields = {"batch_size": size, "gradient_accumulation": True}
         if size == 1:
             fields["padding"] = False
@@ -462,19 +383,12 @@ def _smaller_batches(r: Request) -> list[_Change]:
 
 @dataclass
 class Measurement:
-    """Bytes at the start and at the peak; filled in when the `with` block ends.
+    """Bytes at the start and at the peak; filled in when the `with` block ends."""
 
-    Attributes:
-        kind: ``"cuda"``, ``"mps"`` or ``"allocator"``.
-        start_bytes: in use when the block began.
-        peak_bytes: the most in use at any moment of the block, start included.
-        reserved_bytes: the most that torch had reserved on the card (CUDA only).
-    """
-
-    kind: str
-    start_bytes: int = 0
-    peak_bytes: int = 0
-    reserved_bytes: int = 0
+    kind: str  # "cuda", "mps" or "allocator"
+    start_bytes: int = 0  # in use when the block began
+    peak_bytes: int = 0  # the most in use at any moment of the block, start included
+    reserved_bytes: int = 0  # the most that torch had reserved on the card (CUDA only)
 
     @property
     def added_bytes(self) -> int:
@@ -483,7 +397,6 @@ class Measurement:
 
     @property
     def peak_gib(self) -> float:
-        """Peak in GiB (2**30 bytes)."""
         return self.peak_bytes / GIB
 
 
@@ -491,17 +404,12 @@ class Measurement:
 def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
     """Measure the peak memory of the `with` block.
 
-    Args:
-        kind: ``"cuda"``: the allocator's own peak, free of cost. ``"mps"``: Apple's GPU
-            keeps no peak, so it is by how much torch's pool there grew, to the pool's
-            blocks of some MiB. ``"allocator"``: on a CPU, every allocation that torch
-            makes, recorded by its profiler and added up; exact to the byte and
-            comparable with `estimate_memory(...).total`, but for a few steps only: the
-            records of one step of a 30-layer model take about 80 MB and half a second.
-            ``"auto"``: whichever fits the device on which this run's profile computes.
-
-    Yields:
-        A `Measurement`, complete when the block has ended.
+    ``"cuda"``: the allocator's own peak, free of cost. ``"mps"``: Apple's GPU keeps no
+    peak, so it is by how much torch's pool there grew, to blocks of some MiB.
+    ``"allocator"``: on a CPU, every allocation that torch makes, recorded by its
+    profiler: exact to the byte, as `estimate_memory(...).total`, but for a few steps
+    only (80 MB and half a second for one of a 30-layer model). ``"auto"``: whichever
+    fits the device of this run's profile.
 
     Raises:
         ValueError: for an unknown kind, or that of a GPU which is not there.
@@ -524,6 +432,7 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
         raise ValueError("kind 'cuda' needs a CUDA card; on a CPU use 'allocator'")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("kind 'mps' needs Apple's GPU; on a CPU use 'allocator'")
+    gc.collect()
     result = Measurement(kind)
     with meters[kind](result):
         yield result
@@ -533,7 +442,6 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
 def _cuda(result: Measurement) -> Iterator[None]:
     import torch
 
-    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     result.start_bytes = torch.cuda.memory_allocated()
@@ -549,16 +457,14 @@ def _live_tensor_bytes() -> int:
     """Bytes of all CPU tensors that Python can reach, each storage once."""
     import torch
 
-    gc.collect()
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     storages = {}
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), torch.Tensor):
-            grad = candidate.grad if candidate.is_leaf else None
-            for tensor in (candidate, grad):
-                if tensor is not None and tensor.device.type == "cpu":
-                    with contextlib.suppress(NotImplementedError, RuntimeError):
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -575,19 +481,17 @@ def _allocator(result: Measurement) -> Iterator[None]:
     finally:
         recorder.stop()
         events = recorder.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        now = peak = 0
-        for _, size in sorted(changes, key=lambda change: change[0]):
-            now += size
-            peak = max(peak, now)
-        result.peak_bytes = result.start_bytes + peak
+        changes = [e for e in events if e.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        sizes = (event.nbytes() for event in changes)
+        in_use = itertools.accumulate(sizes, initial=result.start_bytes)
+        result.peak_bytes = max(in_use)
 
 
 @contextlib.contextmanager
 def _mps(result: Measurement) -> Iterator[None]:
     import torch
 
-    gc.collect()
     torch.mps.synchronize()
     torch.mps.empty_cache()  # else the pool has room, and would not grow
     result.start_bytes = torch.mps.current_allocated_memory()

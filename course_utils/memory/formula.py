@@ -2,12 +2,8 @@
 
 It adds up what a step keeps for the next one (`_static_parts`) and what automatic
 differentiation keeps of each decoder layer of the Llama family, as transformers writes
-it (`Layer`), and takes the largest of three moments (`_moments`): the loss, the first
-layer that the backward pass reaches, and the last one. It takes milliseconds. The cards
-and the models that are known by name stand at the top.
-
-Letters: `B` batch, `T` sequence, `N` = B T tokens, `d` width, `F` feed-forward width,
-`V` vocabulary, `L` layers, `H` heads, `r` rank.
+it (`Layer`), and takes the largest of a few moments (`_moments`). Letters: `B` batch,
+`T` sequence, `N` = B T, `d` width, `F` feed-forward width, `V` vocabulary, `H` heads.
 """
 
 from __future__ import annotations
@@ -30,6 +26,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KEPT_PARTS = ("weights", "quantization", "adapters", "gradients", "optimizer")
+PARTS = (*KEPT_PARTS, "activations", "logits")
 ADAPTER_BYTES = 4  # PEFT keeps what it trains in float32, whatever the base is
 
 #: GiB of tensors to plan for on each card: what the driver leaves of the label, less
@@ -76,12 +74,8 @@ def model_config(name: str) -> Any:
 
     Raises:
         ValueError: for a name that is not in `KNOWN_MODELS`.
-
-    >>> model_config("smollm2-135m").hidden_size
-    576
     """
-    key = str(name).lower()
-    if key not in KNOWN_MODELS:
+    if (key := str(name).lower()) not in KNOWN_MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(KNOWN_MODELS)}")
     from transformers import AutoConfig
 
@@ -97,31 +91,22 @@ def gpu_gib(gpu: str | float) -> float:
 
     Raises:
         ValueError: for a card that is not in `GPUS`; the message lists them.
-
-    >>> gpu_gib("t4")
-    14.0
     """
     if isinstance(gpu, int | float):
         return float(gpu)
-    known = {name.lower(): gib for name, gib in GPUS.items()}
-    if str(gpu).lower() not in known:
-        raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
-    return known[str(gpu).lower()]
+    for name, gib in GPUS.items():
+        if name.lower() == str(gpu).lower():
+            return gib
+    raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
 
 
 # --- what is kept from step to step ----------------------------------------------
 
 _FAMILIES = ("llama", "mistral", "qwen2")
 #: Where the input of each linear layer comes from.
-_SOURCES = {
-    "q_proj": "attention",
-    "k_proj": "attention",
-    "v_proj": "attention",
-    "o_proj": "heads",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "product",
-}
+_SOURCES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention")
+_SOURCES |= {"o_proj": "heads", "gate_proj": "mlp", "up_proj": "mlp"}
+_SOURCES |= {"down_proj": "product"}
 
 
 def optimizer_state_bytes(
@@ -135,8 +120,6 @@ def optimizer_state_bytes(
     weights of an `embedding`; its paged optimizers put the moments of tensors of at
     least 100,000 elements where the driver can move them to the host.
 
-    >>> optimizer_state_bytes("adamw", 1_000_000, 4)
-    (8000000, 0)
     >>> optimizer_state_bytes("adamw_8bit", 1_000_000, 4)
     (2031256, 0)
     """
@@ -162,30 +145,18 @@ def quantization_constants(elements: int, double_quant: bool) -> list[tuple]:
     levels = ("levels", 16, "float32")
     if not double_quant:
         return [levels, ("absmax", blocks, "float32")]
-    return [
-        levels,
-        ("absmax", blocks, "uint8"),
-        ("absmax2", -(-blocks // 256), "float32"),
-        ("code2", 256, "float32"),
-        ("offset", 1, "float32"),
-    ]
+    nested = ("absmax2", -(-blocks // 256), "float32"), ("code2", 256, "float32")
+    return [levels, ("absmax", blocks, "uint8"), *nested, ("offset", 1, "float32")]
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the formula needs to know of a model and its adapters.
+    """What the formula needs to know of a model and its adapters."""
 
-    Attributes:
-        parameters: elements of the base model.
-        packed: elements -> number of weights that quantization packs.
-        trained: (elements, is it the embedding) -> number of trained tensors.
-        ranks: layer index -> {linear layer's name: (rank, input width)}.
-    """
-
-    parameters: int
-    packed: Counter
-    trained: Counter
-    ranks: dict[int, dict[str, tuple[int, int]]]
+    parameters: int  # elements of the base model
+    packed: Counter  # elements -> number of weights that quantization packs
+    trained: Counter  # (elements, is it the embedding) -> number of trained tensors
+    ranks: dict[int, dict[str, tuple[int, int]]]  # layer -> {linear: (rank, input)}
 
     @property
     def linear(self) -> int:
@@ -199,17 +170,10 @@ class Shapes:
 
 
 def _read_shapes(request: Request) -> Shapes:
-    """Read the shapes off a model without weights.
-
-    Raises:
-        ValueError: for a model family or an adapter that has no closed form here.
-    """
+    """Read the shapes off a model without weights; a ValueError is `closed_form`'s."""
     config, method = request.config, request.method
     if config.model_type not in _FAMILIES:
-        raise ValueError(
-            f"no closed form for {config.model_type!r} (there is one for "
-            f"{', '.join(_FAMILIES)}): use engine='exact'"
-        )
+        raise _no_form(f"{config.model_type!r}, only for {', '.join(_FAMILIES)}")
     model = skeleton(config)
     packed = Counter(
         module.weight.numel()
@@ -227,12 +191,15 @@ def _read_shapes(request: Request) -> Shapes:
             ranks.setdefault(layer, {})[name] = rank, d_in
     elif method in ("prompt_tuning", "prefix_tuning"):
         if getattr(request.peft, "prefix_projection", False):
-            raise ValueError("no closed form for prefix_projection: engine='exact'")
+            raise _no_form("prefix_projection")
         trained[adapter_parameters(config, request.peft), True] = 1
     else:
-        raise ValueError(f"no closed form for {method!r}: use engine='exact'")
-    parameters = sum(p.numel() for p in model.parameters())
-    return Shapes(parameters, packed, trained, ranks)
+        raise _no_form(repr(method))
+    return Shapes(sum(p.numel() for p in model.parameters()), packed, trained, ranks)
+
+
+def _no_form(subject: str) -> ValueError:
+    return ValueError(f"no closed form for {subject}: use engine='exact'")
 
 
 def _lora_layers(model: Any, peft: Any):
@@ -240,19 +207,18 @@ def _lora_layers(model: Any, peft: Any):
     unknown = [f for f in ("use_dora", "modules_to_save") if getattr(peft, f, None)]
     unknown += ["bias"] if peft.bias != "none" else []
     if unknown:
-        raise ValueError(f"no closed form for {', '.join(unknown)}: engine='exact'")
+        raise _no_form(", ".join(unknown))
     for path, module in target_modules(model, peft):
         place = re.search(r"layers\.(\d+)\..*?(\w+)$", path)
         if not place or place[2] not in _SOURCES:
-            raise ValueError(f"no closed form for LoRA on {path}: engine='exact'")
+            raise _no_form(f"LoRA on {path}")
         yield int(place[1]), place[2], lora_rank(path, peft), *features(path, module)
 
 
 def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int]:
     """Bytes kept from step to step, by kind, and the bytes of paged optimizer state."""
-    full = request.method == "full"
     w = BYTES[request.dtype]
-    a = w if full else ADAPTER_BYTES
+    a = w if request.method == "full" else ADAPTER_BYTES
     weights, constants = w * shapes.parameters, 0
     if request.quantization:
         weights -= w * shapes.linear
@@ -269,7 +235,7 @@ def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int
     parts = {
         "weights": weights,
         "quantization": constants,
-        "adapters": 0 if full else a * shapes.trainable,
+        "adapters": 0 if request.method == "full" else a * shapes.trainable,
         "gradients": a * shapes.trainable,
         "optimizer": kept,
     }
@@ -290,16 +256,15 @@ class Layer:
         self.c = BYTES[request.autocast or request.dtype]  # matrix products
         self.full = request.method == "full"
         self.ranks = ranks
-        virtual = request.virtual_tokens
-        prompt = virtual if request.method == "prompt_tuning" else 0
-        prefix = virtual if request.method == "prefix_tuning" else 0
-        self.T = request.sequence_length + prompt
-        self.K = self.T + prefix  # keys that a query sees
+        self.K = request.sequence_length + request.virtual_tokens  # keys a query sees
+        prefix = request.method == "prefix_tuning"  # its virtual tokens ask nothing
+        self.T = request.sequence_length if prefix else self.K
         self.N = request.batch_size * self.T
         self.d, self.F = config.hidden_size, config.intermediate_size
         self.H, self.KV = config.num_attention_heads, config.num_key_value_heads
         self.D = getattr(config, "head_dim", None) or self.d // self.H
-        self.masked = request.padding or bool(prefix)
+        self.masked = request.padding or prefix
+        self.scores = request.batch_size * self.H * self.T * self.K
 
     def norm(self) -> int:
         """RMSNorm: its fp32 input, the scale; the product if its weight is trained."""
@@ -311,11 +276,10 @@ class Layer:
         heads = self.H if self.masked or self.r.attention != "sdpa" else self.KV
         values = 2 * B * self.K * heads * self.D * c
         queries = self.N * self.H * self.D * c
-        scores = B * self.H * self.T * self.K
         if self.r.attention == "eager":  # softmax in fp32, and cast
-            return queries + values + scores * (4 + (c if c < 4 else 0))
+            return queries + values + self.scores * (4 + (c if c < 4 else 0))
         if self.r.attention == "math":
-            return 2 * (queries + values) + 4 * scores
+            return 2 * (queries + values) + 4 * self.scores
         mask = B * self.T * self.K * c if self.masked else 0
         sums = B * self.H * self.T * 4
         return 2 * queries + values + sums + mask  # queries and output
@@ -325,9 +289,8 @@ class Layer:
         fused = self.r.attention == "sdpa"  # whose output is kept already
         if self.full:
             casts = 5 if self.w != self.c else 2  # autocast copies for each of q, k..
-            out = self.N * self.H * self.D * self.c
-            widths = casts * self.d + self.F
-            return self.N * self.c * widths + (0 if fused else out)
+            out = 0 if fused else self.H * self.D
+            return self.N * self.c * (casts * self.d + self.F + out)
         kept, shared = 0, set()
         autocast, a = self.r.autocast, ADAPTER_BYTES
         dropout = getattr(self.r.peft, "lora_dropout", 0)
@@ -357,25 +320,22 @@ class Layer:
 
     def transient(self) -> int:
         """What the backward pass of one layer needs for a moment, above `saved`."""
-        c, product = self.c, self.c
-        if "down_proj" in self.ranks and not self.r.autocast:
-            product = ADAPTER_BYTES
-        gradients = self.N * self.F * (c + product)
+        c = self.c
+        wide = "down_proj" in self.ranks and not self.r.autocast
+        gradients = self.N * self.F * (c + (ADAPTER_BYTES if wide else c))
         if self.r.quantization:  # one dequantized weight, before the gradients peak
             gradients = max(gradients, self.F * (self.N + self.d) * c)
         extra = 3 * self.N * self.d * self.w + gradients
         if self.r.attention != "sdpa":
-            scores = self.r.batch_size * self.H * self.T * self.K
-            extra = max(extra, scores * (8 + c))
+            extra = max(extra, self.scores * (8 + c))
         return extra
 
 
 def _moments(request: Request, shapes: Shapes, gradients: int) -> dict[str, tuple]:
     """Bytes above weights and optimizer: moment -> (activations, logits, gradients)."""
     config = request.config
-    layers = [
-        Layer(request, shapes.ranks.get(i, {})) for i in range(config.num_hidden_layers)
-    ]
+    indices = range(config.num_hidden_layers)
+    layers = [Layer(request, shapes.ranks.get(index, {})) for index in indices]
     L, saved = layers[0], [layer.saved() for layer in layers]
     transient = max(layer.transient() for layer in layers)
     table = config.vocab_size * L.d
@@ -393,8 +353,7 @@ def _moments(request: Request, shapes: Shapes, gradients: int) -> dict[str, tupl
     logits, head = _loss(request, L)
     cache = 0  # prefix tuning works through the cache, alive until there is a loss
     if request.method == "prefix_tuning":
-        keys = request.batch_size * L.K * L.KV * L.D * L.c
-        cache = 2 * keys * len(layers)
+        cache = 2 * request.batch_size * L.K * L.KV * L.D * L.c * len(layers)
     table_gradient = L.w * table if L.full else 0  # the head's, and the embedding's
     moments = {
         "loss": (kept + head + cache, logits, 0),
@@ -423,8 +382,8 @@ def _loss(request: Request, layer: Layer) -> tuple[int, int]:
     return rows * words * c, head
 
 
-def closed_form(request: Request) -> dict[str, Any]:
-    """Predict one training step by formula; the same answer as `dry_run`.
+def closed_form(request: Request) -> tuple[dict, dict, str, int, int]:
+    """Predict one training step: the fields of `MemoryEstimate` before `request`.
 
     Raises:
         ValueError: where there is no closed form.
@@ -434,10 +393,4 @@ def closed_form(request: Request) -> dict[str, Any]:
     moments = _moments(request, shapes, static["gradients"])
     moment = max(moments, key=lambda name: sum(moments[name]))
     at_peak = zip(("activations", "logits", "gradients"), moments[moment], strict=True)
-    return {
-        "parts": static | dict(at_peak),
-        "static_parts": static,
-        "moment": moment,
-        "trainable": shapes.trainable,
-        "paged": paged,
-    }
+    return static | dict(at_peak), static, moment, shapes.trainable, paged

@@ -492,7 +492,7 @@ def test_t4_plan_takes_the_choices_of_the_card():
         ({"method": "full", "quantization": "nf4"}, "cannot train 4-bit weights"),
         ({"method": "full", "dtype": "float16"}, "cannot train fp16 weights"),
         ({"method": "full", "r": 8}, "full fine-tuning takes no r"),
-        ({"autocast": "float32"}, "None means no autocast"),
+        ({"autocast": "float32"}, "autocast 'float32' is none of float16"),
         ({"method": "prompt_tuning"}, "needs num_virtual_tokens"),
         (
             {
