@@ -31,27 +31,16 @@ _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers of a model to a data set, and their scores.
+    """Answers of a model to a data set, in its order, and their scores."""
 
-    Attributes:
-        exact_match: share of answers equal to the reference, 0 to 1: as JSON, or as
-            text where `as_text`.
-        field_f1: micro F1 over the fields of the JSON objects, 0 to 1; NaN where
-            `as_text`.
-        predictions, references, prompts: in the order of the data.
-        slices: the slice of each example, or None where the data has none.
-        seconds: wall seconds of the generation.
-        as_text: the answers are free text, not JSON.
-    """
-
-    exact_match: float
-    field_f1: float
+    exact_match: float  # share of answers equal to the reference, 0 to 1
+    field_f1: float  # micro F1 over the fields of JSON objects, 0 to 1; NaN of text
     predictions: tuple[str, ...]
     references: tuple[str, ...]
     prompts: tuple[str, ...]
-    slices: tuple[str, ...] | None
-    seconds: float
-    as_text: bool = False
+    slices: tuple[str, ...] | None  # None where the data has none
+    seconds: float  # wall time of the generation
+    as_text: bool = False  # the answers are compared as text, not as JSON
 
     def by_slice(self) -> dict[str, float]:
         """Exact match of each slice, 0 to 1; empty where the data has no slices."""
@@ -103,15 +92,12 @@ def evaluate(
     Args:
         dataset: records with ``prompt`` and ``completion`` (one JSON object, unless
             ``as_text``), and perhaps ``slice``.
-        limit: score that many records only, chosen by ``stratified``: the same ones
-            every time, each slice in its share. None scores all.
+        limit: score that many records only, chosen by ``stratified``.
         max_new_tokens: None takes 8 more than the longest completion has tokens. A
             right answer that is spread over lines and indented needs more.
-        as_text: compare answers as text, not as JSON.
 
     Raises:
-        ValueError: the data set is empty, a record has no prompt or completion, or a
-            completion is not a JSON object.
+        ValueError: there are no records, or one lacks a prompt or a right completion.
 
     >>> print(Evaluation(0.5, 0.75, ("{}", "?"), ("{}", "{}"), ("a", "b"), None, 2.0))
     exact match 50.0% of 2 · field F1 0.750 · 2.0 s
@@ -162,13 +148,9 @@ def free_text(references: Iterable[str]) -> bool:
 def stratified(
     dataset: Iterable[Mapping[str, Any]], limit: int | None = None
 ) -> list[Mapping[str, Any]]:
-    """Take `limit` records, each slice in its share, spread evenly over the data.
+    """Take `limit` records (None: all), the same ones every time, spread evenly.
 
-    The choice depends on the data alone. Places are shared out by largest remainder,
-    and each slice gets at least one where `limit` allows it.
-
-    Raises:
-        ValueError: the data set is empty, or `limit` is below 1.
+    Each slice has its share, by largest remainder, and at least one if `limit` allows.
 
     >>> rows = [{"n": i, "slice": "hard" if i % 4 == 0 else "easy"} for i in range(12)]
     >>> [row["n"] for row in stratified(rows, 4)]
@@ -177,11 +159,9 @@ def stratified(
     records = list(dataset)
     if not records:
         raise ValueError("the data set is empty")
-    if limit is None:
-        return records
-    if limit < 1:
+    if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, not {limit}")
-    if limit >= len(records):
+    if limit is None or limit >= len(records):
         return records
     groups: dict[Any, list[int]] = {}
     for i, record in enumerate(records):
@@ -202,11 +182,7 @@ def stratified(
 
 
 def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, ...]:
-    """The strings of one column.
-
-    Raises:
-        ValueError: names the record that has none.
-    """
+    """The strings of one column; a ValueError names a record that has none."""
     for i, record in enumerate(records):
         value = record.get(name)
         if not isinstance(value, str):
@@ -217,17 +193,11 @@ def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How surprised a model is by the right answers.
+    """How surprised a model is by the right answers."""
 
-    Attributes:
-        loss: mean negative log-likelihood of a completion token, in nats.
-        perplexity: exp(loss).
-        tokens: number of completion tokens, end of turn included.
-    """
-
-    loss: float
-    perplexity: float
-    tokens: int
+    loss: float  # mean negative log-likelihood of a completion token, in nats
+    perplexity: float  # exp(loss)
+    tokens: int  # completion tokens, ends of turn included
 
     def __str__(self) -> str:
         return (
@@ -249,10 +219,6 @@ def perplexity(
 
     PPL = exp(-(1/N) Σ log p(token | all tokens before it)), summed over the N tokens
     of all completions, their end of turn included: the tokens that training learns.
-
-    Args:
-        dataset: records that ``tokenize_example`` reads.
-        limit: as for ``evaluate``.
     """
     import torch
 
@@ -274,14 +240,9 @@ def perplexity(
 
 @dataclass(frozen=True)
 class AnswerShare:
-    """General questions: how many answers contain the expected one.
+    """General questions, in their order: how many answers contain the expected one."""
 
-    Attributes:
-        share: 0 to 1.
-        correct, answers, prompts: in the order of the data.
-    """
-
-    share: float
+    share: float  # 0 to 1
     correct: tuple[bool, ...]
     answers: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -313,14 +274,8 @@ def answer_share(
 ) -> AnswerShare:
     """Ask general questions; count the answers that contain the expected one.
 
-    Args:
-        dataset: records with ``prompt`` and ``answers`` (strings that each count as
-            right, or one string), or ``answer``, one string.
-        limit: as for ``evaluate``.
-        options: passed on to ``generate``.
-
-    Raises:
-        ValueError: a record has no answer to look for.
+    Each record has a ``prompt`` and ``answers``, strings that each count as right, or
+    ``answer``, one string. Raises a ValueError where a record has no answer.
     """
     records = stratified(dataset, limit)
     prompts = _column(records, "prompt")
@@ -346,18 +301,11 @@ def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What a model lost on general questions while it learned something else.
+    """What a model lost on general questions while it learned something else."""
 
-    Attributes:
-        loss_change: mean completion loss after minus before, nats a token; above 0
-            where the model forgot.
-        share_change: share of right answers after minus before.
-        lost: the questions answered right before and wrong after.
-    """
-
-    loss_change: float
-    share_change: float
-    lost: tuple[str, ...]
+    loss_change: float  # after minus before, nats a token: above 0 where it forgot
+    share_change: float  # of right answers, after minus before
+    lost: tuple[str, ...]  # the questions answered right before and wrong after
 
     def __str__(self) -> str:
         return (
@@ -369,11 +317,7 @@ class Forgetting:
 def forgetting(
     before: tuple[Perplexity, AnswerShare], after: tuple[Perplexity, AnswerShare]
 ) -> Forgetting:
-    """Compare ``perplexity`` and ``answer_share`` before and after a fine-tuning.
-
-    Raises:
-        ValueError: they were not measured on the same questions.
-    """
+    """Compare ``perplexity`` and ``answer_share`` before and after a fine-tuning."""
     (loss0, share0), (loss1, share1) = before, after
     if share0.prompts != share1.prompts or loss0.tokens != loss1.tokens:
         raise ValueError("before and after were not measured on the same questions")

@@ -1,12 +1,9 @@
 """Generate answers: batched, streamed, and side by side.
 
-Every function takes the user's raw text and lays it out by a template; text that
-looks like a special token stays text. The model and the tokenizer are left as found.
-
-The loop does three things that a general ``model.generate`` leaves out: tokens that
-all prompts begin with (a system turn, virtual tokens) are read once for the whole
-batch; a row that has ended leaves the batch; and nothing of the model has to be set
-for it, so nothing has to be set back.
+The user's raw text is laid out by a template; what looks like a special token in it
+stays text. The loop does what a general ``model.generate`` leaves out: tokens that all
+prompts begin with (a system turn, virtual tokens) are read once for the whole batch, a
+row that has ended leaves the batch, and the model and tokenizer are left as found.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from course_utils.formatting import end_of_turn_ids, generation_prompt
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from course_utils.templates import Template
 
 Pick = Callable[["torch.Tensor"], "torch.Tensor"]  # logits (B, V) -> tokens (B,)
+Rows = Sequence[Sequence[int]]  # token ids of each prompt
 
 
 def generate(
@@ -50,22 +49,16 @@ def generate(
     A repetition penalty in the model's own generation settings is not applied.
 
     Args:
-        model: any causal language model, a PEFT model included, in any mode.
         prompts: user texts; records, laid out with their fields, a last answer left
             out; or texts that are laid out already (``template=None``).
-        template: a name in ``formatting.TEMPLATES``; None adds nothing.
         system: None takes the template's default.
         batch_size: None means 128 on a CPU, 32 elsewhere.
-        do_sample: draw from the model's distribution instead of taking its maximum.
-        temperature: divides the logits.
-        top_p: keep the likeliest tokens that reach this probability.
-        seed: of the drawing; None continues torch's own.
+        do_sample: draw from softmax(logits / `temperature`), among the likeliest tokens
+            that reach the probability `top_p`; a `seed` of None continues torch's own.
 
     Raises:
-        TypeError: `prompts` is one string, or holds something else than strings
-            and records.
-        ValueError: an empty prompt, one too long for the model, or an option out of
-            its range.
+        TypeError: `prompts` is one string, or holds neither strings nor records.
+        ValueError: a prompt is empty or too long, or an option is out of its range.
     """
     import torch
 
@@ -120,11 +113,7 @@ def stream(
     The pieces together are the string that ``generate`` returns for the same options.
     Until the last piece is taken, or the iterator is closed, the model stays in
     evaluation mode. A model that only ``model.generate`` can run gives its answer in
-    one piece.
-
-    Raises:
-        TypeError: `prompt` is not a string.
-        ValueError: an empty prompt, one too long, or an option out of its range.
+    one piece. It raises what ``generate`` does.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"the prompt is a string, not {type(prompt).__name__}")
@@ -144,10 +133,9 @@ def _pieces(model, tokenizer, rows, stop, max_new_tokens, pick) -> Iterator[str]
 
     tokens: list[int] = []
     sent = ""
+    settings = {"stop": stop, "max_new_tokens": max_new_tokens, "pick": pick}
     with inference_state(model):
-        steps = _decode_rows(
-            model, rows, stop=stop, max_new_tokens=max_new_tokens, pick=pick
-        )
+        steps = _decode_rows(model, rows, **settings)
         while True:
             with torch.no_grad():  # not around the yield: it would reach the caller
                 pairs = next(steps, [])
@@ -179,10 +167,7 @@ def compare_generations(
         models: {name: a model, or the list of its answers made earlier}. Training
             changes a model in place: keep the answers from before as a list.
         references: the right answers, for a last column.
-        options: passed on to ``generate``.
-
-    Raises:
-        ValueError: a list of answers, or of references, has not one for each prompt.
+        options: of ``generate``.
 
     >>> both = compare_generations({"before": ["Sure!"], "after": ["{}"]}, None, ["Hi"])
     >>> print(both)
@@ -206,16 +191,10 @@ def compare_generations(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers of several models to the same prompts; a notebook shows it as a table.
-
-    Attributes:
-        prompts: the user texts.
-        answers: {name of the model: its answers, in the order of `prompts`}.
-        references: the right answers, or None.
-    """
+    """Answers of several models to the same prompts; a notebook shows it as a table."""
 
     prompts: tuple[str, ...]
-    answers: dict[str, tuple[str, ...]]
+    answers: dict[str, tuple[str, ...]]  # by the model's name
     references: tuple[str, ...] | None = None
 
     def _columns(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -226,24 +205,16 @@ class Comparison:
     def __str__(self) -> str:
         columns = self._columns()
         width = max(len(name) for name, _ in columns)
-        blocks = []
-        for i in range(len(self.prompts)):
-            lines = []
-            for name, texts in columns:
-                text = texts[i].replace("\n", "\n" + " " * (width + 2))
-                lines.append(f"{name:<{width}}  {text}".rstrip())
-            blocks.append("\n".join(lines))
-        return "\n\n".join(blocks)
+        indent = "\n" + " " * (width + 2)
+        columns = [[f"{n:<{width}}  {t}" for t in texts] for n, texts in columns]
+        columns = [[t.replace("\n", indent).rstrip() for t in c] for c in columns]
+        return "\n\n".join(map("\n".join, zip(*columns, strict=True)))
 
     def _repr_markdown_(self) -> str:
-        columns = self._columns()
-        names = [name for name, _ in columns]
-        lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(columns)]
-        lines += [
-            "| " + " | ".join(_cell(texts[i]) for _, texts in columns) + " |"
-            for i in range(len(self.prompts))
-        ]
-        return "\n".join(lines)
+        names, texts = zip(*self._columns(), strict=True)
+        rows = [map(_cell, row) for row in zip(*texts, strict=True)]
+        head, *body = ["| " + " | ".join(row) + " |" for row in (names, *rows)]
+        return "\n".join([head, "|" + "---|" * len(names), *body])
 
 
 def _cell(text: str) -> str:
@@ -265,25 +236,23 @@ def base_model(model: Any) -> Any:
 def inference_state(model: Any) -> Iterator[None]:
     """Put every module into evaluation mode, and back as found, also on an error.
 
-    In evaluation mode dropout and gradient checkpointing rest, whatever is switched
-    on. The generation settings are put back, which ``_library_rows`` sets.
-
-    The output layer gets the states of the last positions as one block of memory.
-    They come as a view into all B·T of them, and PyTorch multiplies such a view with
-    frozen weights by making B copies of these, V·d numbers each, which took longer
-    than all the rest of an evaluation.
+    The generation settings are put back, too, which ``_library_rows`` sets. The output
+    layer gets the states of the last positions as one block of memory: they come as a
+    view into all B·T of them, and PyTorch multiplies such a view with frozen weights by
+    making B copies of these, which took longer than all the rest of an evaluation.
     """
     modes = [(module, module.training) for module in model.modules()]
     base = base_model(model)
     settings = getattr(base, "generation_config", None)
     head = base.get_output_embeddings()
-    hook = None if head is None else head.register_forward_pre_hook(_one_block)
     try:
         model.eval()
-        yield
+        if head is None:
+            yield
+        else:
+            with head.register_forward_pre_hook(_one_block):
+                yield
     finally:
-        if hook is not None:
-            hook.remove()
         for module, training in modes:
             module.training = training
         base.generation_config = settings
@@ -299,8 +268,8 @@ def _one_block(module: Any, args: tuple) -> tuple:
 def _decodes(model: Any) -> bool:
     """Whether the loop can run this model; others go through ``_library_rows``.
 
-    It needs explicit positions, a cache that only grows, and virtual tokens (if any)
-    that stand before the prompt.
+    It needs explicit positions, a cache that only grows, and virtual tokens, if any,
+    before the prompt.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -324,15 +293,11 @@ def _prompt_method(model: Any) -> str | None:
     return config.peft_type.value if config.is_prompt_learning else None
 
 
-def _left_batch(
-    model: Any, rows: Sequence[Sequence[int]]
-) -> tuple[Any, dict[str, Any]]:
+def _left_batch(model: Any, rows: Rows) -> tuple[Any, dict[str, Any]]:
     """Read what all rows share, then pad the rest of each on its left.
 
-    Returns:
-        What to call: the model, or under virtual tokens its base; and its inputs:
-        ``input_ids`` (B, T), ``attention_mask`` (B, past + T), ``position_ids``
-        (B, T), ``past_key_values``.
+    Returns what to call, the model or under virtual tokens its base, and its inputs:
+    ``input_ids`` (B, T), ``attention_mask`` (B, past + T), ``position_ids`` (B, T) ...
     """
     import torch
 
@@ -380,9 +345,7 @@ def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
     return base, cache
 
 
-def _pad_left(
-    rows: Sequence[Sequence[int]], pad: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(rows: Rows, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask, both (B, T), of rows aligned at their end."""
     import torch
 
@@ -392,23 +355,15 @@ def _pad_left(
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+def _common_prefix(rows: Rows) -> int:
     """How many tokens all rows begin with, the last one of each left out."""
     limit = min(map(len, rows)) - 1
     low, high = min(rows), max(rows)  # the two that differ earliest
-    n = 0
-    while n < limit and low[n] == high[n]:
-        n += 1
-    return n
+    return next((n for n in range(limit) if low[n] != high[n]), limit)
 
 
 def _decode_rows(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    *,
-    stop: set[int],
-    max_new_tokens: int,
-    pick: Pick,
+    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int, pick: Pick
 ) -> Iterator[list[tuple[int, int]]]:
     """Generate for B rows at once; yield the (row, token) pairs of each step.
 
@@ -447,12 +402,7 @@ def _decode_rows(
 
 
 def _library_rows(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    *,
-    stop: set[int],
-    max_new_tokens: int,
-    sampling: dict[str, Any],
+    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int, sampling: dict
 ) -> list[list[int]]:
     """The same through ``model.generate``, for models that ``_decodes`` refuses."""
     from transformers import GenerationConfig
@@ -462,22 +412,15 @@ def _library_rows(
     pad = min(stop, default=0)
     input_ids, mask = _pad_left(rows, pad)
     device = base.get_input_embeddings().weight.device
+    ends = {"eos_token_id": sorted(stop) or None, "pad_token_id": pad}
+    settings = sampling | ends | {"max_new_tokens": max_new_tokens, "use_cache": True}
     written = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(stop) or None,
-            pad_token_id=pad,
-            use_cache=True,
-            **sampling,
-        ),
+        generation_config=GenerationConfig(**settings),
     )
-    answers = []
-    for row in written[:, input_ids.shape[1] :].tolist():
-        end = next((i for i, token in enumerate(row) if token in stop), len(row))
-        answers.append(row[:end])
-    return answers
+    new = written[:, input_ids.shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in stop, row)) for row in new]
 
 
 def _token_rows(
@@ -490,9 +433,8 @@ def _token_rows(
     if template is None and system is not None:
         raise ValueError("with template=None the system text stands in the prompt")
     longest = getattr(base_model(model).config, "max_position_embeddings", 0)
-    virtual = 0
-    if _prompt_method(model) is not None:
-        virtual = model.active_peft_config.num_virtual_tokens
+    learned = _prompt_method(model) is not None
+    virtual = model.active_peft_config.num_virtual_tokens if learned else 0
     rows = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str if template is None else str | Mapping):
@@ -506,9 +448,9 @@ def _token_rows(
         if not row:
             raise ValueError(f"prompt {i} has no tokens")
         if longest and virtual + len(row) + new > longest:
-            learned = f" and {virtual} virtual ones" if virtual else ""
+            more = f" and {virtual} virtual ones" if virtual else ""
             raise ValueError(
-                f"prompt {i} has {len(row)} tokens{learned}; with {new} new ones it "
+                f"prompt {i} has {len(row)} tokens{more}; with {new} new ones it "
                 f"exceeds the {longest} that this model can read"
             )
         rows.append(row)
@@ -535,8 +477,7 @@ def _picker(
         raise ValueError("sampling needs temperature > 0 and 0 < top_p <= 1")
     generator = None
     if seed is not None:
-        device = base_model(model).device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(base_model(model).device).manual_seed(seed)
 
     def draw(logits: torch.Tensor) -> torch.Tensor:
         chances = (logits.float() / temperature).softmax(-1)
@@ -549,6 +490,5 @@ def _picker(
 
 
 def _text(tokenizer: Any, tokens: list[int]) -> str:
-    return tokenizer.decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode(tokens, **options)

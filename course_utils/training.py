@@ -1,57 +1,30 @@
 """Train on any profile: arguments, plain progress, loss history, resume after a kill.
 
-A lesson builds the library's own trainer in full view, then makes it ready:
-
-    trainer = SFTTrainer(
-        model=model,
-        args=sft_config(profile, build_folder() / "02", max_steps=60),
-        train_dataset=tokenize_dataset(train, tokenizer),
-        data_collator=CompletionCollator(tokenizer),
-        processing_class=tokenizer,
-    )
-    prepare_trainer(trainer)
-    trainer.train()
+A lesson builds the library's own trainer in full view, with `sft_config` for its
+arguments, and makes it ready with `prepare_trainer`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_utils import runtime
+from course_utils import runtime, training_speed
 from course_utils.inference import base_model
 from course_utils.memory import GIB, estimate_memory
 from course_utils.memory.estimate import MemoryEstimate, unfused
 from course_utils.runtime import Profile
-from course_utils.training_speed import (
-    completion_loss,
-    set_attention,
-    shared_beginning,
-    use_completion_loss,
-    use_seeded_batches,
-)
+from course_utils.training_speed import completion_loss as completion_loss
+from course_utils.training_speed import shared_beginning as shared_beginning
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import SFTConfig
-
-__all__ = [
-    "LossHistory",
-    "OutOfMemory",
-    "completion_loss",
-    "find_checkpoint",
-    "plan_settings",
-    "prepare_trainer",
-    "sft_config",
-    "shared_beginning",
-    "training_arguments",
-]
 
 # transformers' names of optimizers -> the planner's
 OPTIMIZERS = {
@@ -103,24 +76,18 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     for name in (*sizes, "gradient_accumulation_steps"):
         size = settings.get(name, 1)
         if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"{name} must be a whole number of at least 1, not {size!r}"
-            )
+            raise ValueError(f"{name} must be a whole number, 1 or more, not {size!r}")
     return settings
 
 
 def training_arguments(
     profile: Profile, output_dir: str | os.PathLike, **settings: Any
 ) -> TrainingArguments:
-    """Arguments for `transformers.Trainer` that suit a profile.
+    """Arguments for `transformers.Trainer` that suit a profile; `settings` win.
 
     bfloat16 autocast where the profile computes in bfloat16, float16 with a gradient
-    scaler on a T4, neither in float32; examples in random order
-    (`train_sampling_strategy="group_by_length"` puts similar lengths together); every
-    step logged; no checkpoints, reports or progress bars.
-
-    Args:
-        settings: fields of `TrainingArguments`; they win over the defaults.
+    scaler on a T4, neither in float32; examples in random order; every step logged; no
+    checkpoints, reports or progress bars.
 
     Raises:
         ValueError: a learning rate or batch size that cannot train.
@@ -136,10 +103,9 @@ def sft_config(
 ) -> SFTConfig:
     """Arguments for `trl.SFTTrainer` that suit a profile.
 
-    As `training_arguments`, and without gradient checkpointing, which TRL switches on
-    by default: on a small model it costs time for memory that is not short. Records
-    keep their length (`max_length=None`); `tokenize_dataset` has cut them. It raises
-    what `training_arguments` does.
+    As `training_arguments`, and without gradient checkpointing, which TRL switches on:
+    on a small model it costs time for memory that is not short. Records keep their
+    length (`max_length=None`); `tokenize_dataset` has cut them.
     """
     from trl import SFTConfig
 
@@ -156,17 +122,12 @@ def prepare_trainer(
 ) -> None:
     """Make a built `Trainer` or `SFTTrainer` ready for the course.
 
-    Progress in plain lines; trainable parameters in float32; a clear error before step
-    1 where training could not work; a model that can generate afterwards, also after
-    an interruption; checkpoints that say when they are complete, and a finished run
-    that is loaded, not trained on; the batches of a resumed run as they would have
-    been; advice where memory runs out. On a CPU, freed memory is kept for the next
-    step, within bounds; with `fast` also what `course_utils.training_speed` lists;
-    losses stay the same, within 1e-4 a step in float32.
-
-    Args:
-        every: a line of progress every so many steps; None prints about eight.
-        fast: False leaves the library's own loss and attention.
+    A plain line of progress `every` so many steps (None: about eight in all); trainable
+    parameters in float32; errors before step 1; a model that can generate afterwards;
+    checkpoints that say when they are complete, and resume with the same batches;
+    advice where memory runs out. On a CPU freed memory is kept for the next step, and
+    with `fast` comes what `course_utils.training_speed` lists: the same losses, within
+    1e-4 a step in float32.
     """
     from transformers import PrinterCallback
 
@@ -177,12 +138,12 @@ def prepare_trainer(
     trainer.add_callback(callbacks.PlainProgress(every))
     trainer.add_callback(callbacks.CheckBeforeTraining())
     trainer.add_callback(callbacks.MarkCheckpoints())
-    use_seeded_batches(trainer)
+    training_speed.use_seeded_batches(trainer)
     if trainer.args.device.type == "cpu":
         runtime.keep_freed_memory()
         trainer.add_callback(callbacks.BoundedMemory())
         if fast:
-            use_completion_loss(trainer)
+            training_speed.use_completion_loss(trainer)
             trainer.add_callback(callbacks.QuickAttention())
     _wrap_train_and_evaluate(trainer)
 
@@ -190,8 +151,8 @@ def prepare_trainer(
 def _wrap_train_and_evaluate(trainer: Any) -> None:
     """What has to happen around the trainer's own `train` and `evaluate`.
 
-    Transformers calls `on_train_end` only where a run comes to its end; after an error
-    or a key the model would keep plain attention, the training mode and autocast.
+    Transformers' `on_train_end` comes only where a run does: after an error the model
+    would keep plain attention, the training mode and autocast.
     """
     from course_utils.training_callbacks import load_finished_run
 
@@ -211,17 +172,16 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
             room = _free_bytes(trainer.args.device.type) + _held_bytes(trainer)
             _warn_of_short_memory(trainer, plan, room, own_optimizer)
             with _advised(lambda: _advice(trainer.args, plan, room)):
-                return library_train(
-                    resume_from_checkpoint=resume_from_checkpoint, **options
-                )
+                return library_train(resume_from_checkpoint, **options)
         finally:
-            set_attention(trainer.model, attention)
+            training_speed.set_attention(trainer.model, attention)
             _make_ready_to_generate(trainer)
+            _forget_optimizer_overrides(trainer.optimizer)
 
     def evaluate(*args: Any, **options: Any) -> Any:
         size = trainer.args.per_device_eval_batch_size
-        smaller = f"per_device_eval_batch_size={max(1, size // 2)} (now {size})"
-        with _advised(lambda: f"Set {smaller}."):
+        smaller = f"Set per_device_eval_batch_size={max(1, size // 2)} (now {size})."
+        with _advised(lambda: smaller):
             return library_evaluate(*args, **options)
 
     trainer.train, trainer.evaluate = train, evaluate
@@ -243,18 +203,26 @@ def _make_ready_to_generate(trainer: Any) -> None:
     model.eval()
 
 
+def _forget_optimizer_overrides(optimizer: Any) -> None:
+    """Free what bitsandbytes keeps of a training for the rest of the process (0.50.2).
+
+    Trainer asks for 32-bit states of embeddings. Its manager then keeps those modules,
+    and holds whatever a later 8-bit optimizer has at their places to 32 bits, too.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        from bitsandbytes.optim import GlobalOptimManager
+
+        GlobalOptimManager.get_instance().initialize()
+
+
 @dataclass(frozen=True)
 class LossHistory:
-    """What a training logged, as plain tuples ready to draw.
+    """What a training logged, as plain tuples ready to draw."""
 
-    Attributes:
-        steps, loss: the optimiser steps and their training losses, nats a token.
-        eval_steps, eval_loss: the same for the validation set.
-    """
-
-    steps: tuple[int, ...]
-    loss: tuple[float, ...]
-    eval_steps: tuple[int, ...] = ()
+    steps: tuple[int, ...]  # the optimiser steps that logged a loss
+    loss: tuple[float, ...]  # nats a token
+    eval_steps: tuple[int, ...] = ()  # the same for the validation set
     eval_loss: tuple[float, ...] = ()
 
     @classmethod
@@ -283,17 +251,13 @@ def find_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The path of the newest complete checkpoint that this course wrote, or None.
 
     `trainer.train(resume_from_checkpoint=find_checkpoint(folder))` begins anew where
-    there is none. A checkpoint counts only if its manifest is there and every file has
-    the size the manifest says; one that a kill cut short does not.
+    there is none. A checkpoint that a kill cut short does not count.
     """
     from course_utils.training_callbacks import is_complete
 
-    complete = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if step and is_complete(path, int(step[1])):
-            complete[int(step[1])] = str(path)
-    return complete[max(complete)] if complete else None
+    complete = [p for p in Path(output_dir).glob("checkpoint-*") if is_complete(p)]
+    steps = {int(path.name.removeprefix("checkpoint-")): str(path) for path in complete}
+    return steps[max(steps)] if steps else None
 
 
 class OutOfMemory(RuntimeError):
@@ -303,16 +267,10 @@ class OutOfMemory(RuntimeError):
 def plan_settings(
     plan: MemoryEstimate, *, device: str, examples: int | None = None
 ) -> dict[str, Any]:
-    """The trainer settings that a memory plan stands for.
+    """The keywords for `sft_config` that a memory plan stands for.
 
-    Args:
-        device: `"cuda"`, `"cpu"` or `"mps"`. On CUDA 8-bit AdamW is the paged one,
-            which moves its state to the host rather than fail.
-        examples: examples that each optimiser step shall see in all, at least; None
-            takes the plan's batch.
-
-    Returns:
-        Keywords for `sft_config` and `training_arguments`.
+    Each optimiser step sees at least so many `examples`; None takes the plan's batch.
+    On CUDA 8-bit AdamW is the paged one, whose state can move to the host.
 
     >>> from course_utils.memory import t4_plan
     >>> plan = t4_plan("llama-3.2-1b", "lora", batch_size=2, sequence_length=512)
@@ -323,21 +281,17 @@ def plan_settings(
     fused = "adamw_torch" if device == "mps" else "adamw_torch_fused"
     eight = "paged_adamw_8bit" if device == "cuda" else "adamw_bnb_8bit"
     names = {"adamw": fused, "adamw_8bit": eight, "sgd_momentum": "sgd"}
+    examples = examples or request.batch_size
     return {
         "per_device_train_batch_size": request.batch_size,
-        "gradient_accumulation_steps": math.ceil(
-            (examples or request.batch_size) / request.batch_size
-        ),
+        "gradient_accumulation_steps": math.ceil(examples / request.batch_size),
         "gradient_checkpointing": request.gradient_checkpointing,
         "optim": names.get(request.optimizer, request.optimizer),
     }
 
 
 def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
-    """Predict the peak of a trainer's steps, by the longest record of its data.
-
-    None where there is no formula, or the data set has no `input_ids`.
-    """
+    """The peak of a trainer's steps, by its longest record; None without a formula."""
     args, model, data = trainer.args, trainer.model, trainer.train_dataset
     if "input_ids" not in (getattr(data, "column_names", None) or ()):
         return None
@@ -358,7 +312,7 @@ def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
             sequence_length=max(map(len, data["input_ids"])),
             dtype=(frozen or weights)[0].dtype,
             autocast="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
-            optimizer=OPTIMIZERS[_optimizer_name(args)],
+            optimizer=OPTIMIZERS[args.optim],
             gradient_checkpointing=args.gradient_checkpointing,
             attention=_attention_kernel(trainer, base.config, adapters),
             loss="chunked" if chunked else "logits",
@@ -367,10 +321,6 @@ def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
         )
     except (ValueError, KeyError):
         return None
-
-
-def _optimizer_name(args: TrainingArguments) -> str:
-    return str(getattr(args.optim, "value", args.optim))
 
 
 def _attention_kernel(trainer: Any, config: Any, adapters: Sequence[Any]) -> str:
@@ -421,47 +371,36 @@ def _warn_of_short_memory(
 @contextmanager
 def _advised(advice: Callable[[], str]) -> Iterator[None]:
     """While inside, let an error of memory that ran out say what to lower."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
     try:
         yield
+    except OutOfMemory:
+        raise
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, OutOfMemory) or not _ran_out_of_memory(error):
+        of_memory = any(word in str(error) for word in words)
+        if not isinstance(error, MemoryError) and not of_memory:
             raise
         raise OutOfMemory(f"memory ran out. {advice()}") from error
 
 
-def _ran_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return by_type or any(word in str(error) for word in words)
-
-
 def _advice(args: TrainingArguments, plan: MemoryEstimate | None, room: int) -> str:
-    """Which settings to lower, and to what.
-
-    Args:
-        plan: what the run is predicted to need; None where there is no formula.
-        room: bytes that the whole run may take, weights included.
-    """
+    """Which settings to lower, and to what, for a run that may take `room` bytes."""
     if plan is None:
         return _advice_without_plan(args)
-    need = f"The plan for this run is {_size(plan.total)} at its peak"
-    if plan.total <= room:
-        room = int(0.8 * plan.total)
-        need += ", which should have fitted: restart the kernel, and close what else "
-        need += "holds memory. If it fails again, aim for 20 % less"
+    need = f"The plan for this run is {_size(plan.total)} at its peak, "
+    if plan.total > room:
+        need += f"and there is room for {_size(room)}"
     else:
-        need += f", and there is room for {_size(room)}"
+        room = int(0.8 * plan.total)
+        need += "which should have fitted: restart the kernel, and close what else "
+        need += "holds memory. If it fails again, aim for 20 % less"
     change = plan.cheapest_change(room / GIB)
     if change is None:
         return f"{need}. No change of settings is enough: take a smaller model."
     words, smaller = change
     settings = ", ".join(_changed_settings(args, plan, smaller))
-    return (
-        f"{need}. The cheapest change is {words}: set {settings} "
-        f"(then {_size(smaller.total)})."
-    )
+    cheapest = f"The cheapest change is {words}: set {settings}"
+    return f"{need}. {cheapest} (then {_size(smaller.total)})."
 
 
 def _advice_without_plan(args: TrainingArguments) -> str:
@@ -482,7 +421,7 @@ def _changed_settings(
     """What to set for the smaller plan, as code; as many examples a step as now."""
     examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
     new = plan_settings(smaller, device=args.device.type, examples=examples)
-    if smaller.request.optimizer == OPTIMIZERS.get(_optimizer_name(args)):
+    if smaller.request.optimizer == OPTIMIZERS.get(args.optim):
         del new["optim"]
     settings = [f"{k}={v!r}" for k, v in new.items() if v != getattr(args, k)]
     if smaller.request.quantization != plan.request.quantization:
@@ -493,6 +432,4 @@ def _changed_settings(
 
 
 def _size(size: int) -> str:
-    if size >= GIB / 10:
-        return f"{size / GIB:.1f} GiB"
-    return f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -32,9 +32,7 @@ class PlainProgress(TrainerCallback):
         self.first, self.start = state.global_step, time.perf_counter()
         self.due = self.first + 1
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args, state, control, logs=None, **_: Any) -> None:
         if "eval_loss" in logs:
             print(f"step {state.global_step} · validation loss {logs['eval_loss']:.3f}")
         if "loss" not in logs:
@@ -53,9 +51,7 @@ class PlainProgress(TrainerCallback):
 class CheckBeforeTraining(TrainerCallback):
     """Refuse, before step 1, what would fail or go wrong without a word later."""
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, model=None, **more: Any) -> None:
         _check_trainable(model, fp16=args.fp16)
         _check_prefixes(model, args.gradient_checkpointing)
         data = getattr(more.get("train_dataloader"), "dataset", None)
@@ -74,15 +70,12 @@ def _check_trainable(model: Any, *, fp16: bool) -> None:
         if not parameter.is_floating_point() or parameter.dtype == torch.float32:
             continue
         dtype = str(parameter.dtype).removeprefix("torch.")
-        reason = (
-            "the fp16 gradient scaler refuses it at the first step"
-            if fp16
-            else "its small updates would be rounded away"
-        )
+        reason = "its small updates would be rounded away"
+        if fp16:
+            reason = "the fp16 gradient scaler refuses it at the first step"
         raise ValueError(
-            f"{name} is trainable in {dtype}: {reason}. Call course_utils."
-            "training_callbacks.fix_trainable_dtype(model), or load the model with "
-            "dtype=torch.float32 for full fine-tuning."
+            f"{name} is trainable in {dtype}: {reason}. Call training_callbacks."
+            "fix_trainable_dtype(model), or load the model with dtype=torch.float32."
         )
 
 
@@ -105,8 +98,7 @@ def fix_trainable_dtype(model: Any) -> int:
 def _check_prefixes(model: Any, gradient_checkpointing: bool) -> None:
     """Raise if prefix tuning meets gradient checkpointing.
 
-    Prefixes are keys and values in a cache, which checkpointing drops; the library's
-    own error is a mismatch of shapes.
+    Prefixes lie in a cache, which checkpointing drops; shapes would not match then.
     """
     configs = getattr(model, "peft_config", {}).values()
     names = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs}
@@ -123,9 +115,7 @@ def _check_prefixes(model: Any, gradient_checkpointing: bool) -> None:
 class QuickAttention(TrainerCallback):
     """Plain attention while training; what wraps `train` puts the model's own back."""
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, model=None, **_: Any) -> None:
         set_attention(model, "eager")
 
 
@@ -167,7 +157,7 @@ class MarkCheckpoints(TrainerCallback):
         runtime.replace_file(draft, folder / MANIFEST)
 
 
-def is_complete(checkpoint: Path, step: int) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint's manifest is there, and tells of its files as they are."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -175,19 +165,16 @@ def is_complete(checkpoint: Path, step: int) -> bool:
         sizes = {name: (checkpoint / name).stat().st_size for name in files}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return manifest["step"] == step and bool(files) and sizes == files
+    named = checkpoint.name == f"checkpoint-{manifest['step']}"
+    return named and bool(files) and sizes == files
 
 
 def load_finished_run(trainer: Any, checkpoint: str | os.PathLike) -> Any:
-    """Load a checkpoint that is the end of its run, and return a `TrainOutput`.
+    """Load a checkpoint that is the end of its run, or its best one, if asked for.
 
-    Transformers does one more step when it resumes from the last checkpoint of a run
-    that was complete, and so changes the weights; after an early stop, whose patience
-    it forgets, many more. Where the run was to end with its best weights, those are
-    loaded.
-
-    Returns:
-        None, and nothing is loaded, where there is something left to train.
+    Transformers would do one more step from it, and after an early stop, whose patience
+    it forgets, many more. Returns a `TrainOutput`, or None where there is something
+    left to train.
     """
     folder, args = Path(checkpoint), trainer.args
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))

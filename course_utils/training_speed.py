@@ -1,10 +1,9 @@
 """Why the course's runs are fast on a CPU: the same loss and gradients, less work.
 
-Each of these is measured by the benchmarks: no logits where nothing is learned;
-examples side by side in fewer rows, without padding, and what they all begin with read
-once a row; plain attention instead of the fused kernel (whose backward pass is slow
-for short sequences on a CPU); and no cast of a LoRA layer's input to float32 that
-autocast would undo.
+No logits where nothing is learned; examples side by side in fewer rows, without
+padding, and what they all begin with read once a row; plain attention instead of the
+fused kernel, whose backward pass is slow for short sequences on a CPU; and no cast of
+a LoRA layer's input to float32 that autocast would undo.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 # others are padded as usual.
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}
 
-WIDEST = 256  # tokens: attention costs the square of a row's length
+WIDEST = 256  # tokens, unless an example is longer: attention costs their square
 SHARED_AT_LEAST = 8  # tokens: fewer are not worth a mask of their own
 
 
@@ -38,18 +37,13 @@ def completion_loss(
     others never meet the output layer, the largest matrix of a small model.
 
     Args:
-        model: a causal language model, with or without a PEFT adapter.
         batch: ``input_ids``, ``labels`` (B, T) and what else the model takes.
-        learned_tokens: divide the sum by this, the number of learned tokens in all
-            batches of an optimiser step; None takes this batch's own, so that the
-            result is a mean in nats a token.
-
-    Returns:
-        A scalar, 0 for a batch without a learned token.
+        learned_tokens: divides the sum: the learned tokens in all batches of an
+            optimiser step. None takes this batch's own: a mean, in nats a token, and 0
+            where nothing is learned.
 
     Raises:
-        ValueError: the batch is packed and the model has virtual tokens, which would
-            stand before each row instead of each example.
+        ValueError: the batch is packed, and the model has virtual tokens.
     """
     from torch.nn.functional import cross_entropy
 
@@ -70,19 +64,15 @@ def completion_loss(
 def _only_these_positions(head: Any, learned: torch.Tensor) -> Iterator[None]:
     """While inside, `head` sees the hidden states (B, T, d) of learned positions only.
 
-    Virtual tokens of prompt tuning stand in front; the mask (B, T - 1) is read from
-    the end.
+    The mask (B, T - 1) counts from the end: virtual tokens stand in front.
     """
 
     def select(module: Any, args: tuple) -> tuple:
         hidden, width = args[0], learned.shape[1]
         return (hidden[:, -width - 1 : -1][learned.to(hidden.device)],)
 
-    hook = head.register_forward_pre_hook(select)
-    try:
+    with head.register_forward_pre_hook(select):
         yield
-    finally:
-        hook.remove()
 
 
 def refuse_virtual_tokens(model: Any) -> None:
@@ -90,8 +80,7 @@ def refuse_virtual_tokens(model: Any) -> None:
     if _has_virtual_tokens(model):
         raise ValueError(
             "packed examples and virtual tokens do not go together: one prompt would "
-            "stand before the whole row, and PEFT ignores position_ids. Put one "
-            "example into each row: CompletionCollator pads them."
+            "stand before the whole row. Let CompletionCollator pad one example a row."
         )
 
 
@@ -105,23 +94,16 @@ def without_padding(
 ) -> Mapping[str, torch.Tensor]:
     """The same examples in fewer rows, side by side, each seeing itself alone.
 
-    In a causal model a token depends on those before it alone. So the states of a
-    beginning that all examples share, such as a default system turn, are the same in
-    each: a row reads it once, and the rest of each example in it attends to it.
-
-    The rows (see `pack_examples`) are as long as leaves fewest positions to compute,
-    and at most `WIDEST` tokens unless an example is longer. The loss is a sum over
-    learned tokens, so it and its gradients stay the same up to rounding. (Dropout,
-    where a model has it, is drawn once for what a row shares.)
-
-    Args:
-        batch: ``input_ids``, ``labels``, ``attention_mask`` (B, T), padded.
+    In a causal model a token depends on those before it alone. So a beginning that all
+    examples share, such as a default system turn, has the same states in each: a row
+    reads it once. The loss is a sum over learned tokens, so it and its gradients stay
+    the same up to rounding (but dropout is drawn once for what a row shares).
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` (rows, T), and with a beginning
-        read once a row ``attention_mask`` (rows, 1, T, T), which is added to attention
-        scores; the batch as it is where nothing would be gained, or where the model
-        has virtual tokens in front of each row, or does not tell packed examples apart.
+        read once a row ``attention_mask`` (rows, 1, T, T), added to attention scores.
+        The batch as it is, (B, T), where nothing would be gained, the model has
+        virtual tokens, or its code does not tell packed examples apart.
     """
     import torch
 
@@ -164,10 +146,8 @@ def _fewest_positions(
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
     widest = max(longest, min(WIDEST - shared, sum(lengths)))
-    packings = (
-        (width, pack_examples(examples, width))
-        for width in range(longest, widest + 1, 8)
-    )
+    widths = range(longest, widest + 1, 8)
+    packings = ((width, pack_examples(examples, width)) for width in widths)
     return min(packings, key=lambda pair: (shared + pair[0]) * len(pair[1]))
 
 
@@ -189,13 +169,11 @@ def _filled_up(
 def shared_beginning(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
     """How many tokens all examples begin with and none of them learns from.
 
-    The last position of a beginning predicts the token after it, which differs from
-    example to example: so the beginning ends one token before the first learned one.
+    It ends one token before the first learned one: its last position predicts the
+    token after it, which differs from example to example.
 
     >>> row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]}
     >>> shared_beginning([row, row | {"input_ids": [5, 6, 9, 8]}])
-    2
-    >>> shared_beginning([row, row])
     2
     """
     if len(examples) < 2:
@@ -217,16 +195,12 @@ def _after(
 
     count, width = rows["input_ids"].shape
     size = len(beginning)
-    before = {
-        "input_ids": beginning,
-        "labels": torch.full((size,), IGNORE),
-        "position_ids": torch.arange(size),
-    }
+    before = {"input_ids": beginning, "labels": torch.full((size,), IGNORE)}
+    before["position_ids"] = torch.arange(size)
     positions = rows["position_ids"]
     # Each example, and what fills a row up, has a number; the beginning has 0.
-    owner = torch.cat(
-        (torch.zeros(count, size), (positions == 0).cumsum(dim=1)), dim=1
-    ).long()
+    numbers = (positions == 0).cumsum(dim=1)
+    owner = torch.cat((torch.zeros(count, size), numbers), dim=1).long()
     seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
     seen = seen.tril()  # (rows, T, T): query by key
     joined = {
@@ -240,19 +214,12 @@ def _after(
 
 
 class SeededBatches:
-    """A sampler: shuffled, and if asked with examples of similar length side by side.
+    """A sampler: shuffled, and if `together` > 1 similar lengths side by side.
 
-    Grouping by length saves padding, at a price: where length tells something about
-    the answer, each batch then holds one kind of answer only, and the model learns the
-    kinds less well. So `together` is 1 unless a lesson asks for more.
-
-    The order depends on the seed and the epoch alone, so that a resumed run sees the
-    batches it would have seen. Transformers' own sampler draws from the global
-    generator, whose state at the start of an epoch no checkpoint holds.
-
-    >>> batches = SeededBatches([5, 60, 6, 61], batch_size=2, seed=0)
-    >>> sorted(batches) == [0, 1, 2, 3]
-    True
+    Sorting saves padding, but where length tells something about the answer, each batch
+    holds one sort of answer only, and the model learns less well. The order depends on
+    seed and epoch alone, so a resumed run sees the batches it would have seen;
+    transformers' own sampler draws from a generator that no checkpoint holds.
     """
 
     def __init__(
@@ -263,7 +230,6 @@ class SeededBatches:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take another order for this epoch, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -278,10 +244,8 @@ class SeededBatches:
         batches = []
         for start in range(0, len(order), chunk):
             part = sorted(order[start : start + chunk], key=lambda i: -self.lengths[i])
-            batches += [
-                part[i : i + self.batch_size]
-                for i in range(0, len(part), self.batch_size)
-            ]
+            starts = range(0, len(part), self.batch_size)
+            batches += [part[i : i + self.batch_size] for i in starts]
         last = batches.pop() if len(batches[-1]) < self.batch_size else []
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         yield from (i for place in shuffled for i in batches[place])
@@ -289,11 +253,7 @@ class SeededBatches:
 
 
 def cast_lora_inputs(model: Any, on: bool) -> None:
-    """Let PEFT's LoRA layers cast their input to the adapter's dtype, or not.
-
-    Under autocast that cast is undone at once by the matrix product; without autocast
-    it is needed.
-    """
+    """Let LoRA layers cast their input to float32, or not: autocast would undo it."""
     for module in model.modules():
         if hasattr(module, "lora_A") and hasattr(module, "_cast_input_dtype"):
             module.cast_input_dtype_enabled = on
@@ -301,10 +261,7 @@ def cast_lora_inputs(model: Any, on: bool) -> None:
 
 @contextmanager
 def _mixed_precision(trainer: Any) -> Iterator[None]:
-    """Products in bfloat16 where the trainer asks for it, also after its training.
-
-    Accelerate's own autocast is off the model then, so that it can generate.
-    """
+    """Products in bfloat16 where the trainer asks for it."""
     import torch
 
     if not trainer.args.bf16:
@@ -315,6 +272,7 @@ def _mixed_precision(trainer: Any) -> Iterator[None]:
         # The second forward of checkpointing comes later, and must be as the first.
         cast_lora_inputs(trainer.model, False)
     try:
+        # After a training Accelerate's own autocast is off, so that it can generate.
         with torch.autocast(trainer.args.device.type, torch.bfloat16):
             yield
     finally:  # a run that is interrupted leaves a model that can generate
@@ -324,21 +282,14 @@ def _mixed_precision(trainer: Any) -> Iterator[None]:
 def use_completion_loss(trainer: Any) -> None:
     """Make a built `Trainer` or `SFTTrainer` compute `completion_loss`, unpadded.
 
-    Batches without labels for each token (a classifier's), and evaluations that need
-    logits (`compute_metrics`), go the trainer's own way. So does a trainer whose loss
-    is another one: `label_smoothing_factor`, `compute_loss_func`, TRL's `loss_type`, or
-    a `compute_loss` of a subclass.
+    Batches without a label for each token (a classifier's), evaluations that need
+    logits (`compute_metrics`) and a trainer whose loss is another go their own way.
     """
     if _has_own_loss(trainer):
         return
     original = trainer.compute_loss
 
-    def compute_loss(
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
         needs_logits = return_outputs and trainer.compute_metrics is not None
         labels = inputs.get("labels")  # a classifier has one for each text: (B,)
         if labels is None or labels.dim() != 2 or needs_logits:
@@ -364,15 +315,13 @@ def _has_own_loss(trainer: Any) -> bool:
 def use_seeded_batches(trainer: Any) -> None:
     """Give a built trainer `SeededBatches`, if it has a data set to take lengths of.
 
-    With `train_sampling_strategy="group_by_length"` 50 batches are sorted together, as
+    `train_sampling_strategy="group_by_length"` sorts 50 batches together, as
     transformers does; any order but `"random"` and that one is left alone.
     """
     data, args = trainer.train_dataset, trainer.args
-    sorted_together = {"random": 1, "group_by_length": 50}
-    together = sorted_together.get(args.train_sampling_strategy)
-    if together is None:
-        return
-    if data is None or "input_ids" not in (getattr(data, "column_names", None) or ()):
+    together = {"random": 1, "group_by_length": 50}.get(args.train_sampling_strategy)
+    columns = getattr(data, "column_names", None) or ()
+    if together is None or "input_ids" not in columns:
         return
     lengths = [len(ids) for ids in data["input_ids"]]
     size = args.train_batch_size * args.gradient_accumulation_steps
@@ -383,11 +332,7 @@ def use_seeded_batches(trainer: Any) -> None:
 
 
 def set_attention(model: Any, name: str | None) -> None:
-    """Switch a model's attention kernel, unless the model names none.
-
-    `"eager"` multiplies matrices one after the other; `"sdpa"` is PyTorch's fused
-    kernel.
-    """
+    """Switch to `"eager"` (plain products) or `"sdpa"` (fused), where one is named."""
     base = base_model(model)
     if getattr(base.config, "_attn_implementation", None) not in (None, name):
         base.set_attn_implementation(name)

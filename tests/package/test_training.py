@@ -1,5 +1,6 @@
 """Arguments, a model that is ready afterwards, resume after a kill, short memory."""
 
+import gc
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,24 @@ def test_an_interrupted_run_leaves_a_model_that_can_generate(
     trainer.train()  # and one that can be trained anew
     assert trainer.state.global_step == 4
     assert config._attn_implementation == "sdpa" and not model.training
+
+
+def test_an_8_bit_training_leaves_nothing_to_the_next_one(tmp_path):
+    from bitsandbytes.optim import AdamW8bit
+
+    model = random_llama(vocab_size=512)
+    embedding = weakref.ref(model.get_input_embeddings())
+    trainer = build(SFTTrainer, tmp_path, model, optim="adamw_bnb_8bit", max_steps=1)
+    prepare_trainer(trainer)
+    trainer.train()
+    weight = torch.nn.Parameter(torch.ones(8192))  # at the place of the embedding
+    weight.grad = torch.ones(8192)
+    optimizer = AdamW8bit([weight])
+    optimizer.step()
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8
+    del trainer, model
+    gc.collect()
+    assert embedding() is None
 
 
 def test_history_reads_losses_and_validation_losses(tmp_path):
