@@ -9,17 +9,3 @@ from course_utils.memory.estimate import (
     t4_plan,
 )
 from course_utils.memory.formula import GIB, GPUS, KNOWN_MODELS, gpu_gib, model_config
-
-__all__ = [
-    "GIB",
-    "GPUS",
-    "KNOWN_MODELS",
-    "PARTS",
-    "Measurement",
-    "MemoryEstimate",
-    "estimate_memory",
-    "gpu_gib",
-    "measure_memory",
-    "model_config",
-    "t4_plan",
-]

@@ -23,21 +23,3 @@ from course_utils.sweep.results import (
     methods_table,
     recorded_methods,
 )
-
-__all__ = [
-    "BUDGET",
-    "LORA",
-    "PROMPT",
-    "Experiment",
-    "agreement",
-    "best_of",
-    "compare_on",
-    "grid",
-    "long_runs",
-    "low_rank",
-    "methods_table",
-    "neighbour",
-    "other_methods",
-    "recorded_methods",
-    "run_experiment",
-]

@@ -110,45 +110,27 @@ class Prompting:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training, described completely.
+    """One training, described completely. What is trained is float32 always."""
 
-    Attributes:
-        label: what a figure calls it; runs that differ in the seed alone share it.
-        method: `"full"`, `LastLayers`, `Prompting`, or the fields of a PEFT
-            configuration, as `LORA`.
-        steps, batch_size: optimiser steps, and examples in each.
-        schedule: a name of transformers' schedules.
-        warmup: share of the steps in which the learning rate rises, 0 to 1.
-        seed: orders the data, initialises adapters.
-        test_examples: answers generated and scored, chosen by slice; None for all.
-        eval_every: validation loss every so many steps; 0 measures it at the end.
-        eval_examples: validation examples for that.
-        base_dtype: of frozen weights; None takes the profile's. What is trained is
-            float32 always.
-        quantization: `"nf4"` or `"fp4"` loads the frozen weights in 4 bits.
-        prefix_from: `"schema"` starts a prefix at the keys and values of the data set's
-            `schema.txt`, set as a system turn; None starts as PEFT does.
-        costs: measure the peak of tensors in the second step, and the bytes to be kept.
-        data, model: names of the data set and, None for the built-in one, the model.
-    """
-
-    label: str
-    method: Any = "full"
+    label: str  # what a figure calls it; runs that differ in the seed alone share it
+    method: Any = "full"  # or LastLayers, Prompting, a PEFT configuration's fields
     learning_rate: float = 1e-4
-    steps: int = 60
+    steps: int = 60  # of the optimiser
     batch_size: int = 8
-    schedule: str = "linear"
-    warmup: float = 0.1
-    seed: int = 0
-    test_examples: int | None = 120
-    eval_every: int = 0
-    eval_examples: int = 64
-    base_dtype: str | None = None
-    quantization: str | None = None
+    schedule: str = "linear"  # of transformers
+    warmup: float = 0.1  # share of the steps in which the learning rate rises
+    seed: int = 0  # orders the data, initialises adapters
+    test_examples: int | None = 120  # answered and scored, chosen by slice; None: all
+    eval_every: int = 0  # steps between validation losses; 0 measures it at the end
+    eval_examples: int = 64  # for the validation loss
+    base_dtype: str | None = None  # of frozen weights; None takes the profile's
+    quantization: str | None = None  # "nf4" or "fp4": frozen weights in 4 bits
+    # "schema" starts a prefix at the keys and values of the data set's `schema.txt`,
+    # set as a system turn; None starts as PEFT does.
     prefix_from: str | None = None
-    costs: bool | None = None
+    costs: bool | None = None  # measure peak bytes in a step, and the bytes to be kept
     data: str = "home_commands"
-    model: str | None = None
+    model: str | None = None  # None is the built-in one
 
     def settings(self) -> dict[str, Any]:
         """All fields but label and seed, in JSON types."""
@@ -525,10 +507,8 @@ def plan(
     data they start from the vocabulary and as PEFT does.
 
     Args:
-        data: as `load_examples`.
         methods: names, of `METHODS` or `ZERO_SHOT`; case does not matter.
         rates: {name: learning rate}; the sweep's first rate where it has none.
-        settings: of every `Experiment`.
 
     Raises:
         ValueError: a name is unknown; says the known ones.

@@ -55,41 +55,24 @@ class MethodResult:
 
     Shares are 0 to 1. Tuples have one value a seed, the first seed first; they are
     empty, and single values None, where nothing was measured.
-
-    Attributes:
-        name: as the record calls it, without the rate.
-        method: its key in `figure_style`, or the name where it has none.
-        learning_rate: best by the first seed's validation loss; None if untrained.
-        rates: of the first seed.
-        exact_match, field_f1, eval_loss: over the seeds; losses in nats a token.
-        by_slice, by_field: {name: share}, means.
-        trainable_parameters: a count.
-        adapter_bytes: to be kept for each task.
-        peak_bytes: the most that tensors took in one step, of the first seed.
-        seconds: of the training alone, mean. Where the record `08_speed` has the
-            method, of that record's steps, carried on to all steps.
-        general_before, general_after: share of general questions answered, without
-            and with the training.
-        complete: the best rate is inside its grid, and all seeds ended with a loss.
-        record: the name of the record it is from.
     """
 
-    name: str
-    method: str
-    learning_rate: float | None = None
-    rates: Rates = field(default_factory=dict)
+    name: str  # as the record calls it, without the rate
+    method: str  # its key in `plotting.style`, or the name where it has none
+    learning_rate: float | None = None  # best of the first seed; None if untrained
+    rates: Rates = field(default_factory=dict)  # of the first seed
     exact_match: tuple[float, ...] = ()
     field_f1: tuple[float, ...] = ()
-    eval_loss: tuple[float, ...] = ()
+    eval_loss: tuple[float, ...] = ()  # nats a token
     by_slice: dict[str, float] = field(default_factory=dict)
     by_field: dict[str, float] = field(default_factory=dict)
     trainable_parameters: int = 0
-    adapter_bytes: int | None = None
-    peak_bytes: int | None = None
-    seconds: float | None = None
-    general_before: float | None = None
+    adapter_bytes: int | None = None  # to be kept for each task
+    peak_bytes: int | None = None  # the most that tensors took in one step
+    seconds: float | None = None  # of the training alone, as `08_speed` timed its steps
+    general_before: float | None = None  # share of general questions answered
     general_after: float | None = None
-    complete: bool = False
+    complete: bool = False  # the best rate is inside its grid, and no seed diverged
     record: str = ""
 
     @property
@@ -226,12 +209,10 @@ def recorded_methods() -> list[MethodResult]:
 
 
 def long_runs() -> dict[str, float]:
-    """Exact match after the longer runs of other lessons, where they are recorded.
+    """Exact match of other lessons' runs: longer, one seed, other test sentences.
 
     Returns:
-        {"LoRA, long (150 x 8)": share}: in brackets optimiser steps and examples in
-        each. Longer than the sweep's runs, on other test sentences of the same set,
-        and with one seed.
+        {"LoRA, long (150 x 8)": share}: in brackets optimiser steps and batch size.
     """
     recorded, scores = set(records.list_records()), {}
     for record, label in LONG:
@@ -297,15 +278,8 @@ def methods_table(
 ) -> Table:
     """Compare methods in one table, the best score first.
 
-    Bytes are to be kept for each task; MiB are the most that tensors took in a step
-    of the training; seconds are of the training alone; general questions are those
-    answered after the training.
-
-    Args:
-        results: of `recorded_methods`.
-        total_parameters: of the model, for the share that is trained.
-        marked: say of a method that its sweep is incomplete.
-        caption: stands above the table.
+    Columns are as in `MethodResult`; `total_parameters` are the model's, and `marked`
+    says of a method that its sweep is incomplete.
     """
     results = order(results)
     before = {round(100 * r.general_before) for r in results if r.general_before}
@@ -344,14 +318,11 @@ def _row(r: MethodResult, total_parameters: int, marked: bool) -> tuple[str, ...
 def agreement(mine: Mapping[str, float], results: Iterable[MethodResult]) -> str:
     """Say whether the reader's methods stand in the recorded order of their losses.
 
-    Args:
-        mine: {name of a method: the reader's validation loss}; one that is not finite
-            is the worst.
-        results: of `recorded_methods`; means over their seeds make the order.
+    If not, which pairs changed places, and whether their recorded seeds overlap.
 
-    Returns:
-        One or two sentences: that they agree, or which pairs changed places and
-        whether the recorded seeds of each pair overlap.
+    Args:
+        mine: {name of a method: validation loss}; one that is not finite is the worst.
+        results: of `recorded_methods`; means over their seeds make the order.
 
     >>> recorded = [
     ...     MethodResult("LoRA", "lora", eval_loss=(0.30, 0.34)),
@@ -421,21 +392,13 @@ def _reasons(
 
 @dataclass(frozen=True)
 class OwnComparison:
-    """Methods compared on the reader's data; a notebook shows it as a table.
+    """Methods compared on the reader's data; a notebook shows it as a table."""
 
-    Attributes:
-        results: one a method, in the order asked for.
-        sizes: {split: examples there are}.
-        as_text: answers were compared as text, not as JSON.
-        table: the results as `methods_table` shows them.
-        runs: what `run_experiment` returned: losses, answers, metrics.
-    """
-
-    results: tuple[MethodResult, ...]
-    sizes: dict[str, int]
-    as_text: bool
+    results: tuple[MethodResult, ...]  # in the order asked for
+    sizes: dict[str, int]  # {split: examples there are}
+    as_text: bool  # answers were compared as text, not as JSON
     table: Table
-    runs: tuple[dict[str, Any], ...]
+    runs: tuple[dict[str, Any], ...]  # of `run_experiment`: losses, answers, metrics
 
     def __str__(self) -> str:
         return str(self.table)
@@ -461,13 +424,10 @@ def compare_on(
     compared as text.
 
     Args:
-        data: a .jsonl file, which is split 80/10/10 by a hash of the prompt; a folder
-            with train.jsonl, validation.jsonl and test.jsonl; or a data set's name.
+        data: as for `load_examples`.
         model: a hub name or a folder; None takes the course's.
         methods: names as in the sweep, such as `"PiSSA"`, or `ZERO_SHOT`, which asks
             the untrained model; case does not matter.
-        steps: of the optimiser.
-        eval_examples, test_examples: for the validation loss, and answers generated.
         rates: {name of a method: learning rate} where the recorded one will not do.
 
     Raises:
