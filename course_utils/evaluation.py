@@ -49,12 +49,6 @@ class Evaluation:
         score = _score(self.as_text)
         return scoring.by_slice(self.predictions, self.references, self.slices, score)
 
-    def mistakes(self) -> list[tuple[str, str, str]]:
-        """(prompt, prediction, reference) of each answer that is not an exact match."""
-        score = _score(self.as_text)
-        rows = zip(self.prompts, self.predictions, self.references, strict=True)
-        return [(p, a, r) for p, a, r in rows if not score([a], [r])]
-
     def __str__(self) -> str:
         n = len(self.references)
         head = f"exact match {self.exact_match:.1%} of {n} · "

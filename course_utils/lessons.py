@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from course_utils import runtime, scoring
+from course_utils.records import Table
 
 SIGNS = {"correct": "✓", "wrong": "✗", "unanswered": "…"}
 
@@ -104,40 +105,19 @@ def guess(value: Any, question: str) -> Guess:
     return Guess(value, question)
 
 
-@dataclass(frozen=True)
-class ResultCard:
-    """A small two-column table with a title, in Markdown or in plain text."""
-
-    title: str
-    rows: dict[str, str]
-
-    def __str__(self) -> str:
-        width = max(map(len, self.rows), default=0)
-        lines = [f"  {name:<{width}}  {value}" for name, value in self.rows.items()]
-        return "\n".join([self.title, *lines])
-
-    __repr__ = __str__
-
-    def _repr_markdown_(self) -> str:
-        lines = [f"| {name} | {value} |" for name, value in self.rows.items()]
-        return "\n".join([f"| **{self.title}** | |", "|---|---|", *lines])
-
-
-def result_card(title: str, **rows: Any) -> ResultCard:
-    """Return a card with one row per keyword; underscores in names become spaces.
+def result_card(title: str, **rows: Any) -> Table:
+    """Return a table of one row per keyword; underscores in names become spaces.
 
     Floats are shown with three digits, other values as they are.
 
     >>> print(result_card("LoRA", exact_match="91 %", seconds=12.345))
     LoRA
-      exact match  91 %
-      seconds      12.3
+    exact match  91 %
+    seconds      12.3
     """
-    texts = {
-        name: f"{value:.3g}" if isinstance(value, float) else str(value)
-        for name, value in rows.items()
-    }
-    return ResultCard(title, {k.replace("_", " "): text for k, text in texts.items()})
+    texts = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in rows.values()]
+    names = [name.replace("_", " ") for name in rows]
+    return Table((title, ""), tuple(zip(names, texts, strict=True)))
 
 
 def save_result(lesson: str, headline: str, **numbers: Any) -> None:

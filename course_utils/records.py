@@ -104,14 +104,7 @@ def _first_key(value: Any, keys: str) -> str | None:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in columns; a notebook shows a table, `print` aligned columns.
-
-    The first column is flush left, the others, numbers as a rule, are flush right.
-
-    Attributes:
-        head: the columns' names.
-        rows: one tuple a line, as long as `head`.
-        caption: a line above it, or nothing.
+    """Texts in columns, the first one flush left; a notebook shows a Markdown table.
 
     >>> print(Table(("method", "loss"), (("LoRA", "0.31"), ("full", "1.2"))))
     method  loss
@@ -119,9 +112,9 @@ class Table:
     full     1.2
     """
 
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
+    head: tuple[str, ...]  # the columns' names
+    rows: tuple[tuple[str, ...], ...]  # each as long as `head`
+    caption: str = ""  # a line above it
 
     def __str__(self) -> str:
         lines = [self.head, *self.rows]
@@ -134,6 +127,8 @@ class Table:
             cells[0] = first.ljust(widths[0])
         texts = ["  ".join(cells).rstrip() for cells in aligned]
         return "\n".join([self.caption, *texts] if self.caption else texts)
+
+    __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
         rule = "|---|" + "---:|" * (len(self.head) - 1)

@@ -60,7 +60,6 @@ def test_evaluate_scores_what_the_model_generates(monkeypatch):
     assert result.predictions == tuple(answers.values())
     assert result.references == tuple(r["completion"] for r in RECORDS)
     assert result.by_slice() == {"s0": 1.0, "s1": 0.0}
-    assert [row[0] for row in result.mistakes()] == ["dim it to 40", "b"]
     assert asked["system"] == "s" and asked["batch_size"] == 2
     longest = max(len(r["completion"].encode()) for r in RECORDS)  # one token a byte
     assert asked["max_new_tokens"] == longest + 8
@@ -103,7 +102,6 @@ def test_evaluate_compares_free_answers_as_text(monkeypatch):
     result = evaluate(None, byte_tokenizer(), rows, as_text=True)
     assert result.exact_match == 0.75 and math.isnan(result.field_f1)
     assert result.by_slice() == {"s0": 1.0, "s1": 0.5}
-    assert [row[0] for row in result.mistakes()] == ["b"]
     assert str(result).startswith("exact match 75.0% of 4 · 0.")
 
 

@@ -189,8 +189,8 @@ def test_result_card_in_text_and_in_markdown():
     assert str(card) == repr(card)
     assert "exact match  91 %" in str(card)
     assert card._repr_markdown_().splitlines() == [
-        "| **Run** | |",
-        "|---|---|",
+        "| Run |  |",
+        "|---|---:|",
         "| exact match | 91 % |",
         "| seconds | 12.3 |",
         "| steps | 40 |",
