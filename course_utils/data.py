@@ -55,8 +55,7 @@ def load_examples(
         limit: At most this many records, in an order that `seed` gives; without
             `limit` the file's order is kept.
 
-    Raises:
-        DataError: The source, the split or a record cannot be used.
+    Raises DataError: the source, the split or a record cannot be used.
 
     >>> examples = load_examples("general_questions", "test", limit=3)
     >>> sorted(examples.column_names)
@@ -76,8 +75,7 @@ def load_examples(
 def data_hash(source: str | Path) -> str:
     """SHA-256 (64 hex digits) of a file, or of a folder's split files and their names.
 
-    Raises:
-        DataError: There is no such set or file, or it is on a hub.
+    Raises DataError: there is no such set or file, or it is on a hub.
     """
     place = _locate(source)
     if place is None:

@@ -98,8 +98,7 @@ def _numel(module: Module) -> int:
 def target_modules(model: Module, config: PeftConfig) -> list[tuple[str, Module]]:
     """Find (name, module) of each base module that a PEFT config adapts.
 
-    Raises:
-        ValueError: no module matches, or PEFT has no default for this model type.
+    Raises ValueError: no module matches, or PEFT has no default for this model type.
     """
     from peft.tuners import tuners_utils
 
@@ -145,8 +144,7 @@ def lora_target_names(model: Module) -> list[str]:
 def features(name: str, module: Module) -> tuple[int, int]:
     """Input and output width of a Linear, an Embedding or GPT-2's Conv1D.
 
-    Raises:
-        ValueError: for another kind of module, which has no formula.
+    Raises ValueError: another kind of module, which has no formula.
     """
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features

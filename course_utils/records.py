@@ -41,8 +41,7 @@ def list_records() -> list[str]:
 def load_record(name: str) -> dict[str, Any]:
     """Read the record of that name, the file's without `.json`.
 
-    Raises:
-        RecordError: there is no such record, or it is malformed.
+    Raises RecordError: there is no such record, or it is malformed.
     """
     path = runs_folder() / f"{name}.json"
     if name not in list_records():
@@ -69,8 +68,7 @@ def lookup(path: str) -> Any:
             where the summary lacks the first one, into the record itself
             (`"03_lora:runs.0.metrics.exact_match"`). A key may hold dots.
 
-    Raises:
-        RecordError: there is no such record or key; names the keys there are.
+    Raises RecordError: there is no such record or key; names the keys there are.
     """
     name, colon, keys = path.partition(":")
     if not colon or not keys:

@@ -42,8 +42,7 @@ def completion_loss(
             optimiser step. None takes this batch's own: a mean, in nats a token, and 0
             where nothing is learned.
 
-    Raises:
-        ValueError: the batch is packed, and the model has virtual tokens.
+    Raises ValueError: the batch is packed, and the model has virtual tokens.
     """
     from torch.nn.functional import cross_entropy
 

@@ -182,8 +182,7 @@ def memory_planner(**start: Any) -> Any:
 def rank_slider(weight: Any, rank: int = 8) -> Any:
     """Slide through the ranks of the best approximations of a matrix (m, n).
 
-    Raises:
-        ValueError: the weight is not a matrix, or has no such rank.
+    Raises ValueError: the weight is not a matrix, or has no such rank.
     """
     errors, shape = _rank_errors(weight)
     w = _widgets()

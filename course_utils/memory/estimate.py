@@ -410,9 +410,7 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
     profiler: exact to the byte, as `estimate_memory(...).total`, but for a few steps
     only (80 MB and half a second for one of a 30-layer model). ``"auto"``: whichever
     fits the device of this run's profile.
-
-    Raises:
-        ValueError: for an unknown kind, or that of a GPU which is not there.
+    Raises ValueError: an unknown kind, or that of a GPU which is not there.
 
     >>> import torch
     >>> with measure_memory("allocator") as used:

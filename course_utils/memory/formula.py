@@ -72,8 +72,7 @@ _FIELDS = (
 def model_config(name: str) -> Any:
     """The `transformers` configuration of a known model, without a network.
 
-    Raises:
-        ValueError: for a name that is not in `KNOWN_MODELS`.
+    Raises ValueError: a name that is not in `KNOWN_MODELS`.
     """
     if (key := str(name).lower()) not in KNOWN_MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(KNOWN_MODELS)}")
@@ -89,8 +88,7 @@ def model_config(name: str) -> Any:
 def gpu_gib(gpu: str | float) -> float:
     """GiB of tensors to plan for on `gpu` (upper or lower case; a number is GiB).
 
-    Raises:
-        ValueError: for a card that is not in `GPUS`; the message lists them.
+    Raises ValueError: a card that is not in `GPUS`; the message lists them.
     """
     if isinstance(gpu, int | float):
         return float(gpu)
@@ -385,8 +383,7 @@ def _loss(request: Request, layer: Layer) -> tuple[int, int]:
 def closed_form(request: Request) -> tuple[dict, dict, str, int, int]:
     """Predict one training step: the fields of `MemoryEstimate` before `request`.
 
-    Raises:
-        ValueError: where there is no closed form.
+    Raises ValueError: there is no closed form.
     """
     shapes = _read_shapes(request)
     static, paged = _static_parts(request, shapes)

@@ -43,8 +43,7 @@ def plot_rate_panels(
         own: {method: (learning rate, loss)} of the reader, markers with a red edge.
         ylabel: with the unit of the losses.
 
-    Raises:
-        ValueError: there is no method, or a method has no rate.
+    Raises ValueError: there is no method, or a method has no rate.
     """
     import matplotlib.pyplot as plt
 
@@ -134,8 +133,7 @@ def plot_scatter(
 ) -> Axes:
     """Draw {label: (cost, score from 0 to 1)}; a step line joins what none beats.
 
-    Raises:
-        ValueError: a cost is not positive on a logarithmic axis.
+    Raises ValueError: a cost is not positive on a logarithmic axis.
     """
     if log and any(cost <= 0 for cost, _ in points.values()):
         raise ValueError("a logarithmic axis has no place for costs of 0 or less")

@@ -60,8 +60,7 @@ def plot_loss(
         recorded: the same, of runs made before, which are drawn paler behind.
         ylabel: what the loss is, with its unit.
 
-    Raises:
-        ValueError: there is no loss to draw.
+    Raises ValueError: there is no loss to draw.
     """
     ax = new_axes(ax)
     live, old = _labelled(runs), _labelled({} if recorded is None else recorded)
@@ -201,9 +200,7 @@ def plot_confusion(
     """Draw a confusion matrix: counts, darker for a greater share of the row.
 
     `matrix` holds counts, a row for each true class, in the order of `names`.
-
-    Raises:
-        ValueError: the matrix has not one row and one column a name.
+    Raises ValueError: the matrix has not one row and one column a name.
     """
     import numpy as np
 
@@ -237,8 +234,7 @@ def plot_predicted(
         points: {label: (predicted, measured)}; a label begins with its method.
         hollow: labels whose points are not filled.
 
-    Raises:
-        ValueError: there are no points, or one has no place on a logarithmic axis.
+    Raises ValueError: there are no points, or one has no place on a logarithmic axis.
     """
     values = [value for pair in points.values() for value in pair]
     if not values or min(values) <= 0:

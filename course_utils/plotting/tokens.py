@@ -103,8 +103,7 @@ def plot_mask(
         labels: the same shape, -100 on what is not learned.
         attention_mask: the same shape, 0 on padding.
 
-    Raises:
-        ValueError: the shapes differ.
+    Raises ValueError: the shapes differ.
     """
     from matplotlib.patches import Patch
 
@@ -214,9 +213,7 @@ def plot_attention_mask(
     `matrix` (T, T), with a row for each position that looks, is boolean, 0/1, or
     additive (0 where allowed, very negative where not); dimensions of length 1 before
     them are dropped. `tokens`, texts of the T positions, are shown up to 24.
-
-    Raises:
-        ValueError: the matrix is not square.
+    Raises ValueError: the matrix is not square.
     """
     import numpy as np
 

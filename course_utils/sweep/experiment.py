@@ -259,8 +259,7 @@ def new_run(experiment: Any) -> dict[str, Any]:
 def make_model(experiment: Experiment) -> Any:
     """Load the model and make trainable what the method trains.
 
-    Raises:
-        ValueError: the method is unknown, or there are fewer layers than it trains.
+    Raises ValueError: the method is unknown, or there are fewer layers than it trains.
     """
     import torch
 
@@ -510,8 +509,7 @@ def plan(
         methods: names, of `METHODS` or `ZERO_SHOT`; case does not matter.
         rates: {name: learning rate}; the sweep's first rate where it has none.
 
-    Raises:
-        ValueError: a name is unknown; says the known ones.
+    Raises ValueError: a name is unknown; says the known ones.
     """
     names = {name.lower(): name for name in [*METHODS, ZERO_SHOT]}
     if unknown := [m for m in [*methods, *rates] if m.lower() not in names]:
