@@ -166,11 +166,7 @@ def _fields(answer: dict[str, Any] | None) -> Counter:
 
 
 def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """List the (path, value) pairs of a JSON value; empty ones are values themselves.
-
-    >>> _flatten({"actions": [{"action": "stop"}, {"level": 3}]})
-    [('actions[0].action', 'stop'), ('actions[1].level', 3)]
-    """
+    """List pairs as ('actions[0].level', 3) of a JSON value; empty ones are values."""
     if not isinstance(value, dict | list) or not value:
         return [(path, value)]
     if isinstance(value, dict):

@@ -204,14 +204,9 @@ def _stopped_early(trainer: Any, state: TrainerState) -> bool:
 
 
 class PeakOfStep(TrainerCallback):
-    """Measures the most that tensors take in the second step.
+    """Measures `peak_bytes` of the second step, the first with optimizer state.
 
-    In the first there is no optimizer state yet; in the second weights, gradients,
-    state and activations are all there.
-
-    Attributes:
-        peak_bytes: of the step, once it has ended.
-        seconds: what the measuring itself took.
+    `seconds` is what the measuring itself took.
     """
 
     STEP = 2

@@ -150,8 +150,7 @@ def estimate_memory(
         ValueError: for unknown names, sizes below 1 or beyond the model's positions,
             combinations that cannot be trained, and where there is no closed form.
 
-    Sources: mixed precision, arXiv:1710.03740; gradient checkpointing,
-    arXiv:1604.06174; QLoRA, arXiv:2305.14314.
+    Mixed precision: arXiv:1710.03740; checkpointing: 1604.06174; QLoRA: 2305.14314.
 
     >>> small = estimate_memory("smollm2-135m", "lora", batch_size=4, dtype="float32",
     ...                         sequence_length=128, r=8, target_modules="all-linear")

@@ -5,8 +5,6 @@ axes; `ax.set_title` writes a title. A method has the same colour, line style an
 marker in all of them, and every figure reads in grey. No display is needed.
 """
 
-# ruff: noqa: F401 (this module passes on the names that lessons use)
-
 from course_utils.plotting.methods import (
     pareto_front,
     plot_rate_panels,

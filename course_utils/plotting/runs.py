@@ -230,10 +230,8 @@ def plot_predicted(
 ) -> Axes:
     """Draw measured above predicted GiB, and a grey band where they differ by a tenth.
 
-    Args:
-        points: {label: (predicted, measured)}; a label begins with its method.
-        hollow: labels whose points are not filled.
-
+    `points` are {label: (predicted, measured)}, a label beginning with its method;
+    those of the labels in `hollow` are not filled.
     Raises ValueError: there are no points, or one has no place on a logarithmic axis.
     """
     values = [value for pair in points.values() for value in pair]

@@ -330,8 +330,6 @@ def agreement(mine: Mapping[str, float], results: Iterable[MethodResult]) -> str
     ... ]
     >>> agreement({"LoRA": 0.5, "full": 0.6}, recorded)
     'Your order is the recorded one: LoRA, then full fine-tuning.'
-    >>> agreement({"LoRA": 0.6, "full": 0.5}, recorded)  # doctest: +ELLIPSIS
-    'Your order is not the recorded one: LoRA and full fine-tuning changed places...
     """
     seeds = {r.name: r.eval_loss for r in results}
     names = [name for name in mine if seeds.get(name)]
