@@ -3,7 +3,7 @@
 # in Fortran order, so any `weight.T`, is saved under its own shape with its values in the wrong places. No error.
 #
 # The docstring asks for contiguous tensors; safetensors.torch checks that and raises ValueError, safetensors.numpy does
-# not. Until 0.5 it wrote `tensor.tobytes()`, which puts the values in C order by itself: old code was right then.
+# not. Version 0.5.3 still wrote `tensor.tobytes()`, which puts the values in C order: old code was right then.
 # Cure: np.ascontiguousarray.
 #
 # Seen: [[0, 3], [1, 4], [2, 5]] saved and loaded is [[0, 1], [2, 3], [4, 5]] (safetensors 0.5.3: unchanged).
