@@ -70,12 +70,12 @@ def pytest_collection_finish(session):
     if session.config.option.collectonly:
         return
     if any(item.get_closest_marker("model") for item in session.items):
-        from course_utils import models as bundled
+        from course_utils import models
 
-        for bundle in (bundled.SMOLLM2, bundled.MINILM):
+        for bundle in (models.SMOLLM2, models.MINILM):
             try:
-                bundled.prepare(bundle)
-            except bundled.ModelUnavailable as error:
+                models.prepare(bundle)
+            except models.ModelUnavailable as error:
                 print(f"{bundle.name}: {error}")  # the tests that need it will fail
     log = Path(tempfile.mkdtemp(prefix="blocked-")) / "log"
     session.config.stash[LOG] = log

@@ -12,8 +12,7 @@ import time
 
 import torch
 
-from course_utils import inference as decoding
-from course_utils import records
+from course_utils import inference, records
 from course_utils.data import load_examples
 from course_utils.evaluation import evaluate
 from course_utils.formatting import CompletionCollator, tokenize_dataset
@@ -124,7 +123,7 @@ def answers(number: int, batch_size: int | None, share: int = 1) -> dict:
 
 def answers_by_view(number: int) -> dict:
     """The same in batches, the output layer given a view into all positions again."""
-    with _without((decoding, "_one_block", lambda module, args: args)):
+    with _without((inference, "_one_block", lambda module, args: args)):
         return answers(number, None)
 
 

@@ -22,7 +22,6 @@ from unittest.mock import patch
 import torch
 
 from course_utils import training_callbacks, training_speed
-from course_utils import training_speed as packed_batches
 from course_utils.data import load_examples
 from course_utils.formatting import IGNORE
 from course_utils.models import load_tokenizer
@@ -133,7 +132,7 @@ ABLATION: dict[str, tuple[list, dict]] = {
         {"train_sampling_strategy": "group_by_length"},
     ),
     "a beginning for each record": (
-        [(packed_batches, "shared_beginning", lambda examples: 0)],
+        [(training_speed, "shared_beginning", lambda examples: 0)],
         {},
     ),
     "logits everywhere": ([(training_speed, "completion_loss", all_logits_loss)], {}),

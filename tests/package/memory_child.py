@@ -19,7 +19,7 @@ def trained_model(settings, layers):
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from course_utils import models as bundled
+    from course_utils import models
 
     kind = settings["method"]
     extra = {}
@@ -32,7 +32,7 @@ def trained_model(settings, layers):
         )
         extra["device_map"] = {"": "cpu"}  # else a card, where there is one
     model = AutoModelForCausalLM.from_pretrained(
-        bundled.prepare(bundled.SMOLLM2),
+        models.prepare(models.SMOLLM2),
         dtype=torch.float32,
         num_hidden_layers=layers,
         **extra,

@@ -302,9 +302,9 @@ def test_an_empty_thought_before_an_answer_is_not_part_of_it(monkeypatch):
 
 
 def test_a_blank_is_no_expected_answer(monkeypatch):
-    from course_utils import evaluation as module
+    from course_utils import evaluation
 
-    monkeypatch.setattr(module, "generate", lambda *args, **options: ["London."])
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **options: ["London."])
     asked = {"prompt": "Capital of France?", "answers": ["Paris", ""]}
     assert answer_share(None, None, [asked]).share == 0
     for blank in ([" "], [], " "):
@@ -313,10 +313,10 @@ def test_a_blank_is_no_expected_answer(monkeypatch):
 
 
 def test_answer_share_reads_one_answer_as_one(monkeypatch):
-    from course_utils import evaluation as module
+    from course_utils import evaluation
 
     said = "It is a city in the north."
-    monkeypatch.setattr(module, "generate", lambda *args, **options: [said])
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **options: [said])
     question = {"prompt": "Capital of France?", "answers": "Paris"}
     assert answer_share(None, None, [question]).share == 0
     assert answer_share(None, None, [question | {"answers": "north"}]).share == 1

