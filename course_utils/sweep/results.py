@@ -433,7 +433,7 @@ def compare_on(
         ValueError: a method is unknown; says the known ones.
     """
     data = str(data)
-    recorded = {r.name: r.learning_rate for r in recorded_methods()}
+    recorded = {r.name: r.learning_rate for r in recorded_methods() if r.learning_rate}
     experiments = plan(
         data,
         methods,

@@ -101,6 +101,12 @@ def timed(label, seed, seconds):
     }
 
 
+def test_the_recorded_rates_of_all_methods_can_be_planned_with():
+    rates = {r.name: r.learning_rate for r in recorded_methods() if r.learning_rate}
+    assert len(rates) == len(METHODS)
+    assert set(plan("home_commands", ["LoRA"], rates)) == {"LoRA"}
+
+
 def test_seconds_are_those_that_were_timed_apart(folder):
     save("08_low_rank", [*LORA_RUNS, made_up("DoRA", 1e-2, 0, 0.4, 1)])
     save("08_speed", [timed("LoRA", 0, 4.0), timed("LoRA", 1, 6.0)])
