@@ -39,6 +39,7 @@ from course_utils.parameters import peft_config
 from course_utils.runtime import Profile, set_seed
 from course_utils.sweep.experiment import new_run
 from course_utils.training import (
+    LossHistory,
     plan_settings,
     prepare_trainer,
     sft_config,
@@ -52,21 +53,9 @@ SHORTER = 5  # tokens that one record of a batch lacks, so that there is padding
 
 @dataclass(frozen=True)
 class CardExperiment:
-    """One case, described completely.
+    """One case, described completely; model and method are those of `estimate_memory`.
 
-    Attributes:
-        label: what a figure calls it.
-        model: a name in `memory.KNOWN_MODELS`.
-        method: `"full"`, `"lora"`, `"qlora"`, `"prompt_tuning"`, `"prefix_tuning"`.
-        batch_size, sequence_length: B and T; all tokens are learned. A batch of more
-            than one has padding.
-        way: `"T4"`, what that card would be asked for; or `"own"`, bfloat16 and every
-            kernel of the card that is there.
-        gradient_checkpointing, optimizer, double_quant: as in `estimate_memory`.
-        loss: `"chunked"`, by TRL's trainer, or `"logits"`, by transformers'.
-        options: PEFT's fields for the method.
-        steps: the last one is what counts: the gradient scaler may skip the first.
-        data: tokens are taken from this data set.
+    All tokens are learned. A batch of more than one has padding.
     """
 
     label: str
@@ -74,16 +63,16 @@ class CardExperiment:
     method: str
     batch_size: int
     sequence_length: int
-    way: str = "T4"
+    way: str = "T4"  # or "own": bfloat16, and every kernel of the card that is there
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     double_quant: bool = True
-    loss: str = "chunked"
-    options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 4
+    loss: str = "chunked"  # by TRL's trainer; or "logits", by transformers'
+    options: dict[str, Any] = field(default_factory=dict)  # PEFT's fields
+    steps: int = 4  # the last one counts: the gradient scaler may skip the first
     learning_rate: float = 1e-4
     seed: int = 0
-    data: str = "instructions"
+    data: str = "instructions"  # where the tokens are from
 
     def settings(self) -> dict[str, Any]:
         """All fields but label and seed, as a record holds them."""
@@ -95,25 +84,15 @@ class CardExperiment:
 
 
 def plan_of(experiment: CardExperiment) -> MemoryEstimate:
-    """What a reader predicts before the run: the closed form.
-
-    Raises:
-        ValueError: as `estimate_memory`; or the way is neither `"T4"` nor `"own"`.
-    """
+    """What a reader predicts before the run: the closed form."""
     names = ("batch_size", "sequence_length", "gradient_checkpointing", "optimizer")
     names += ("double_quant", "loss")
     shared = {name: getattr(experiment, name) for name in names} | experiment.options
+    model, method = experiment.model, experiment.method
     if experiment.way == "T4":
-        return t4_plan(experiment.model, experiment.method, **shared)
-    if experiment.way != "own":
-        raise ValueError(f"way {experiment.way!r} is neither 'T4' nor 'own'")
-    return estimate_memory(
-        experiment.model,
-        experiment.method,
-        dtype="float32" if experiment.method == "full" else "bfloat16",
-        autocast="bfloat16",
-        **shared,
-    )
+        return t4_plan(model, method, **shared)
+    dtype = "float32" if method == "full" else "bfloat16"
+    return estimate_memory(model, method, dtype=dtype, autocast="bfloat16", **shared)
 
 
 def random_model(
@@ -121,92 +100,48 @@ def random_model(
 ) -> Any:
     """A causal model of a configuration with random weights, made on the device.
 
-    One matrix after the other is made and, if asked, packed by bitsandbytes: the whole
-    never exists in 16 bits.
-
-    Args:
-        config: a `transformers` configuration of the Llama, Mistral or Qwen2 family.
-        dtype: torch dtype of what is not packed.
-        quantization: a `BitsAndBytesConfig` for 4 bits, or None.
+    One matrix after the other is made and, given a `BitsAndBytesConfig` for 4 bits,
+    packed: the whole never exists in 16 bits.
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
     if quantization is not None:
-        _pack_linear_layers(model, quantization, dtype, device)
-    _fill(model, dtype, device)
-    with torch.device(device):
-        rotary = model.model.rotary_emb
-        model.model.rotary_emb = type(rotary)(config=model.config)
-    if empty := [name for name, b in model.named_buffers() if b.is_meta]:
-        raise ValueError(f"{type(model).__name__}: no values for {empty}")
-    if quantization is not None:
+        replace_with_bnb_linear(model, ["lm_head"], quantization)
         model.is_loaded_in_4bit = True
         model.config.quantization_config = quantization
         keep_4bit_weights_in_place(model)
+    made: dict[Any, Any] = {None: None}  # tied weights stay tied
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old not in made:
+                made[old] = _random_parameter(module, old, dtype, device)
+            module._parameters[name] = made[old]
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.eval()
 
 
-def _pack_linear_layers(model: Any, quantization: Any, dtype: Any, device: str) -> None:
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
-            parent, _, last = name.rpartition(".")
-            packed = _packed(module, quantization, dtype, device)
-            setattr(model.get_submodule(parent), last, packed)
-
-
-def _fill(model: Any, dtype: Any, device: str) -> None:
-    """Random values for each parameter that has none yet; tied weights stay tied."""
+def _random_parameter(module: Any, old: Any, dtype: Any, device: str) -> Any:
+    """A parameter of the shape of `old`, which has no values; packed if that is."""
     import torch
+    from bitsandbytes.nn import Params4bit
 
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is None or not old.is_meta:
-                continue
-            if id(old) not in made:
-                new = torch.zeros(old.shape, dtype=dtype, device=device)
-                if old.dim() == 1 and name == "weight":
-                    new.fill_(1)  # a norm
-                elif old.dim() > 1:
-                    new.normal_(std=0.02)
-                made[id(old)] = (torch.nn.Parameter(new), old)
-            module._parameters[name] = made[id(old)][0]
-
-
-def _packed(linear: Any, quantization: Any, dtype: Any, device: str) -> Any:
-    """A Linear4bit of the same shape, with random weights, packed on the device."""
-    import bitsandbytes as bnb
-    import torch
-
-    options = {
-        "compress_statistics": quantization.bnb_4bit_use_double_quant,
-        "quant_type": quantization.bnb_4bit_quant_type,
-    }
-    layer = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=quantization.bnb_4bit_compute_dtype,
-        device="meta",
-        **options,
-    )
-    weight = torch.empty(linear.weight.shape, dtype=dtype, device=device)
-    weight.normal_(std=0.02)
-    layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, module=layer, **options
-    ).to(device)
-    if layer.bias is not None:
-        bias = torch.zeros(linear.out_features, dtype=dtype, device=device)
-        layer.bias = torch.nn.Parameter(bias)
-    return layer
+    values = torch.zeros(old.shape, dtype=dtype, device=device)
+    if old.dim() > 1:
+        values.normal_(std=0.02)
+    elif old is module.weight:
+        values.fill_(1)  # a norm
+    if not isinstance(old, Params4bit):
+        return torch.nn.Parameter(values)
+    options = {"compress_statistics": old.compress_statistics, "module": module}
+    options |= {"requires_grad": False, "quant_type": old.quant_type}
+    return Params4bit(values, **options).to(device)
 
 
 def make_card_model(
@@ -214,9 +149,7 @@ def make_card_model(
 ) -> Any:
     """The model of a case as the course trains it, with its adapter.
 
-    Args:
-        experiment, plan: the case, and its `plan_of`, which says the dtype.
-        device, config: for tests `"cpu"`, and what stands for the model's own.
+    For tests a configuration may stand for the model's own.
     """
     import torch
     from peft import get_peft_model
@@ -249,13 +182,13 @@ def card_records(experiment: CardExperiment, tokenizer: Any, vocab: int) -> list
     tokens = [i % vocab for ids in rows["input_ids"] for i in ids]
     B, T = experiment.batch_size, experiment.sequence_length
     tokens *= -(-B * T // len(tokens))
-    records = []
-    for place in range(B):
-        end = T - SHORTER if place == B - 1 and B > 1 else T
-        ids = tokens[place * T : place * T + end]
-        record = {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
-        records.append(record)
-    return records
+    parts = [tokens[place : place + T] for place in range(0, B * T, T)]
+    if B > 1:
+        parts[-1] = parts[-1][:-SHORTER]
+    return [
+        {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
+        for ids in parts
+    ]
 
 
 # --- the measured run --------------------------------------------------------------
@@ -277,16 +210,15 @@ def _as_on_a_t4(way: str, room: float | None) -> Iterator[None]:
     if way != "T4":
         yield
         return
-    has_card = torch.cuda.is_available()
-    if has_card and room:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total))
+    hold_to = torch.cuda.set_per_process_memory_fraction
+    if room and torch.cuda.is_available():
+        hold_to(min(1.0, room / torch.cuda.get_device_properties(0).total_memory))
     try:
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
-        if has_card:
-            torch.cuda.set_per_process_memory_fraction(1.0)
+        if torch.cuda.is_available():
+            hold_to(1.0)
 
 
 def _start_of_case() -> None:
@@ -320,19 +252,12 @@ def measure_case(
 ) -> dict[str, Any]:
     """Build the model, take the steps, and return what was measured.
 
-    Args:
-        room: bytes that PyTorch may take of the card, in the way of a T4.
-        device, config, dtype: for tests: `"cpu"`, another configuration, another dtype
-            to compute in.
-
-    Returns:
-        `loss` of each step; `peak_bytes` and `kept_bytes` (what is alive between
-        steps) of the last; `requested_bytes`, the peak without the allocator's
-        rounding; `workspace_bytes` of the library that multiplies matrices;
-        `reserved_bytes`, the most that PyTorch took of the card;
-        `step_seconds`; `steps`, the figures of each; `scale` of the gradient scaler.
+    PyTorch may take `room` bytes of the card in the way of a T4. For tests there are
+    `"cpu"`, another configuration, and another dtype to compute in.
     """
     import torch
+
+    from maintenance.runs.costs import EveryStep
 
     kind = "cuda" if device == "cuda" else "allocator"
     _start_of_case()
@@ -348,11 +273,12 @@ def measure_case(
             compute = dtype or getattr(torch, plan.request.autocast)
             profile = Profile("t4", device, compute, experiment.seed)
             trainer = _make_trainer(experiment, plan, model, profile, folder)
-            steps = _train(trainer, kind)
-        log = trainer.state.log_history
+            each = EveryStep(kind)
+            trainer.add_callback(each)
+            trainer.train()
         scaler = getattr(trainer.accelerator, "scaler", None)
-        return _figures(steps, before) | {
-            "loss": [entry["loss"] for entry in log if "loss" in entry],
+        return _figures(each.steps, before) | {
+            "loss": LossHistory.from_trainer(trainer).loss,
             "build_seconds": built,
             "workspace_bytes": _workspace_bytes() if device == "cuda" else 0,
             "scale": scaler.get_scale() if scaler is not None else None,
@@ -383,18 +309,13 @@ def _make_trainer(
     tokenizer = load_tokenizer(None)
     records = card_records(experiment, tokenizer, model.config.vocab_size)
     chunked = experiment.loss == "chunked"
-    make, arguments = (
-        (SFTTrainer, sft_config) if chunked else (Trainer, training_arguments)
-    )
-    trainer = make(
+    settings = plan_settings(plan, device=profile.device)
+    settings |= {"max_steps": experiment.steps}
+    settings |= {"learning_rate": experiment.learning_rate}
+    arguments = sft_config if chunked else training_arguments
+    trainer = (SFTTrainer if chunked else Trainer)(
         model=model,
-        args=arguments(
-            profile,
-            folder,
-            max_steps=experiment.steps,
-            learning_rate=experiment.learning_rate,
-            **plan_settings(plan, device=profile.device),
-        ),
+        args=arguments(profile, folder, **settings),
         train_dataset=datasets.Dataset.from_list(records),
         data_collator=CompletionCollator(tokenizer),
         processing_class=tokenizer,
@@ -404,17 +325,12 @@ def _make_trainer(
     return trainer
 
 
-def _train(trainer: Any, kind: str) -> list[dict[str, Any]]:
-    from maintenance.runs.costs import EveryStep
-
-    each = EveryStep(kind)
-    trainer.add_callback(each)
-    trainer.train()
-    return each.steps
-
-
 def _figures(steps: list[dict[str, Any]], before: int) -> dict[str, Any]:
-    """Bytes above those that were alive `before`, of the last step and of all."""
+    """Figures of the last step, in bytes above those that were alive `before`.
+
+    `kept_bytes` are alive between steps, `requested_bytes` the peak without the
+    allocator's rounding, `reserved_bytes` the most that PyTorch took of the card.
+    """
     last = steps[-1]
     return {
         "before_bytes": before,
@@ -432,8 +348,7 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
     """Predict and measure one case; a failure is recorded in words.
 
     In the way of a T4 the card is first held to the T4's room; a case that does not
-    fit is measured again without, and says so. For tests there are `device` and what
-    else `measure_case` takes.
+    fit is measured again without, and says so.
 
     Raises:
         NoCard: there is none.
@@ -459,12 +374,7 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
     }
     if figures:
         run["metrics"] = compute_metrics(run, MEASURED)
-        ratio, peak = run["metrics"]["memory_ratio"], figures["peak_bytes"] / GIB
-        print(
-            f"{experiment.label}: predicted {plan.total_gib:.3f} GiB, measured "
-            f"{peak:.3f}, ratio {ratio:.3f}, {figures['step_seconds']:.2f} s a step",
-            flush=True,
-        )
+        print(f"{experiment.label}: {run['metrics']}", flush=True)
     return run | {"seconds": time.perf_counter() - begun}
 
 
