@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from course_utils.data import load_examples
 from course_utils.formatting import CompletionCollator, tokenize_dataset
 from course_utils.memory import (
@@ -45,6 +47,7 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
+from maintenance.runs.costs import EveryStep
 from maintenance.store import compute_metrics
 
 BUILT_IN = "smollm2-135m"
@@ -103,7 +106,6 @@ def random_model(
     One matrix after the other is made and, given a `BitsAndBytesConfig` for 4 bits,
     packed: the whole never exists in 16 bits.
     """
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
@@ -129,7 +131,6 @@ def random_model(
 
 def _random_parameter(module: Any, old: Any, dtype: Any, device: str) -> Any:
     """A parameter of the shape of `old`, which has no values; packed if that is."""
-    import torch
     from bitsandbytes.nn import Params4bit
 
     values = torch.zeros(old.shape, dtype=dtype, device=device)
@@ -151,7 +152,6 @@ def make_card_model(
 
     For tests a configuration may stand for the model's own.
     """
-    import torch
     from peft import get_peft_model
     from transformers import BitsAndBytesConfig
 
@@ -204,7 +204,6 @@ MEASURED = ("memory_ratio", "kept_ratio", "predicted_gib", "measured_gib", "step
 @contextlib.contextmanager
 def _as_on_a_t4(way: str, room: float | None) -> Iterator[None]:
     """Attention kernels of a T4, and `room` bytes of the card; nothing for `"own"`."""
-    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if way != "T4":
@@ -223,8 +222,6 @@ def _as_on_a_t4(way: str, room: float | None) -> Iterator[None]:
 
 def _start_of_case() -> None:
     """Nothing of an earlier case is alive, the library's work space included."""
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -234,8 +231,6 @@ def _start_of_case() -> None:
 
 def _workspace_bytes() -> int:
     """What cuBLAS holds of the card; it is given back."""
-    import torch
-
     before = torch.cuda.memory_allocated()
     getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
     return before - torch.cuda.memory_allocated()
@@ -255,10 +250,6 @@ def measure_case(
     PyTorch may take `room` bytes of the card in the way of a T4. For tests there are
     `"cpu"`, another configuration, and another dtype to compute in.
     """
-    import torch
-
-    from maintenance.runs.costs import EveryStep
-
     kind = "cuda" if device == "cuda" else "allocator"
     _start_of_case()
     with measure_memory(kind) as now:
@@ -353,8 +344,6 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
     Raises:
         NoCard: there is none.
     """
-    import torch
-
     if device == "cuda" and not torch.cuda.is_available():
         raise NoCard("this is measured on a CUDA card, and there is none here")
     # As large as on any card but Hopper's, whose own work space is 32 MiB

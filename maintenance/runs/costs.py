@@ -8,22 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from course_utils.memory import measure_memory
 
 
 class EveryStep(TrainerCallback):
-    """Measures each step of a training.
+    """Measures each step of a training, with a kind of `memory.measure_memory`."""
 
-    Attributes:
-        steps: for each its `start_bytes`, `peak_bytes`, `reserved_bytes` (on a card,
-            the most that PyTorch had taken of it), `requested_bytes` (on a card, the
-            peak without what the allocator's rounding adds) and `seconds`.
-    """
-
-    def __init__(self, kind: str = "auto") -> None:
-        """Measure with this kind of `memory.measure_memory`."""
+    def __init__(self, kind: str) -> None:
         self.kind, self.steps = kind, []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -34,20 +28,17 @@ class EveryStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._meter.__exit__(None, None, None)
         names = ("start_bytes", "peak_bytes", "reserved_bytes")
-        found = {name: getattr(self._used, name) for name in names}
+        step = {name: getattr(self._used, name) for name in names}
         if self._used.kind == "cuda":
-            import torch
-
             peak = torch.cuda.memory_stats().get("requested_bytes.all.peak")
-            found["requested_bytes"] = peak
-        self.steps.append(found | {"seconds": time.perf_counter() - self._clock})
+            step["requested_bytes"] = peak
+        self.steps.append(step | {"seconds": time.perf_counter() - self._clock})
 
 
 class ElapsedSeconds(TrainerCallback):
     """Seconds of a training, all sittings, in the log that its checkpoints keep."""
 
     def __init__(self, before_s: float = 0.0) -> None:
-        """Begin after the seconds of the sittings before (`elapsed_seconds`)."""
         self.before_s = before_s
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -64,17 +55,9 @@ def elapsed_seconds(checkpoint: str | os.PathLike) -> float:
 
 
 def keep_adapter(model: Any, folder: Path, base: str) -> int:
-    """Save a PEFT model's adapter without the paths of this machine.
+    """Save a PEFT model's adapter without this machine's paths, and count its bytes.
 
     How a prompt was initialised is in the record; the file holds what was learned.
-
-    Args:
-        model: a PEFT model.
-        folder: where to.
-        base: the name of the base model.
-
-    Returns:
-        Bytes of its weights.
     """
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from course_utils.data import data_hash, load_examples
 from course_utils.evaluation import answer_share, evaluate, perplexity
 from course_utils.formatting import IGNORE, tokenize_dataset
@@ -32,6 +34,7 @@ from course_utils.sweep.experiment import (
     train,
 )
 from course_utils.training import find_checkpoint
+from maintenance.runs.costs import ElapsedSeconds, elapsed_seconds, keep_adapter
 from maintenance.runs.rounding import LoftQ, QPiSSA, set_start
 from maintenance.store import compute_metrics
 
@@ -47,44 +50,31 @@ ABSENT_WHEN_UNSET = {
 class RecordedExperiment(Experiment):
     """A training that is recorded for a lesson, described completely.
 
-    Attributes:
-        method: besides the sweep's, `"head"` (the output layer alone) and `Rounding`.
-        forgetting: measure the general questions before and after.
-        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        train_examples: train on that many examples only; None takes all.
-        loraplus_ratio: LoRA+'s ratio of the rates of B and A; None for one rate.
-        shuffle_labels: give each prompt another's completion.
-        wrong_mask: learn the prompt in place of the answer.
-        spectra: weights whose change ΔW is taken apart into singular values.
-        start: how adapters on 4-bit weights begin; None begins as PEFT does.
-        validation_answers: answers to validation sentences, which are of the training
-            set's kind, generated and scored too; None for none.
-        keep_adapter: keep the trained adapter in `data/adapters/` under this name.
-        also: a second data set whose training sentences are mixed in; None for none.
-        also_test: another data set whose whole test split is answered too and scored
-            apart; None for none.
+    Its method may also be `"head"` (the output layer alone) or a `Rounding`.
     """
 
-    forgetting: bool = False
-    max_grad_norm: float = 1.0
+    forgetting: bool = False  # measure the general questions before and after
+    max_grad_norm: float = 1.0  # 0 does not clip
     train_examples: int | None = None
-    loraplus_ratio: float | None = None
-    shuffle_labels: bool = False
-    wrong_mask: bool = False
-    spectra: tuple[str, ...] = ()
-    start: LoftQ | QPiSSA | None = None
-    validation_answers: int | None = None
-    keep_adapter: str | None = None
-    also: str | None = None
-    also_test: str | None = None
+    loraplus_ratio: float | None = None  # LoRA+'s ratio of the rates of B and A
+    shuffle_labels: bool = False  # give each prompt another's completion
+    wrong_mask: bool = False  # learn the prompt in place of the answer
+    spectra: tuple[str, ...] = ()  # weights whose change has its singular values kept
+    start: LoftQ | QPiSSA | None = None  # of adapters on 4-bit weights
+    validation_answers: int | None = None  # so many, generated and scored too
+    keep_adapter: str | None = None  # in `data/adapters/`, under this name
+    also: str | None = None  # a second data set, whose training sentences are mixed in
+    also_test: str | None = None  # another data set, whose test is answered in full
 
     def settings(self) -> dict[str, Any]:
         """As a record holds them; a run that is found by them is not made again."""
         values = super().settings() | {"spectra": list(self.spectra)}
         if self.start:
             values["start"] = self.start.stored()
-        unset = {name for name in ABSENT_WHEN_UNSET if values[name] is None}
-        return {key: value for key, value in values.items() if key not in unset}
+        for name in ABSENT_WHEN_UNSET:
+            if values[name] is None:
+                del values[name]
+        return values
 
     def seeds(self, *seeds: int) -> list[RecordedExperiment]:
         """The same experiment with each of these seeds."""
@@ -98,16 +88,13 @@ def run_training(
 
     A run of `LONG_RUN_STEPS` or more keeps a checkpoint under `build/runs/` at each
     validation, until it is finished: called again after a kill, it goes on from there.
-
-    Raises:
-        ValueError: as `make_model`.
     """
     if experiment.steps < LONG_RUN_STEPS or not experiment.eval_every:
         with tempfile.TemporaryDirectory() as folder:
             return _train_and_measure(experiment, Path(folder), progress, "no")
     hashes = [data_hash(name) for name in (experiment.data, experiment.also) if name]
-    identity = (experiment, model_name(experiment.model), hashes)
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    identity = repr((experiment, model_name(experiment.model), hashes))
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = build_folder() / "runs" / key
     run = _train_and_measure(experiment, folder, progress, "steps")
     shutil.rmtree(folder, ignore_errors=True)  # the run itself is whole
@@ -118,8 +105,6 @@ def _train_and_measure(
     experiment: RecordedExperiment, folder: Path, progress: bool, save: str
 ) -> dict[str, Any]:
     """The run itself; `save="steps"` keeps checkpoints, and goes on from the last."""
-    from maintenance.runs.costs import ElapsedSeconds, elapsed_seconds
-
     begun = time.perf_counter()
     set_seed(experiment.seed)
     model = make_recorded_model(experiment)
@@ -132,7 +117,7 @@ def _train_and_measure(
         make_recorded_rows(experiment),
         folder,
         progress=progress,
-        optimizer=_loraplus(model, experiment),
+        optimizer=_loraplus(model, experiment) if experiment.loraplus_ratio else None,
         callbacks=[ElapsedSeconds(before_s)],
         resume_from=checkpoint,
         before_s=before_s,
@@ -147,12 +132,8 @@ def _train_and_measure(
     return run | {"seconds": before_s + time.perf_counter() - begun}
 
 
-def _keep(
-    run: dict[str, Any], experiment: RecordedExperiment, model: Any, before: dict
-) -> None:
+def _keep(run: dict, experiment: RecordedExperiment, model: Any, before: dict) -> None:
     """Save the adapter, and take apart what training added to the weights `before`."""
-    from maintenance.runs.costs import keep_adapter
-
     if experiment.keep_adapter:
         folder = data_folder() / "adapters" / experiment.keep_adapter
         size = keep_adapter(model, folder, model_name(experiment.model))
@@ -183,9 +164,8 @@ def _add_tests(run: dict[str, Any], experiment: RecordedExperiment, model: Any) 
     if limit := experiment.validation_answers:
         test = load_examples(experiment.data, "validation")
         scored = evaluate(model, tokenizer, test, template=template, limit=limit)
-        answers = answers_of(scored)
-        answers.pop("slices", None)
-        run["measured"]["validation"] = answers
+        run["measured"]["validation"] = answers_of(scored)
+        run["measured"]["validation"].pop("slices", None)
         names.append("validation_exact_match")
     run["metrics"] |= compute_metrics(run, names)
 
@@ -204,13 +184,7 @@ def _untuned(name: str | None) -> dict[str, float]:
 
 
 def make_recorded_model(experiment: RecordedExperiment) -> Any:
-    """As `make_model`, with the head alone, and starts on 4-bit weights.
-
-    Raises:
-        ValueError: as `make_model`.
-    """
-    import torch
-
+    """As `make_model`, with the head alone, and starts on 4-bit weights."""
     if experiment.method == "head":
         model = make_model(replace(experiment, method="full"))
         model.requires_grad_(False)
@@ -226,10 +200,9 @@ def make_recorded_model(experiment: RecordedExperiment) -> Any:
 def make_recorded_rows(experiment: RecordedExperiment) -> list[dict[str, Any]]:
     """Tokenized training records, spoiled where the experiment says so."""
     tokenizer = load_tokenizer(experiment.model)
-    limit, seed = experiment.train_examples, experiment.seed
-    rows = list(load_examples(experiment.data, limit=limit, seed=seed))
-    if experiment.also:
-        rows += list(load_examples(experiment.also, limit=limit, seed=seed))
+    limit, seed, rows = experiment.train_examples, experiment.seed, []
+    for name in filter(None, (experiment.data, experiment.also)):
+        rows += load_examples(name, limit=limit, seed=seed)
     if experiment.shuffle_labels:
         completions = [row["completion"] for row in rows]
         random.Random(seed).shuffle(completions)
@@ -252,21 +225,15 @@ def weight_of(model: Any, name: str) -> Any:
 
 def singular_values(matrix: Any) -> list[float]:
     """Of a (rows, columns) matrix, from the greatest down, to six digits."""
-    import torch
-
     values = torch.linalg.svdvals(matrix.float().cpu())  # MPS has none
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _loraplus(model: Any, experiment: RecordedExperiment) -> Any:
-    if experiment.loraplus_ratio is None:
-        return None
-    import torch
     from peft.optimizers import create_loraplus_optimizer
 
     return create_loraplus_optimizer(
-        model,
-        torch.optim.AdamW,
+        *(model, torch.optim.AdamW),
         lr=experiment.learning_rate,
         loraplus_lr_ratio=experiment.loraplus_ratio,
         fused=True,
