@@ -76,15 +76,23 @@ def _at_rates(label: str, rates: Sequence[float], **settings: Any) -> list[Run]:
     ]
 
 
+def _at_best_rate(record: str, label: str, method: Any, settings: dict) -> list[Run]:
+    rate = best_rate(record, label)
+    return Run(label, method, rate, **settings).seeds(0, 1, 2)
+
+
 # --- lesson 0: the untrained model, asked ------------------------------------------
 
-ASKED = {"steps": 0, "test_examples": None}
-LESSON_RUNS["00"] = {
-    "00_prompting": [
-        Run("zero-shot", Prompting(), **ASKED),
-        Run("few-shot", Prompting(few_shot=True), **ASKED),
+
+def _asked(prefix: str, test_examples: int | None) -> list[Run]:
+    settings = {"steps": 0, "test_examples": test_examples}
+    return [
+        Run(f"{prefix}zero-shot", Prompting(), **settings),
+        Run(f"{prefix}few-shot", Prompting(few_shot=True), **settings),
     ]
-}
+
+
+LESSON_RUNS["00"] = {"00_prompting": _asked("", None)}
 
 # --- lesson 2: full fine-tuning, short and long ------------------------------------
 
@@ -102,11 +110,10 @@ FULL_LONG = Run("full, long", "full", 3e-4, **LONG)
 
 def _frozen_embeddings(
     sets: str, data: str, steps: int, eval_every: int, **more: Any
-) -> Run:
+) -> list[Run]:
     settings = LONG | {"steps": steps, "eval_every": eval_every} | SCORED | more
     settings |= {"data": data, "eval_examples": 150}
-    label = f"embeddings frozen, {sets}"
-    return Run(label, LastLayers(30), 3e-4, **settings)
+    return [Run(f"embeddings frozen, {sets}", LastLayers(30), 3e-4, **settings)]
 
 
 def _short(label: str, method: Any = "full", **more: Any) -> Run:
@@ -123,21 +130,17 @@ LESSON_RUNS["02"] = {
         replace(FULL_LONG, data="home_commands_large", steps=950, eval_every=95)
     ],
     # Both training sets, 16,800 sentences: 1,260 steps of 16 read a fifth again.
-    "02_both_sets": [
-        _frozen_embeddings(
-            "both sets", "home_commands_large", 1260, 210, also="home_commands"
-        )
-    ],
+    "02_both_sets": _frozen_embeddings(
+        "both sets", "home_commands_large", 1260, 210, also="home_commands"
+    ),
     # 19,200 sentences of other patterns, each read once.
-    "02_wide_set": [_frozen_embeddings("wide set", "home_commands_wide", 1200, 200)],
+    "02_wide_set": _frozen_embeddings("wide set", "home_commands_wide", 1200, 200),
     # Both larger sets, 34,400 sentences, of which 1,350 steps of 16 read five in eight;
     # scored on a second test too, written after the first had been read.
-    "02_wide_and_large": [
-        _frozen_embeddings(
-            *("wide and large set", "home_commands_wide", 1350, 225),
-            **{"also": "home_commands_large", "also_test": "home_commands_second_test"},
-        )
-    ],
+    "02_wide_and_large": _frozen_embeddings(
+        *("wide and large set", "home_commands_wide", 1350, 225),
+        **{"also": "home_commands_large", "also_test": "home_commands_second_test"},
+    ),
     # For a card: the training set 28 times over.
     "02_many_passes": [Run("full", "full", 3e-4, **MANY_PASSES)],
     "02_schedules": [
@@ -192,22 +195,18 @@ LESSON_RUNS["03"] = {
 }
 
 
-def _pissa_at_best_rates() -> list[Run]:
-    settings = GRID | {"steps": 30, "eval_every": 10, "base_dtype": "float32"}
-    runs = []
-    for label, method in (("LoRA", LORA), ("PiSSA", PISSA)):
-        rate = best_rate("04_learning_rates", label)
-        runs += Run(label, method, rate, **settings).seeds(0, 1, 2)
-    return runs
-
-
 FLOAT32 = GRID | {"test_examples": 0, "base_dtype": "float32"}
+LONGER = FLOAT32 | {"test_examples": 48, "steps": 30, "eval_every": 10}
 LESSON_RUNS["04"] = {
     "04_learning_rates": [
         *_at_rates("LoRA", LORA_RATES, method=LORA, **FLOAT32),
         *_at_rates("PiSSA", LORA_RATES[:4], method=PISSA, **FLOAT32),
     ],
-    "04_pissa": _pissa_at_best_rates,
+    "04_pissa": lambda: [
+        run
+        for label, method in (("LoRA", LORA), ("PiSSA", PISSA))
+        for run in _at_best_rate("04_learning_rates", label, method, LONGER)
+    ],
 }
 
 # --- lesson 5: prompts -------------------------------------------------------------
@@ -228,29 +227,30 @@ def _prompt_starts() -> list[Run]:
     )
     return [
         *(Run(*start, **NO_TEST) for start in starts),
-        *_at_rates("P-tuning", (1e-3, 3e-3, 1e-2, 3e-2), method=P_TUNING, **NO_TEST),
+        *_at_rates("P-tuning", NETWORK_RATES, method=P_TUNING, **NO_TEST),
     ]
 
 
-def _long_prompt() -> list[Run]:
-    settings = {"steps": 200, "eval_every": 40, "eval_examples": 32}
-    settings |= {"keep_adapter": "05_prompt_tuning"}
-    rate = best_rate("05_rates", "prompt")
-    return [Run("prompt", PROMPT, rate, **settings)]
-
-
+LONG_PROMPT = {"steps": 200, "eval_every": 40, "eval_examples": 32}
+LONG_PROMPT |= {"keep_adapter": "05_prompt_tuning"}
+NETWORK_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # of virtual tokens that a network makes
 PROMPT_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 LESSON_RUNS["05"] = {
     "05_rates": _at_rates("prompt", PROMPT_RATES, method=PROMPT, **NO_TEST),
     "05_init": _prompt_starts,
-    "05_long": _long_prompt,
+    "05_long": lambda: [
+        Run("prompt", PROMPT, best_rate("05_rates", "prompt"), **LONG_PROMPT)
+    ],
 }
 
 # --- lesson 6: prefixes on the language model, and classifiers ---------------------
 
 PREFIX_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 PROJECTED = PREFIX | {"prefix_projection": True, "encoder_hidden_size": 64}
-LONG_PREFIX = MAIN | {"test_examples": 240, "keep_adapter": "06_prefix_tuning"}
+ZERO = PREFIX | {"init_weights": "zero"}
+FROM_TEXT = NO_TEST | {"prefix_from": "schema"}
+LONG_PREFIX = MAIN | {"prefix_from": "schema"}
+LONG_PREFIX |= {"test_examples": 240, "keep_adapter": "06_prefix_tuning"}
 VIRTUAL = {"num_virtual_tokens": 16}
 NETWORK = VIRTUAL | {"encoder_hidden_size": 128}
 PROJECTION = NETWORK | {"prefix_projection": True}
@@ -269,41 +269,35 @@ HEAD_RATE = 3e-3  # of every head behind a method; a frozen encoder's tries its 
 SMALL_START = 0.1  # of PEFT's spread of 1, for virtual tokens that no network makes
 
 
-def _classifier(name: str, rate: float, label: str) -> ClassifierExperiment:
+def _classifier(
+    name: str, rate: float, label: str, seeds: Sequence[int] = SEEDS
+) -> list[ClassifierExperiment]:
     method, _ = CLASSIFIERS[name]
     head_rate = None if method == "head" else HEAD_RATE
     scale = SMALL_START if name in ("prompt", "prefix") else 1.0
-    return ClassifierExperiment(
-        label, method, rate, head_rate=head_rate, start_scale=scale
-    )
-
-
-def _classifiers_at_best_rates() -> list[ClassifierExperiment]:
-    runs = []
-    for name in CLASSIFIERS:
-        rate = best_rate("06_method_rates", name)
-        runs += _classifier(name, rate, name).seeds(0, 1, 2)
-    return runs
-
-
-def _prefixes(label: str, method: dict, rates: Sequence[float], **more: Any) -> list:
-    return _at_rates(f"prefix {label}", rates, method=method, **NO_TEST, **more)
+    starts = {"head_rate": head_rate, "start_scale": scale}
+    return ClassifierExperiment(label, method, rate, **starts).seeds(*seeds)
 
 
 LESSON_RUNS["06"] = {
     "06_prefix": [
-        Run("prefix", PREFIX, 3e-2, prefix_from="schema", **LONG_PREFIX),
-        *_prefixes("from text", PREFIX, PREFIX_RATES, prefix_from="schema"),
-        *_prefixes("random", PREFIX, PREFIX_RATES[2:]),
-        *_prefixes("zero", PREFIX | {"init_weights": "zero"}, PREFIX_RATES),
-        *_prefixes("projected", PROJECTED, (1e-3, 3e-3, 1e-2, 3e-2)),
+        Run("prefix", PREFIX, 3e-2, **LONG_PREFIX),
+        *_at_rates("prefix from text", PREFIX_RATES, method=PREFIX, **FROM_TEXT),
+        *_at_rates("prefix random", PREFIX_RATES[2:], method=PREFIX, **NO_TEST),
+        *_at_rates("prefix zero", PREFIX_RATES, method=ZERO, **NO_TEST),
+        *_at_rates("prefix projected", NETWORK_RATES, method=PROJECTED, **NO_TEST),
     ],
     "06_method_rates": [
-        _classifier(name, rate, f"{name} lr {rate:g}")
+        run
         for name, (_, rates) in CLASSIFIERS.items()
         for rate in rates
+        for run in _classifier(name, rate, f"{name} lr {rate:g}", SEEDS[:1])
     ],
-    "06_methods": _classifiers_at_best_rates,
+    "06_methods": lambda: [
+        run
+        for name in CLASSIFIERS
+        for run in _classifier(name, best_rate("06_method_rates", name), name)
+    ],
 }
 
 # --- lesson 7: what 4 bits do to a model, and to its training ----------------------
@@ -374,17 +368,9 @@ def card_cases() -> list[CardExperiment]:
     ]
 
 
-def _trained_in_4_bits() -> list[Run]:
+def _qlora(label: str, base: str | None) -> Run:
     settings = {"steps": 24, "eval_every": 12, "eval_examples": 48, "test_examples": 60}
-    lora, nf4, fp4 = (
-        Run(label, LORA, 3e-3, quantization=base, **settings)
-        for label, base in (
-            ("LoRA", None),
-            ("QLoRA, NF4", "nf4"),
-            ("QLoRA, FP4", "fp4"),
-        )
-    )
-    return [*lora.seeds(0, 1, 2), *nf4.seeds(0, 1, 2), fp4]
+    return Run(label, LORA, 3e-3, quantization=base, **settings)
 
 
 def _nf4_start(label: str, start: LoftQ | QPiSSA | None) -> list[Run]:
@@ -399,7 +385,11 @@ def _rounded(
 
 
 LESSON_RUNS["07"] = {
-    "07_qlora": _trained_in_4_bits(),
+    "07_qlora": [
+        *_qlora("LoRA", None).seeds(0, 1, 2),
+        *_qlora("QLoRA, NF4", "nf4").seeds(0, 1, 2),
+        _qlora("QLoRA, FP4", "fp4"),
+    ],
     "07_starts": [
         *_nf4_start("NF4", None),
         *_nf4_start("NF4, LoftQ", LoftQ(1)),
@@ -473,13 +463,12 @@ def _speed_runs(methods: dict[str, Candidate]) -> list[Run]:
     return runs
 
 
-SCORED_ONLY = {"steps": 0, "test_examples": BUDGET["test_examples"]}
-UNTRAINED = [
-    Run("prompting, zero-shot", Prompting(), **SCORED_ONLY),
-    Run("prompting, few-shot", Prompting(few_shot=True), **SCORED_ONLY),
-]
 LESSON_RUNS["08"] = {
     "08_low_rank": sweep("08_low_rank", low_rank(LORA)),
-    "08_others": sweep("08_others", other_methods(LORA, PROMPT), UNTRAINED),
+    "08_others": sweep(
+        "08_others",
+        other_methods(LORA, PROMPT),
+        _asked("prompting, ", BUDGET["test_examples"]),
+    ),
     "08_speed": _speed_runs(METHODS),
 }
