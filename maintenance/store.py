@@ -290,30 +290,31 @@ def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(record: Mapping[str, Any]) -> list[str]:
     """Say where a record differs from what its own data give; empty if nowhere."""
-    return list(_differ(dict(record), recompute(record), ""))
+    stored, computed = (dict(_values(r)) for r in (dict(record), recompute(record)))
+    said = []
+    for path in dict.fromkeys([*stored, *computed]):
+        if path not in stored:
+            said.append(f"{path}: not stored")
+        elif path not in computed:
+            said.append(f"{path}: not computed")
+        elif not _same(stored[path], computed[path]):
+            said.append(f"{path}: {stored[path]!r} stored, {computed[path]!r} computed")
+    return said
 
 
-def _differ(stored: Any, computed: Any, path: str) -> Iterator[str]:
-    if isinstance(stored, dict) and isinstance(computed, dict):
-        for key in dict.fromkeys([*stored, *computed]):
-            inner = f"{path}.{key}" if path else str(key)
-            if key not in stored:
-                yield f"{inner}: not stored"
-            elif key not in computed:
-                yield f"{inner}: not computed"
-            else:
-                yield from _differ(stored[key], computed[key], inner)
-    elif isinstance(stored, list) and isinstance(computed, list):
-        if len(stored) != len(computed):
-            yield f"{path}: {len(stored)} items stored, {len(computed)} computed"
-            return
-        for position, pair in enumerate(zip(stored, computed, strict=True)):
-            yield from _differ(*pair, f"{path}[{position}]")
-    elif isinstance(stored, float) and isinstance(computed, int | float):
-        if not math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-12):
-            yield f"{path}: {stored} stored, {computed} computed"
-    elif stored != computed:
-        yield f"{path}: {stored!r} stored, {computed!r} computed"
+def _values(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each number and text in it, with the keys that lead there."""
+    if not value or not isinstance(value, dict | list):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _values(item, f"{path}.{key}" if path else str(key))
+
+
+def _same(stored: Any, computed: Any) -> bool:
+    if isinstance(stored, float) and isinstance(computed, int | float):
+        return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-12)
+    return stored == computed
 
 
 # --- the machine -------------------------------------------------------------------

@@ -99,28 +99,23 @@ def _find(recorded: Sequence[dict], experiment: Any) -> dict | None:
     return next(same, None)
 
 
-def record_lesson(lesson: str, only: str | None = None) -> None:
-    """Record a lesson's families, again while what was recorded asks for more runs."""
-    for name, family in LESSON_RUNS[lesson].items():
-        made = not only or only in name
-        while made:
-            experiments = family() if callable(family) else family
-            command = f"make runs LESSON={lesson}"
-            try:
-                made = record_family(name, experiments, command=command)
-            except NoCard as reason:
-                print(f"{name}: {reason}")
-                made = 0
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module's own text."""
+    """Record lessons' families, again while what was recorded asks for more runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lessons", nargs="+", choices=sorted(LESSON_RUNS))
-    parser.add_argument("--only", help="families whose name contains this")
+    parser.add_argument("--only", default="", help="families whose name contains this")
     options = parser.parse_args(arguments)
     for lesson in options.lessons:
-        record_lesson(lesson, options.only)
+        for name, family in LESSON_RUNS[lesson].items():
+            made = options.only in name
+            while made:
+                experiments = family() if callable(family) else family
+                command = f"make runs LESSON={lesson}"
+                try:
+                    made = record_family(name, experiments, command=command)
+                except NoCard as reason:
+                    print(f"{name}: {reason}")
+                    made = 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from course_utils.data import load_examples
 from course_utils.formatting import CompletionCollator, tokenize_dataset
@@ -47,7 +48,6 @@ from course_utils.training import (
     sft_config,
     training_arguments,
 )
-from maintenance.runs.costs import EveryStep
 from maintenance.store import compute_metrics
 
 BUILT_IN = "smollm2-135m"
@@ -284,6 +284,27 @@ def measure_case(
         _start_of_case()
 
 
+class EveryStep(TrainerCallback):
+    """Measures each step of a training, with a kind of `memory.measure_memory`."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.steps = kind, []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._meter = measure_memory(self.kind)
+        self._used = self._meter.__enter__()
+        self._clock = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._meter.__exit__(None, None, None)
+        names = ("start_bytes", "peak_bytes", "reserved_bytes")
+        step = {name: getattr(self._used, name) for name in names}
+        if self._used.kind == "cuda":
+            peak = torch.cuda.memory_stats().get("requested_bytes.all.peak")
+            step["requested_bytes"] = peak
+        self.steps.append(step | {"seconds": time.perf_counter() - self._clock})
+
+
 def _make_trainer(
     experiment: CardExperiment,
     plan: MemoryEstimate,
@@ -379,17 +400,9 @@ def _try_rooms(
         except Exception as error:
             print(f"{experiment.label}\n{traceback.format_exc()}", flush=True)
             words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            if not (room and _is_memory(error)):
+            if not (room and "memory" in words.lower()):
                 return {}, remarks | {"failed": words}
             remarks["did_not_fit"] = words
         else:
             return figures, remarks | {"held_to_bytes": room}
     return {}, remarks
-
-
-def _is_memory(error: BaseException | None) -> bool:
-    while error is not None:
-        if "memory" in f"{type(error).__name__} {error}".lower():
-            return True
-        error = error.__cause__
-    return False

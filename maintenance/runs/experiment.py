@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import json
 import random
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from course_utils.data import data_hash, load_examples
 from course_utils.evaluation import answer_share, evaluate, perplexity
@@ -34,7 +36,6 @@ from course_utils.sweep.experiment import (
     train,
 )
 from course_utils.training import find_checkpoint
-from maintenance.runs.costs import ElapsedSeconds, elapsed_seconds, keep_adapter
 from maintenance.runs.rounding import LoftQ, QPiSSA, set_start
 from maintenance.store import compute_metrics
 
@@ -101,6 +102,25 @@ def run_training(
     return run
 
 
+class ElapsedSeconds(TrainerCallback):
+    """Seconds of a training, all sittings, in the log that its checkpoints keep."""
+
+    def __init__(self, before_s: float = 0.0) -> None:
+        self.before_s = before_s
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock = time.perf_counter() - self.before_s
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history[-1]["elapsed_s"] = time.perf_counter() - self._clock
+
+
+def elapsed_seconds(checkpoint: str) -> float:
+    """Seconds of training that led to a checkpoint, as `ElapsedSeconds` logged them."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return max(entry.get("elapsed_s", 0.0) for entry in state["log_history"])
+
+
 def _train_and_measure(
     experiment: RecordedExperiment, folder: Path, progress: bool, save: str
 ) -> dict[str, Any]:
@@ -143,6 +163,23 @@ def _keep(run: dict, experiment: RecordedExperiment, model: Any, before: dict) -
             name: singular_values(weight_of(model, name) - old)
             for name, old in before.items()
         }
+
+
+def keep_adapter(model: Any, folder: Path, base: str) -> int:
+    """Save a PEFT model's adapter without this machine's paths, and count its bytes.
+
+    How a prompt was initialised is in the record; the file holds what was learned.
+    """
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    if "prompt_tuning_init" in config:
+        config["prompt_tuning_init"] = "RANDOM"
+        config["prompt_tuning_init_text"] = config["tokenizer_name_or_path"] = None
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _add_tests(run: dict[str, Any], experiment: RecordedExperiment, model: Any) -> None:

@@ -108,38 +108,10 @@ def low_rank(
     return root[:, None] * V[:, :r].T, U[:, :r] * root
 
 
-def qpissa_init(
-    weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic
-) -> Start:
-    """QPiSSA: the principal part is the adapter, what is left is rounded.
-
-    In float32 `A` (r, in), `B` (out, r) and the rounded residual (out, in).
-    """
-    A, B = low_rank(weight, r, alpha)
-    return A, B, rounding(weight - alpha / r * B @ A)
-
-
-def loftq_init(
-    weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic, rounds: int = 1
-) -> Start:
-    """LoftQ: round, then put the best part of the error into the adapter, in turn.
-
-    The result is as `qpissa_init`'s; after one round the rounded weight is plain 4-bit.
-    """
-    update = torch.zeros_like(weight)
-    for _ in range(rounds):
-        rounded = rounding(weight - update)
-        A, B = low_rank(weight - rounded, r, alpha)
-        update = alpha / r * B @ A
-    return A, B, rounded
-
-
 def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> int:
     """Give LoRA layers on bitsandbytes' 4-bit layers another start; say how many.
 
-    Args:
-        originals: the weights before quantization, by the base model's names.
-        start: `qpissa_init`, or `loftq_init`, or another function of the same kind.
+    `originals` are the weights before quantization, by the base model's names.
     """
     from bitsandbytes.nn import Params4bit
 
@@ -151,9 +123,8 @@ def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> 
         kind, double = old.quant_type, old.compress_statistics
         rounding = functools.partial(round_4bit, kind=kind, double_quant=double)
         (adapter,) = layer.active_adapters
-        r, scaling = layer.r[adapter], layer.scaling[adapter]
-        original = originals[f"{name}.weight"].cpu()  # where the levels are
-        A, B, rounded = start(original, r, scaling * r, rounding)
+        r, original = layer.r[adapter], originals[f"{name}.weight"].cpu()
+        A, B, rounded = start(original, r, layer.scaling[adapter] * r, rounding)
         layer.lora_A[adapter].weight.data.copy_(A)
         layer.lora_B[adapter].weight.data.copy_(B)
         options = {"compress_statistics": double, "quant_type": kind}
@@ -169,7 +140,10 @@ def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> 
 
 @dataclass(frozen=True)
 class LoftQ:
-    """Adapters on 4-bit weights start as LoftQ's, after so many rounds."""
+    """LoftQ: round, then put the best part of the error into the adapter, in turn.
+
+    After one round the rounded weight is plain 4-bit.
+    """
 
     rounds: int = 1
 
@@ -177,22 +151,32 @@ class LoftQ:
         """As a record names it."""
         return f"loftq:{self.rounds}"
 
-    def __call__(self, *arguments: Any) -> Start:
-        """As `loftq_init`."""
-        return loftq_init(*arguments, rounds=self.rounds)
+    def __call__(
+        self, weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic
+    ) -> Start:
+        """In float32 `A` (r, in), `B` (out, r) and the rounded weight (out, in)."""
+        update = torch.zeros_like(weight)
+        for _ in range(self.rounds):
+            rounded = rounding(weight - update)
+            A, B = low_rank(weight - rounded, r, alpha)
+            update = alpha / r * B @ A
+        return A, B, rounded
 
 
 @dataclass(frozen=True)
 class QPiSSA:
-    """Adapters on 4-bit weights start at the principal part; the rest is rounded."""
+    """QPiSSA: the principal part is the adapter, what is left is rounded."""
 
     def stored(self) -> str:
         """As a record names it."""
         return "qpissa"
 
-    def __call__(self, *arguments: Any) -> Start:
-        """As `qpissa_init`."""
-        return qpissa_init(*arguments)
+    def __call__(
+        self, weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic
+    ) -> Start:
+        """As `LoftQ`'s."""
+        A, B = low_rank(weight, r, alpha)
+        return A, B, rounding(weight - alpha / r * B @ A)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_a_figure_that_is_dropped_or_added_is_found(folder):
     record["summary"]["speed"] = {"lora": 2}
     assert sorted(differences(record)) == [
         "summary.exact_match.lora: not stored",
-        "summary.speed: not computed",
+        "summary.speed.lora: not computed",
     ]
 
 
