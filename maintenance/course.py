@@ -61,13 +61,18 @@ def run_lesson(path: Path, out: Path) -> Outcome:
 
 
 def run_course(paths: Sequence[Path], out: Path) -> list[Outcome]:
-    """Run the lessons in order, and print one line for each as it ends."""
+    """Run the lessons, print a line for each, and write `out/results/course.json`."""
     outcomes = []
     for path in paths:
         outcome = run_lesson(path, out)
         outcomes.append(outcome)
         sign = "✓" if outcome.ok else "✗"
         print(f"{sign} {outcome.lesson:<22} {outcome.seconds:6.0f} s  {outcome.result}")
+    lines = [asdict(outcome) for outcome in outcomes]
+    course = {"profile": runtime.get_profile().name, "lessons": lines}
+    path = out / "results" / "course.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(course, indent=1, ensure_ascii=False), encoding="utf-8")
     return outcomes
 
 
@@ -81,15 +86,6 @@ def table(outcomes: Sequence[Outcome]) -> str:
     ran = f"{good} of {len(outcomes)} ran"
     lines.append(f"| {ran} | {total:.0f} | {total / 60:.1f} minutes |")
     return "\n".join(lines)
-
-
-def save_outcomes(outcomes: Sequence[Outcome], out: Path) -> None:
-    """Write how the lessons went to `out/results/course.json`."""
-    path = out / "results" / "course.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [asdict(outcome) for outcome in outcomes]
-    course = {"profile": runtime.get_profile().name, "lessons": lines}
-    path.write_text(json.dumps(course, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def fetch_model() -> None:
@@ -123,7 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Lessons: {len(paths)} · {runtime.get_profile()} · results go to {out}")
     fetch_model()
     outcomes = run_course(paths, out)
-    save_outcomes(outcomes, out)
     print(f"\n{table(outcomes)}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

@@ -21,33 +21,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from course_utils import memory, models, training
 from course_utils.data import load_examples
 from course_utils.formatting import CompletionCollator, tokenize_dataset
-from course_utils.memory import (
-    GIB,
-    MemoryEstimate,
-    estimate_memory,
-    gpu_gib,
-    measure_memory,
-    model_config,
-    t4_plan,
-)
-from course_utils.models import (
-    keep_4bit_weights_in_place,
-    load_model,
-    load_tokenizer,
-    release,
-)
 from course_utils.parameters import peft_config
 from course_utils.runtime import Profile, set_seed
 from course_utils.sweep.experiment import new_run
-from course_utils.training import (
-    LossHistory,
-    plan_settings,
-    prepare_trainer,
-    sft_config,
-    training_arguments,
-)
 from maintenance.store import compute_metrics
 
 BUILT_IN = "smollm2-135m"
@@ -86,16 +65,18 @@ class CardExperiment:
         return values
 
 
-def plan_of(experiment: CardExperiment) -> MemoryEstimate:
+def plan_of(experiment: CardExperiment) -> memory.MemoryEstimate:
     """What a reader predicts before the run: the closed form."""
     names = ("batch_size", "sequence_length", "gradient_checkpointing", "optimizer")
     names += ("double_quant", "loss")
     shared = {name: getattr(experiment, name) for name in names} | experiment.options
     model, method = experiment.model, experiment.method
     if experiment.way == "T4":
-        return t4_plan(model, method, **shared)
+        return memory.t4_plan(model, method, **shared)
     dtype = "float32" if method == "full" else "bfloat16"
-    return estimate_memory(model, method, dtype=dtype, autocast="bfloat16", **shared)
+    return memory.estimate_memory(
+        model, method, dtype=dtype, autocast="bfloat16", **shared
+    )
 
 
 def random_model(
@@ -117,7 +98,7 @@ def random_model(
         replace_with_bnb_linear(model, ["lm_head"], quantization)
         model.is_loaded_in_4bit = True
         model.config.quantization_config = quantization
-        keep_4bit_weights_in_place(model)
+        models.keep_4bit_weights_in_place(model)
     made: dict[Any, Any] = {None: None}  # tied weights stay tied
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -146,7 +127,10 @@ def _random_parameter(module: Any, old: Any, dtype: Any, device: str) -> Any:
 
 
 def make_card_model(
-    experiment: CardExperiment, plan: MemoryEstimate, device: str, config: Any = None
+    experiment: CardExperiment,
+    plan: memory.MemoryEstimate,
+    device: str,
+    config: Any = None,
 ) -> Any:
     """The model of a case as the course trains it, with its adapter.
 
@@ -165,9 +149,9 @@ def make_card_model(
         )
     stored = {"dtype": dtype, "quantization": quantization}
     if experiment.model == BUILT_IN and config is None:
-        model = load_model(**stored)
+        model = models.load_model(**stored)
     else:
-        config = config or model_config(experiment.model)
+        config = config or memory.model_config(experiment.model)
         model = random_model(config, device=device, **stored)
     if experiment.method == "full":
         return model
@@ -238,7 +222,7 @@ def _workspace_bytes() -> int:
 
 def measure_case(
     experiment: CardExperiment,
-    plan: MemoryEstimate,
+    plan: memory.MemoryEstimate,
     device: str = "cuda",
     *,
     room: float | None = None,
@@ -252,7 +236,7 @@ def measure_case(
     """
     kind = "cuda" if device == "cuda" else "allocator"
     _start_of_case()
-    with measure_memory(kind) as now:
+    with memory.measure_memory(kind) as now:
         pass
     before, clock = now.start_bytes, time.perf_counter()
     set_seed(experiment.seed)
@@ -269,7 +253,7 @@ def measure_case(
             trainer.train()
         scaler = getattr(trainer.accelerator, "scaler", None)
         return _figures(each.steps, before) | {
-            "loss": LossHistory.from_trainer(trainer).loss,
+            "loss": training.LossHistory.from_trainer(trainer).loss,
             "build_seconds": built,
             "workspace_bytes": _workspace_bytes() if device == "cuda" else 0,
             "scale": scaler.get_scale() if scaler is not None else None,
@@ -279,7 +263,7 @@ def measure_case(
         if trainer is not None:
             trainer.optimizer = trainer.lr_scheduler = None
         if model is not None:
-            release(model)
+            models.release(model)
         model = trainer = None
         _start_of_case()
 
@@ -291,7 +275,7 @@ class EveryStep(TrainerCallback):
         self.kind, self.steps = kind, []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._meter = measure_memory(self.kind)
+        self._meter = memory.measure_memory(self.kind)
         self._used = self._meter.__enter__()
         self._clock = time.perf_counter()
 
@@ -307,7 +291,7 @@ class EveryStep(TrainerCallback):
 
 def _make_trainer(
     experiment: CardExperiment,
-    plan: MemoryEstimate,
+    plan: memory.MemoryEstimate,
     model: Any,
     profile: Profile,
     folder: str,
@@ -318,13 +302,13 @@ def _make_trainer(
 
     from course_utils.training_callbacks import PlainProgress
 
-    tokenizer = load_tokenizer(None)
+    tokenizer = models.load_tokenizer(None)
     records = card_records(experiment, tokenizer, model.config.vocab_size)
     chunked = experiment.loss == "chunked"
-    settings = plan_settings(plan, device=profile.device)
+    settings = training.plan_settings(plan, device=profile.device)
     settings |= {"max_steps": experiment.steps}
     settings |= {"learning_rate": experiment.learning_rate}
-    arguments = sft_config if chunked else training_arguments
+    arguments = training.sft_config if chunked else training.training_arguments
     trainer = (SFTTrainer if chunked else Trainer)(
         model=model,
         args=arguments(profile, folder, **settings),
@@ -332,7 +316,7 @@ def _make_trainer(
         data_collator=CompletionCollator(tokenizer),
         processing_class=tokenizer,
     )
-    prepare_trainer(trainer)
+    training.prepare_trainer(trainer)
     trainer.pop_callback(PlainProgress)
     return trainer
 
@@ -389,11 +373,13 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
 
 
 def _try_rooms(
-    experiment: CardExperiment, plan: MemoryEstimate, device: str, **tests: Any
+    experiment: CardExperiment, plan: memory.MemoryEstimate, device: str, **tests: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was measured, and remarks: the room it was held to, a failure in words."""
     remarks: dict[str, Any] = {}
-    rooms = [gpu_gib("T4") * GIB, None] if experiment.way == "T4" else [None]
+    rooms = (
+        [memory.gpu_gib("T4") * memory.GIB, None] if experiment.way == "T4" else [None]
+    )
     for room in rooms:
         try:
             figures = measure_case(experiment, plan, device, room=room, **tests)
