@@ -29,6 +29,7 @@ from course_utils.runtime import Profile, set_seed
 from course_utils.sweep.experiment import new_run
 from maintenance.store import compute_metrics
 
+Plan = memory.MemoryEstimate
 BUILT_IN = "smollm2-135m"
 SHORTER = 5  # tokens that one record of a batch lacks, so that there is padding
 
@@ -65,7 +66,7 @@ class CardExperiment:
         return values
 
 
-def plan_of(experiment: CardExperiment) -> memory.MemoryEstimate:
+def plan_of(experiment: CardExperiment) -> Plan:
     """What a reader predicts before the run: the closed form."""
     names = ("batch_size", "sequence_length", "gradient_checkpointing", "optimizer")
     names += ("double_quant", "loss")
@@ -73,10 +74,8 @@ def plan_of(experiment: CardExperiment) -> memory.MemoryEstimate:
     model, method = experiment.model, experiment.method
     if experiment.way == "T4":
         return memory.t4_plan(model, method, **shared)
-    dtype = "float32" if method == "full" else "bfloat16"
-    return memory.estimate_memory(
-        model, method, dtype=dtype, autocast="bfloat16", **shared
-    )
+    shared |= {"dtype": "float32" if method == "full" else "bfloat16"}
+    return memory.estimate_memory(model, method, autocast="bfloat16", **shared)
 
 
 def random_model(
@@ -90,10 +89,9 @@ def random_model(
     from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(config, **options)
     if quantization is not None:
         replace_with_bnb_linear(model, ["lm_head"], quantization)
         model.is_loaded_in_4bit = True
@@ -127,10 +125,7 @@ def _random_parameter(module: Any, old: Any, dtype: Any, device: str) -> Any:
 
 
 def make_card_model(
-    experiment: CardExperiment,
-    plan: memory.MemoryEstimate,
-    device: str,
-    config: Any = None,
+    experiment: CardExperiment, plan: Plan, device: str, config: Any = None
 ) -> Any:
     """The model of a case as the course trains it, with its adapter.
 
@@ -222,7 +217,7 @@ def _workspace_bytes() -> int:
 
 def measure_case(
     experiment: CardExperiment,
-    plan: memory.MemoryEstimate,
+    plan: Plan,
     device: str = "cuda",
     *,
     room: float | None = None,
@@ -290,11 +285,7 @@ class EveryStep(TrainerCallback):
 
 
 def _make_trainer(
-    experiment: CardExperiment,
-    plan: memory.MemoryEstimate,
-    model: Any,
-    profile: Profile,
-    folder: str,
+    experiment: CardExperiment, plan: Plan, model: Any, profile: Profile, folder: str
 ) -> Any:
     import datasets
     from transformers import Trainer
@@ -373,14 +364,12 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
 
 
 def _try_rooms(
-    experiment: CardExperiment, plan: memory.MemoryEstimate, device: str, **tests: Any
+    experiment: CardExperiment, plan: Plan, device: str, **tests: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was measured, and remarks: the room it was held to, a failure in words."""
     remarks: dict[str, Any] = {}
-    rooms = (
-        [memory.gpu_gib("T4") * memory.GIB, None] if experiment.way == "T4" else [None]
-    )
-    for room in rooms:
+    t4_room = memory.gpu_gib("T4") * memory.GIB
+    for room in [t4_room, None] if experiment.way == "T4" else [None]:
         try:
             figures = measure_case(experiment, plan, device, room=room, **tests)
         except Exception as error:

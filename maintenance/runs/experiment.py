@@ -137,37 +137,27 @@ def _train_and_measure(
         save_strategy=save,
         save_steps=experiment.eval_every or 1,
     )
-    _keep(run, experiment, model, before)
+    if experiment.keep_adapter:
+        folder = data_folder() / "adapters" / experiment.keep_adapter
+        size = keep_adapter(model, folder, model_name(experiment.model))
+        run["measured"]["adapter_bytes"] = size
+    for name, old in before.items():
+        values = singular_values(weight_of(model, name) - old)
+        run["measured"].setdefault("singular_values", {})[name] = values
     _add_tests(run, experiment, model)
     del model
     gc.collect()
     return run | {"seconds": before_s + time.perf_counter() - begun}
 
 
-def _keep(run: dict, experiment: RecordedExperiment, model: Any, before: dict) -> None:
-    """Save the adapter, and take apart what training added to the weights `before`."""
-    if experiment.keep_adapter:
-        folder = data_folder() / "adapters" / experiment.keep_adapter
-        size = keep_adapter(model, folder, model_name(experiment.model))
-        run["measured"]["adapter_bytes"] = size
-    if before:
-        run["measured"]["singular_values"] = {
-            name: singular_values(weight_of(model, name) - old)
-            for name, old in before.items()
-        }
-
-
 def keep_adapter(model: Any, folder: Path, base: str) -> int:
-    """Save a PEFT model's adapter without this machine's paths, and count its bytes.
-
-    How a prompt was initialised is in the record; the file holds what was learned.
-    """
+    """Save a PEFT model's adapter without this machine's paths, and count its bytes."""
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
-    if "prompt_tuning_init" in config:
+    if "prompt_tuning_init" in config:  # how it began is in the record
         config["prompt_tuning_init"] = "RANDOM"
         config["prompt_tuning_init_text"] = config["tokenizer_name_or_path"] = None
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -261,9 +251,6 @@ def singular_values(matrix: Any) -> list[float]:
 def _loraplus(model: Any, experiment: RecordedExperiment) -> Any:
     from peft.optimizers import create_loraplus_optimizer
 
-    return create_loraplus_optimizer(
-        *(model, torch.optim.AdamW),
-        lr=experiment.learning_rate,
-        loraplus_lr_ratio=experiment.loraplus_ratio,
-        fused=True,
-    )
+    rates = {"lr": experiment.learning_rate}
+    rates |= {"loraplus_lr_ratio": experiment.loraplus_ratio}
+    return create_loraplus_optimizer(model, torch.optim.AdamW, fused=True, **rates)

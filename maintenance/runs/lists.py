@@ -71,9 +71,7 @@ def best_rate(name: str, label: str) -> float:
 
 
 def _at_rates(label: str, rates: Sequence[float], **settings: Any) -> list[Run]:
-    return [
-        Run(f"{label} lr {rate:g}", learning_rate=rate, **settings) for rate in rates
-    ]
+    return [Run(f"{label} lr {r:g}", learning_rate=r, **settings) for r in rates]
 
 
 def _at_best_rate(record: str, label: str, method: Any, settings: dict) -> list[Run]:
@@ -438,9 +436,8 @@ def sweep(
             settings = BUDGET | settings | {"method": method}
             tried += _at_rates(name, rates, **settings)
             if inside:
-                (best,) = _at_rates(
-                    name, [best_of(losses)], **settings, forgetting=True
-                )
+                settings |= {"forgetting": True}
+                (best,) = _at_rates(name, [best_of(losses)], **settings)
                 repeated += best.seeds(*SEEDS[1:])
         return [*tried, *repeated, *more]
 
@@ -463,12 +460,9 @@ def _speed_runs(methods: dict[str, Candidate]) -> list[Run]:
     return runs
 
 
+UNTRAINED = _asked("prompting, ", BUDGET["test_examples"])
 LESSON_RUNS["08"] = {
     "08_low_rank": sweep("08_low_rank", low_rank(LORA)),
-    "08_others": sweep(
-        "08_others",
-        other_methods(LORA, PROMPT),
-        _asked("prompting, ", BUDGET["test_examples"]),
-    ),
+    "08_others": sweep("08_others", other_methods(LORA, PROMPT), UNTRAINED),
     "08_speed": _speed_runs(METHODS),
 }
