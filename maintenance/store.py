@@ -30,9 +30,8 @@ def validate_record(record: Any) -> None:
 
     name = record.get("name", "a record") if isinstance(record, dict) else "a record"
     formats = Draft202012Validator.FORMAT_CHECKER
-    for error in Draft202012Validator(SCHEMA, format_checker=formats).iter_errors(
-        record
-    ):
+    validator = Draft202012Validator(SCHEMA, format_checker=formats)
+    for error in validator.iter_errors(record):
         raise RecordError(f"{name}: {error.json_path}: {error.message}"[:500])
     for position, run in enumerate(record["runs"]):
         texts = ("predictions", "references", "slices")
@@ -57,8 +56,7 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
     Raises:
         RecordError: as in `validate_record` and `recompute`.
     """
-    today = datetime.date.today().isoformat()
-    top = {"schema": 1, "name": name, "created": today}  # their order in the file
+    top = {"schema": 1, "name": name, "created": f"{datetime.date.today()}"}
     record = top | dict(record) | {"schema": 1, "name": name, "summary": {}}
     runs = [dict(run) for run in record.get("runs", [])]
     for run in runs:

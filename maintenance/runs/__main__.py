@@ -50,8 +50,7 @@ def record_family(
     each new run then says where it was made. Returns how many runs were made.
 
     Raises:
-        ValueError: the data set has changed since the record was begun, or the
-            experiments are on several data sets.
+        ValueError: another data set than the record was begun on, or several.
     """
     source = _source(name, experiments)
     machine = {"hardware": hardware(), "versions": versions()}

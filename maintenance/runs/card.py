@@ -336,9 +336,6 @@ def run_card(experiment: CardExperiment, device: str = "cuda", **tests: Any) -> 
 
     In the way of a T4 the card is first held to the T4's room; a case that does not
     fit is measured again without, and says so.
-
-    Raises:
-        NoCard: there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise NoCard("this is measured on a CUDA card, and there is none here")

@@ -104,11 +104,7 @@ def run_classifier(
 
 
 def _make_trainer(
-    experiment: ClassifierExperiment,
-    model: Any,
-    tokenizer: Any,
-    rows: dict[str, Any],
-    folder: str,
+    experiment: ClassifierExperiment, model: Any, tokenizer: Any, rows: Any, folder: str
 ) -> Any:
     import torch
     from transformers import DataCollatorWithPadding, Trainer

@@ -28,7 +28,7 @@ from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.runtime import build_folder, data_folder, get_profile, set_seed
 from course_utils.sweep import experiment as sweep
 from course_utils.training import find_checkpoint
-from maintenance.runs.rounding import LoftQ, QPiSSA, set_start
+from maintenance.runs.rounding import LoftQ, QPiSSA, set_start, six_digits
 from maintenance.store import compute_metrics
 
 LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
@@ -245,7 +245,7 @@ def weight_of(model: Any, name: str) -> Any:
 def singular_values(matrix: Any) -> list[float]:
     """Of a (rows, columns) matrix, from the greatest down, to six digits."""
     values = torch.linalg.svdvals(matrix.float().cpu())  # MPS has none
-    return [float(f"{value:.6g}") for value in values.tolist()]
+    return [six_digits(value) for value in values]
 
 
 def _loraplus(model: Any, experiment: RecordedExperiment) -> Any:

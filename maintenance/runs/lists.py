@@ -55,11 +55,7 @@ def recorded_losses(record: str, label: str) -> dict[float, float | None]:
 
 
 def best_rate(name: str, label: str) -> float:
-    """The learning rate of the record's lowest final validation loss with that label.
-
-    Raises:
-        ValueError: the best rate is at an edge of its grid: extend the grid.
-    """
+    """The recorded learning rate of that label's lowest final validation loss."""
     losses = recorded_losses(name, label)
     best = best_of(losses)
     if best in (min(losses), max(losses)):
@@ -72,11 +68,6 @@ def best_rate(name: str, label: str) -> float:
 
 def _at_rates(label: str, rates: Sequence[float], **settings: Any) -> list[Run]:
     return [Run(f"{label} lr {r:g}", learning_rate=r, **settings) for r in rates]
-
-
-def _at_best_rate(record: str, label: str, method: Any, settings: dict) -> list[Run]:
-    rate = best_rate(record, label)
-    return Run(label, method, rate, **settings).seeds(0, 1, 2)
 
 
 # --- lesson 0: the untrained model, asked ------------------------------------------
@@ -192,7 +183,6 @@ LESSON_RUNS["03"] = {
     ],
 }
 
-
 FLOAT32 = GRID | {"test_examples": 0, "base_dtype": "float32"}
 LONGER = FLOAT32 | {"test_examples": 48, "steps": 30, "eval_every": 10}
 LESSON_RUNS["04"] = {
@@ -201,9 +191,9 @@ LESSON_RUNS["04"] = {
         *_at_rates("PiSSA", LORA_RATES[:4], method=PISSA, **FLOAT32),
     ],
     "04_pissa": lambda: [
-        run
+        Run(label, method, best_rate("04_learning_rates", label), seed=seed, **LONGER)
         for label, method in (("LoRA", LORA), ("PiSSA", PISSA))
-        for run in _at_best_rate("04_learning_rates", label, method, LONGER)
+        for seed in (0, 1, 2)
     ],
 }
 
@@ -267,14 +257,16 @@ HEAD_RATE = 3e-3  # of every head behind a method; a frozen encoder's tries its 
 SMALL_START = 0.1  # of PEFT's spread of 1, for virtual tokens that no network makes
 
 
-def _classifier(
-    name: str, rate: float, label: str, seeds: Sequence[int] = SEEDS
-) -> list[ClassifierExperiment]:
+def _classifier(name: str, rate: float, label: str) -> ClassifierExperiment:
     method, _ = CLASSIFIERS[name]
     head_rate = None if method == "head" else HEAD_RATE
     scale = SMALL_START if name in ("prompt", "prefix") else 1.0
     starts = {"head_rate": head_rate, "start_scale": scale}
-    return ClassifierExperiment(label, method, rate, **starts).seeds(*seeds)
+    return ClassifierExperiment(label, method, rate, **starts)
+
+
+def _best_classifier(name: str) -> ClassifierExperiment:
+    return _classifier(name, best_rate("06_method_rates", name), name)
 
 
 LESSON_RUNS["06"] = {
@@ -286,15 +278,14 @@ LESSON_RUNS["06"] = {
         *_at_rates("prefix projected", NETWORK_RATES, method=PROJECTED, **NO_TEST),
     ],
     "06_method_rates": [
-        run
+        _classifier(name, rate, f"{name} lr {rate:g}")
         for name, (_, rates) in CLASSIFIERS.items()
         for rate in rates
-        for run in _classifier(name, rate, f"{name} lr {rate:g}", SEEDS[:1])
     ],
     "06_methods": lambda: [
-        run
-        for name in CLASSIFIERS
-        for run in _classifier(name, best_rate("06_method_rates", name), name)
+        replace(run, seed=seed)
+        for run in [_best_classifier(name) for name in CLASSIFIERS]
+        for seed in (0, 1, 2)
     ],
 }
 
@@ -376,9 +367,7 @@ def _nf4_start(label: str, start: LoftQ | QPiSSA | None) -> list[Run]:
     return Run(label, LORA, 1e-3, **settings).seeds(0, 1, 2)
 
 
-def _rounded(
-    label: str, rounding: Rounding, start: LoftQ | QPiSSA | None = None
-) -> Run:
+def _rounded(label: str, rounding: Rounding, start: Any = None) -> Run:
     return Run(label, rounding, steps=0, test_examples=0, start=start)
 
 

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,9 +27,6 @@ from course_utils.models import load_model, load_tokenizer
 from course_utils.runtime import set_seed
 from course_utils.sweep.experiment import new_run
 from maintenance.store import compute_metrics
-
-if TYPE_CHECKING:
-    from maintenance.runs.experiment import RecordedExperiment
 
 Arithmetic = Callable[[torch.Tensor], torch.Tensor]
 Start = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -213,8 +210,8 @@ def rounded_weight(
     return rounded + ALPHA / r * B @ A
 
 
-def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
-    """Round each linear weight of the layers, and compare with the original model.
+def run_rounding(experiment: Any) -> dict[str, Any]:
+    """A `RecordedExperiment` of a `Rounding`: its model compared with the original one.
 
     By matrix the squared errors; by text, over the tokens after what all texts begin
     with (the template's system turn), KL(original || rounded) in nats, and both losses.
@@ -228,8 +225,8 @@ def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
             if isinstance(module, torch.nn.Linear) and "layers." in name:
                 old = module.weight.cpu()
                 new = rounded_weight(old, experiment.method, experiment.start)
-                errors.append(_digits((new - old).square().sum()))
-                norms.append(_digits(old.square().sum()))
+                errors.append(six_digits((new - old).square().sum()))
+                norms.append(six_digits(old.square().sum()))
                 module.weight.copy_(new)
     measured: dict[str, Any] = {"squared_error": errors, "squared_norm": norms}
     key = experiment.model, experiment.data, experiment.eval_examples
@@ -292,11 +289,11 @@ def _compare(p: Any, q: Any, batch: dict[str, Any]) -> dict[str, list[float]]:
         "loss_after": -q.gather(1, token)[:, 0],
     }
     sums = {
-        name: [_digits(part.sum()) for part in values.split(counts)]
+        name: [six_digits(part.sum()) for part in values.split(counts)]
         for name, values in by_token.items()
     }
     return sums | {"tokens": counts}
 
 
-def _digits(value: Any) -> float:
+def six_digits(value: Any) -> float:
     return float(f"{float(value):.6g}")
