@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -35,11 +34,7 @@ class Outcome:
 
 
 def find_lessons(folder: Path = NOTEBOOKS, only: str | None = None) -> list[Path]:
-    """Return the lessons in order, or the one whose digits or name begin so.
-
-    Raises:
-        FileNotFoundError: there is no such lesson, or no lesson at all.
-    """
+    """The lessons in order, or those whose name begins so; or FileNotFoundError."""
     wanted = only.zfill(2) if only and only.isdigit() else only or ""
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     chosen = [path for path in paths if path.stem.startswith(wanted)]
@@ -66,25 +61,23 @@ def run_lesson(path: Path, out: Path) -> Outcome:
 
 
 def run_course(paths: Sequence[Path], out: Path) -> list[Outcome]:
-    """Run the lessons in order, and print one line for each as it ends."""
+    """Run the lessons, print a line for each, and write `out/results/course.json`."""
     outcomes = []
     for path in paths:
         outcome = run_lesson(path, out)
         outcomes.append(outcome)
         sign = "✓" if outcome.ok else "✗"
         print(f"{sign} {outcome.lesson:<22} {outcome.seconds:6.0f} s  {outcome.result}")
+    lines = [asdict(outcome) for outcome in outcomes]
+    course = {"profile": runtime.get_profile().name, "lessons": lines}
+    path = out / "results" / "course.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(course, indent=1, ensure_ascii=False), encoding="utf-8")
     return outcomes
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return the closing table, in Markdown, with the total time.
-
-    >>> print(table([Outcome("02_x", True, 61.0, "0 % to 91 %")]))
-    | lesson | seconds | result |
-    |---|---:|---|
-    | 02_x | 61 | 0 % to 91 % |
-    | 1 of 1 ran | 61 | 1.0 minutes |
-    """
+    """The closing table, in Markdown, with the total time."""
     lines = ["| lesson | seconds | result |", "|---|---:|---|"]
     for o in outcomes:
         result = ("" if o.ok else "FAILED: ") + o.result.replace("|", "\\|")
@@ -95,32 +88,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def save_outcomes(outcomes: Sequence[Outcome], out: Path) -> Path:
-    """Write how the lessons went to `out/results/course.json`, and return the file."""
-    path = out / "results" / "course.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [asdict(outcome) for outcome in outcomes]
-    course = {"profile": runtime.get_profile().name, "lessons": lines}
-    path.write_text(json.dumps(course, indent=1, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
 def fetch_model() -> None:
-    """Make sure that the model is at hand before the first lesson needs it."""
+    """Have the model at hand before the first lesson, which is timed, needs it."""
     from course_utils import models
 
-    started = time.perf_counter()
     models.release(models.load_model())
-    seconds = time.perf_counter() - started
-    print(f"Model ready: {models.model_name()} ({seconds:.0f} s)")
+    print(f"Model ready: {models.model_name()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 if a lesson failed, 2 if there is no such lesson."""
     parser = argparse.ArgumentParser(prog="maintenance.course", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    profiles = {"choices": runtime.PROFILES, "help": "default: by hardware"}
-    parser.add_argument("--profile", **profiles)
+    parser.add_argument("--profile", choices=runtime.PROFILES)
     parser.add_argument("--lesson", help="two digits: run this one only")
     parser.add_argument("--out", type=Path, help="default: build")
     options = parser.parse_args(arguments)
@@ -139,7 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Lessons: {len(paths)} · {runtime.get_profile()} · results go to {out}")
     fetch_model()
     outcomes = run_course(paths, out)
-    save_outcomes(outcomes, out)
     print(f"\n{table(outcomes)}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

@@ -39,9 +39,8 @@ UNITS = {"s": 1.0, "minutes": 60.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 UNITS |= {"MiB": 2.0**20, "GiB": 2.0**30}
 # Training steps of 16 × 128 tokens of the built-in model, whose memory is predicted.
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
-VIRTUAL: dict[str, Any] = {"num_virtual_tokens": 20}
 PLANS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora": LORA}
-PLANS |= {"prompt_tuning": VIRTUAL, "prefix_tuning": VIRTUAL}
+PLANS |= dict.fromkeys(("prompt_tuning", "prefix_tuning"), {"num_virtual_tokens": 20})
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"<!--\s*(?P<source>run|plan):(?P<rest>[^>]*?)\s*-->")
 _NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?$")
@@ -49,7 +48,7 @@ _EMPHASIS = "*_` \n"
 
 
 def lookup(source: str, path: str) -> Any:
-    """Return what a marker names: `"run"` a path of a record, `"plan"` one of `PLANS`.
+    """What a marker names, `"run"` a path of a record, `"plan"` one of `PLANS`.
 
     Raises:
         RecordError: there is no such record, key or plan.
@@ -58,15 +57,12 @@ def lookup(source: str, path: str) -> Any:
         return records.lookup(path)
     if path not in PLANS:
         raise records.RecordError(f"no plan {path!r}; there are {', '.join(PLANS)}")
-    size: dict[str, Any] = {"batch_size": 16, "sequence_length": 128}
-    return memory.t4_plan("smollm2-135m", path, **size, **PLANS[path]).total
+    settings = {"batch_size": 16, "sequence_length": 128} | PLANS[path]
+    return memory.t4_plan("smollm2-135m", path, **settings).total
 
 
 def show(value: float, form: str) -> str:
     """Write a share, seconds, bytes or a plain number in the form of its marker.
-
-    Raises:
-        ValueError: there is no such format or unit.
 
     >>> show(0.9312, ".0%"), show(134515008, ",d"), show(95, ".1f minutes")
     ('93 %', '134,515,008', '1.6 minutes')
@@ -81,10 +77,7 @@ def show(value: float, form: str) -> str:
 def rewrite(
     text: str, find: Callable[[str, str], Any] = lookup
 ) -> tuple[str, list[str], list[str]]:
-    """Write each marked number of a Markdown text anew.
-
-    Markers in code, where they are only shown, do not count. `find` gives the value for
-    a marker's source and path.
+    """Write each marked number of a Markdown text anew; markers in code do not count.
 
     Returns:
         The new text, sentences about the numbers that were wrong, and sentences about
@@ -119,17 +112,13 @@ def rewrite(
 
 
 def check_text(text: str, find: Callable[[str, str], Any] = lookup) -> list[str]:
-    """Return a sentence for each marked number that its record does not give."""
+    """A sentence for each marked number that its record does not give."""
     _, wrong, broken = rewrite(text, find)
     return wrong + broken
 
 
 def write_page(path: Path) -> None:
-    """Write the numbers of a page (Markdown) or of a lesson (a notebook) anew.
-
-    Raises:
-        ValueError: a marker names nothing, or no number stands before it.
-    """
+    """Write the numbers of a page (Markdown) or of a lesson (a notebook) anew."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         notebook, broken = json.loads(text), []
@@ -148,20 +137,13 @@ def write_page(path: Path) -> None:
 
 
 def path_of(result: MethodResult) -> str:
-    """Name a method's exact match at its best rate as `records.lookup` does.
-
-    >>> path_of(MethodResult("LoRA", "lora", 0.01, record="08_low_rank"))
-    '08_low_rank:exact_match.LoRA lr 0.01'
-    """
+    """Name a method's exact match at its best rate as `records.lookup` does."""
     rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
     return f"{result.record}:exact_match.{result.name}{rate}"
 
 
 def readme_section(results: Sequence[MethodResult], *, threads: int = 1) -> str:
-    """Make the section on the sweep, which was timed on so many processor threads.
-
-    It is empty while a method is incomplete.
-    """
+    """The section on the sweep and its timing; empty while a method is incomplete."""
     trained = [r for r in results if r.learning_rate]
     if len(trained) < 2 or not all(r.complete for r in results):
         return ""
@@ -183,11 +165,7 @@ share still answered.
 
 
 def write_methods(readme: str) -> str:
-    """Return the README with its comparison of methods made anew.
-
-    Raises:
-        ValueError: the markers around the table are missing.
-    """
+    """The README with its comparison of methods made anew."""
     complete = {*FAMILIES, SPEED} <= {*records.list_records()}
     swept = recorded_methods() if complete else []
     machine = records.load_record(SPEED)["hardware"] if swept else {}
@@ -201,16 +179,12 @@ def write_methods(readme: str) -> str:
 
 
 def lesson_paths(root: Path = ROOT) -> list[Path]:
-    """Return the lessons of this checkout, in order."""
+    """The lessons of this checkout, in order."""
     return sorted(root.glob("notebooks/[0-9][0-9]_*.ipynb"))
 
 
 def keep_times(path: Path, stems: Iterable[str]) -> None:
-    """Record the seconds that a full run of all lessons left in `results/course.json`.
-
-    Raises:
-        ValueError: it was another profile, a lesson failed, or one is missing.
-    """
+    """Record the seconds that a full run of all lessons left in `course.json`."""
     course = json.loads(path.read_text(encoding="utf-8"))
     ran = {line["lesson"]: line for line in course["lessons"] if line["ok"]}
     if course["profile"] != "cpu" or list(ran) != list(stems):
@@ -218,28 +192,15 @@ def keep_times(path: Path, stems: Iterable[str]) -> None:
             f"{path.name} holds {course['profile']}: {', '.join(ran)}; run `make "
             "course` on the cpu profile, all lessons, without a failure"
         )
-    runs = [
-        {
-            "label": stem,
-            "settings": {"profile": "cpu", "result": line["result"]},
-            "seed": runtime.DEFAULT_SEED,
-            "loss": [],
-            "metrics": [],
-            "seconds": line["seconds"],
-        }
-        for stem, line in ran.items()
-    ]
-    save_record(
-        TIMES,
-        {
-            "command": "make course",
-            "hardware": hardware(),
-            "versions": runtime.versions(),
-            "data": {"name": "all lessons", "sha256": ""},
-            "seconds": sum(run["seconds"] for run in runs),
-            "runs": runs,
-        },
-    )
+    runs = []
+    for stem, line in ran.items():
+        settings = {"profile": "cpu", "result": line["result"]}
+        run = {"label": stem, "settings": settings, "seed": runtime.DEFAULT_SEED}
+        runs.append(run | {"loss": [], "metrics": [], "seconds": line["seconds"]})
+    record = {"command": "make course", "hardware": hardware()}
+    record |= {"versions": runtime.versions(), "runs": runs}
+    record |= {"data": {"name": "all lessons", "sha256": ""}}
+    save_record(TIMES, record | {"seconds": sum(run["seconds"] for run in runs)})
 
 
 def _learning_curve() -> Any:
@@ -249,11 +210,9 @@ def _learning_curve() -> Any:
 
 
 def _scores_by_slice() -> Any:
-    runs = {
-        "prompting, best prompt": records.load_record("00_prompting")["runs"][-1],
-        "frozen: embeddings": records.load_record(BEST_RUN)["runs"][0],
-    }
-    scores = {name: run["metrics"]["by_slice"] for name, run in runs.items()}
+    prompted = records.load_record("00_prompting")["runs"][-1]["metrics"]["by_slice"]
+    trained = records.load_record(BEST_RUN)["runs"][0]["metrics"]["by_slice"]
+    scores = {"prompting, best prompt": prompted, "frozen: embeddings": trained}
     ax = plotting.plot_by_slice(scores)
     ax.set_title("Exact match on held-out sentences, recorded")
     return ax

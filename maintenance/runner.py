@@ -35,18 +35,16 @@ def execute(
 ) -> Run:
     """Execute an nbformat notebook in place, and say how it went whatever it does.
 
-    Args:
-        notebook: its metadata may hold `execution.timeout`, seconds for one cell.
-        folder: where its kernel stands.
-        environment: the kernel's; None takes `kernel_environment()`.
+    Its metadata may hold `execution.timeout`, seconds for one cell. The kernel stands
+    in `folder`.
     """
     from nbclient import NotebookClient
 
-    timeout = notebook.metadata.get("execution", {}).get("timeout", CELL_TIMEOUT_S)
+    execution = notebook.metadata.get("execution", {})
     client = NotebookClient(
         notebook,
-        km=kernel_manager(),
-        timeout=timeout,
+        km=_kernel_manager(),
+        timeout=execution.get("timeout", CELL_TIMEOUT_S),
         shutdown_kernel="immediate",
         resources={"metadata": {"path": str(folder)}},
     )
@@ -59,19 +57,17 @@ def execute(
     return Run(notebook, time.perf_counter() - started, failure, details)
 
 
-def kernel_manager() -> Any:
-    """Return a kernel manager whose kernels are this Python, whatever is installed."""
+def _kernel_manager() -> Any:
+    """A kernel manager whose kernels are this Python, whatever is installed."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
+    command = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR"]
+    command += ["-f", "{connection_file}"]
+
     class ThisPython(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            command = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR"]
-            return KernelSpec(
-                argv=[*command, "-f", "{connection_file}"],
-                display_name="this Python",
-                language="python",
-            )
+            return KernelSpec(argv=command, display_name="this", language="python")
 
     return AsyncKernelManager(kernel_spec_manager=ThisPython())
 
@@ -94,9 +90,9 @@ def describe_failure(notebook: Any, error: Exception) -> str:
         if cell.cell_type != "code" or not cell.source.strip():
             continue
         where = f"cell {cell.id} ({cell.source.strip().splitlines()[0]})"
-        bad = [o for o in cell.outputs if o.output_type == "error"]
-        if bad:
-            return f"{where}: {bad[0].ename}: {_one_line(bad[0].evalue)}"
+        for output in cell.outputs:
+            if output.output_type == "error":
+                return f"{where}: {output.ename}: {_one_line(output.evalue)}"
         if cell.execution_count is None:
             break
     why = f"{type(error).__name__}: {_one_line(str(error))}"
@@ -107,5 +103,4 @@ def describe_failure(notebook: Any, error: Exception) -> str:
 
 
 def _one_line(text: str, width: int = 200) -> str:
-    line = " ".join(_COLOUR.sub("", text).split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+    return " ".join(_COLOUR.sub("", text).split())[:width]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import json
@@ -20,73 +21,18 @@ from course_utils import classification, records, scoring
 from course_utils.records import RecordError
 from course_utils.runtime import cpu_has_bf16, memory_gib, replace_file
 
-# --- the schema --------------------------------------------------------------------
-
-
-def _typed(**types: Any) -> dict[str, dict[str, Any]]:
-    return {name: {"type": json_type} for name, json_type in types.items()}
-
-
-def _list_of(items: dict[str, Any], **more: int) -> dict[str, Any]:
-    return {"type": "array", "items": items} | more
-
-
-_LOSS = {"type": ["number", "null"]}
-_TEXTS = _list_of({"type": "string"})
-_RUN = {
-    "type": "object",
-    "required": ["label", "settings", "seed", "loss", "metrics", "seconds"],
-    "properties": {
-        **_typed(label="string", settings="object", seed="integer", metrics="object"),
-        **_typed(measured="object", trainable_parameters="integer", seconds="number"),
-        **_typed(tokens_per_s="number"),
-        **{"predictions": _TEXTS, "references": _TEXTS, "slices": _TEXTS},
-        "loss": _list_of(_LOSS),
-        "eval_loss": _list_of(_list_of(_LOSS, minItems=2, maxItems=2)),
-        "machine": {
-            "type": "object",
-            "required": ["hardware", "versions"],
-            "properties": _typed(hardware="object", versions="object"),
-        },
-    },
-}
-SCHEMA = {
-    "type": "object",
-    "required": [
-        *("schema", "name", "command", "created", "hardware", "versions", "data"),
-        *("seconds", "runs", "summary"),
-    ],
-    "additionalProperties": False,
-    "properties": {
-        **_typed(name="string", command="string", hardware="object"),
-        **_typed(versions="object", seconds="number", summary="object"),
-        "schema": {"const": 1},
-        "created": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
-        "data": {
-            "type": "object",
-            "required": ["name", "sha256"],
-            "properties": _typed(name="string", sha256="string"),
-        },
-        "runs": _list_of(_RUN, minItems=1),
-    },
-}
+SCHEMA = json.loads(Path(__file__).with_name("record_schema.json").read_text("utf-8"))
 
 
 def validate_record(record: Any) -> None:
-    """Check a record against `SCHEMA`, and what a schema cannot say.
-
-    Raises:
-        RecordError: where in the record, and what was expected there.
-    """
+    """Check a record against `SCHEMA`, and what a schema cannot say; or RecordError."""
     from jsonschema import Draft202012Validator
 
     name = record.get("name", "a record") if isinstance(record, dict) else "a record"
-    for error in Draft202012Validator(SCHEMA).iter_errors(record):
+    formats = Draft202012Validator.FORMAT_CHECKER
+    validator = Draft202012Validator(SCHEMA, format_checker=formats)
+    for error in validator.iter_errors(record):
         raise RecordError(f"{name}: {error.json_path}: {error.message}"[:500])
-    try:
-        datetime.date.fromisoformat(record["created"])
-    except ValueError:
-        raise RecordError(f"{name}: created {record['created']!r} is no date") from None
     for position, run in enumerate(record["runs"]):
         texts = ("predictions", "references", "slices")
         lengths = {key: len(run[key]) for key in texts if key in run}
@@ -104,19 +50,13 @@ def validate_record(record: Any) -> None:
 def save_record(name: str, record: Mapping[str, Any]) -> Path:
     """Compute metrics and summary, validate, and write a record in one stroke.
 
-    A reader sees the old file or the new one, never half of one.
-
-    Args:
-        name: `<NN>_<what>`, the file's name without `.json`.
-        record: all fields but `schema`, `name` and `summary`, which are set here;
-            `created` defaults to today. Each run's `metrics`, values or mere names,
-            are computed again. Losses that are not finite become null.
+    A reader sees the old file or the new one, never half of one. Each run's `metrics`,
+    values or mere names, are computed again; what is not finite becomes null.
 
     Raises:
         RecordError: as in `validate_record` and `recompute`.
     """
-    today = datetime.date.today().isoformat()
-    top = {"schema": 1, "name": name, "created": today}  # their order in the file
+    top = {"schema": 1, "name": name, "created": f"{datetime.date.today()}"}
     record = top | dict(record) | {"schema": 1, "name": name, "summary": {}}
     runs = [dict(run) for run in record.get("runs", [])]
     for run in runs:
@@ -147,8 +87,7 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    bad = isinstance(value, float) and not math.isfinite(value)
-    return None if bad else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_text(record: dict[str, Any]) -> str:
@@ -174,9 +113,8 @@ def _of_answers(score: Callable[..., Any], *more: Any, part: str = "") -> Metric
 
     def compute(run: Mapping[str, Any]) -> Any:
         answers = run["measured"][part] if part else run
-        given = [answers[name] for name in ("predictions", "references")]
-        slices = [answers["slices"]] if score is scoring.by_slice else []
-        return score(*given, *slices, *more)
+        names = ["predictions", "references"] + ["slices"] * (score is scoring.by_slice)
+        return score(*(answers[name] for name in names), *more)
 
     return compute
 
@@ -194,10 +132,13 @@ def _of_texts(function: Callable[..., float]) -> Metric:
 
 def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
     """Standard error of Σ sums / Σ counts, taking the texts as drawn at random."""
-    mean = math.fsum(sums) / sum(counts)
-    left = [s - mean * c for s, c in zip(sums, counts, strict=True)]
-    n = len(left)
-    return math.sqrt(n / (n - 1) * math.fsum(x * x for x in left)) / sum(counts)
+    mean, n = math.fsum(sums) / sum(counts), len(sums)
+    squares = [(s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True)]
+    return math.sqrt(n / (n - 1) * math.fsum(squares)) / sum(counts)
+
+
+def _weight_error(m: Mapping[str, Any]) -> float:
+    return math.sqrt(math.fsum(m["squared_error"]) / math.fsum(m["squared_norm"]))
 
 
 def _last_known(values: Iterable[float | None]) -> float | None:
@@ -224,11 +165,7 @@ METRICS: dict[str, Metric] = {
     "validation_exact_match": _of_answers(scoring.exact_match, part="validation"),
     "also_test_exact_match": _of_answers(scoring.exact_match, part="also_test"),
     "also_test_by_slice": _of_answers(scoring.by_slice, part="also_test"),
-    "weight_error": _measured(
-        lambda m: math.sqrt(
-            math.fsum(m["squared_error"]) / math.fsum(m["squared_norm"])
-        )
-    ),
+    "weight_error": _measured(_weight_error),
     # Nats a token.
     "kl": _of_texts(lambda kl, n, *_: math.fsum(kl) / sum(n)),
     "kl_standard_error": _of_texts(lambda kl, n, *_: _ratio_error(kl, n)),
@@ -254,13 +191,7 @@ _summaries: dict[str, Summary] = {}
 
 
 def summary_of(name: str) -> Callable[[Summary], Summary]:
-    """Decorator: the function computes the summary of the record `name` from its runs.
-
-    Raises:
-        ValueError: the record has a summary function already.
-    """
-    if name in _summaries:
-        raise ValueError(f"the record {name!r} has a summary already")
+    """Decorator: the function computes a record's summary from its runs."""
 
     def register(function: Summary) -> Summary:
         _summaries[name] = function
@@ -274,8 +205,8 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
     """How near predictions came, over all cases and by label; failures in words."""
     cases = {run["label"]: run for run in runs if run["metrics"]}
     measured = {label: run["measured"] for label, run in cases.items()}
+    every = {run["label"]: run["measured"] for run in runs}
     off = [abs(run["metrics"]["memory_ratio"] - 1) for run in cases.values()]
-    failed = {run["label"]: run["measured"].get("failed") for run in runs}
     summary: dict[str, Any] = {
         "cases": len(runs),
         "measured": len(cases),
@@ -283,8 +214,8 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
         "within_10_percent": sum(error <= 0.1 for error in off),
         "mean_error": _mean(off) if off else None,
         "greatest_error": max(off, default=None),
-        "failed": {label: words for label, words in failed.items() if words},
-        "did_not_fit": [r["label"] for r in runs if "did_not_fit" in r["measured"]],
+        "failed": {name: m["failed"] for name, m in every.items() if "failed" in m},
+        "did_not_fit": [name for name, m in every.items() if "did_not_fit" in m],
     }
     for key in ("predicted_bytes", "peak_bytes", "kept_bytes", "workspace_bytes"):
         summary[key] = {label: m[key] for label, m in measured.items() if key in m}
@@ -300,20 +231,14 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
 
 
 def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
-    """{metric: {label: mean over the seeds}}, `metric_min` and `metric_max` alike.
-
-    Of a metric by slice, the mean of each slice; beside the metrics `seeds` (how many),
-    `seconds` (mean) and `trainable_parameters`.
-    """
+    """{metric: {label: mean over the seeds}}, `metric_min` and `metric_max` alike."""
     grouped: dict[str, list[dict]] = {}
     for run in runs:
         grouped.setdefault(run["label"], []).append(run)
     summary: dict[str, dict[str, Any]] = {}
     for label, group in grouped.items():
-        figures = {
-            "seeds": len(group),
-            "seconds": _mean([run["seconds"] for run in group]),
-        }
+        seconds = _mean([run["seconds"] for run in group])
+        figures: dict[str, Any] = {"seeds": len(group), "seconds": seconds}
         if "trainable_parameters" in group[0]:
             figures["trainable_parameters"] = group[0]["trainable_parameters"]
         for key, first in group[0]["metrics"].items():
@@ -338,9 +263,7 @@ def _mean(values: Sequence[float]) -> float:
 def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
     """Compute each run's metrics, and the record's summary, again, in a copy.
 
-    `metrics` of a run says which metrics it has; the summary is that of the function
-    given to `summary_of`, else `default_summary`. The copy equals the record if nobody
-    edited it.
+    The copy equals the record if nobody edited it.
 
     Raises:
         RecordError: a metric has no function, or lacks what it is computed from.
@@ -364,30 +287,31 @@ def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(record: Mapping[str, Any]) -> list[str]:
     """Say where a record differs from what its own data give; empty if nowhere."""
-    return list(_differ(dict(record), recompute(record), ""))
+    stored, computed = (dict(_values(r)) for r in (dict(record), recompute(record)))
+    said = []
+    for path in dict.fromkeys([*stored, *computed]):
+        if path not in stored:
+            said.append(f"{path}: not stored")
+        elif path not in computed:
+            said.append(f"{path}: not computed")
+        elif not _same(stored[path], computed[path]):
+            said.append(f"{path}: {stored[path]!r} stored, {computed[path]!r} computed")
+    return said
 
 
-def _differ(stored: Any, computed: Any, path: str) -> Iterator[str]:
-    if isinstance(stored, dict) and isinstance(computed, dict):
-        for key in dict.fromkeys([*stored, *computed]):
-            inner = f"{path}.{key}" if path else str(key)
-            if key not in stored:
-                yield f"{inner}: not stored"
-            elif key not in computed:
-                yield f"{inner}: not computed"
-            else:
-                yield from _differ(stored[key], computed[key], inner)
-    elif isinstance(stored, list) and isinstance(computed, list):
-        if len(stored) != len(computed):
-            yield f"{path}: {len(stored)} items stored, {len(computed)} computed"
-            return
-        for position, pair in enumerate(zip(stored, computed, strict=True)):
-            yield from _differ(*pair, f"{path}[{position}]")
-    elif isinstance(stored, float) and isinstance(computed, int | float):
-        if not math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-12):
-            yield f"{path}: {stored} stored, {computed} computed"
-    elif stored != computed:
-        yield f"{path}: {stored!r} stored, {computed!r} computed"
+def _values(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each number and text in it, with the keys that lead there."""
+    if not value or not isinstance(value, dict | list):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _values(item, f"{path}.{key}" if path else str(key))
+
+
+def _same(stored: Any, computed: Any) -> bool:
+    if isinstance(stored, float) and isinstance(computed, int | float):
+        return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-12)
+    return stored == computed
 
 
 # --- the machine -------------------------------------------------------------------
@@ -397,7 +321,7 @@ def hardware() -> dict[str, Any]:
     """Describe this machine: processor, cores, memory in GiB, card if any."""
     import torch
 
-    described = {
+    described: dict[str, Any] = {
         "system": platform.system(),
         "processor": _processor_name(),
         "cores": os.cpu_count(),
@@ -413,10 +337,8 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor_name() -> str:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()

@@ -1,6 +1,4 @@
-"""The recorded runs of the lessons: `python -m maintenance.runs 02`.
-
-    python -m maintenance.runs 02 --only learning_rates
+"""The recorded runs of the lessons: `python -m maintenance.runs 02 [--only rates]`.
 
 A run is saved as soon as it is finished, and not repeated: stop when you like, and
 start again; a long run goes on from its last checkpoint. Data sets freeze when first
@@ -49,24 +47,14 @@ def record_family(
     """Run what is not recorded yet, and save the record after each run.
 
     A record that was begun on another machine, or with other versions, keeps those;
-    each new run then says where it was made.
-
-    Args:
-        name: the record's name.
-        experiments: its runs, all on the same data set.
-        command: what makes the record, for readers.
-        run, say: for tests: what makes a run, where progress goes.
-
-    Returns:
-        How many runs were made.
+    each new run then says where it was made. Returns how many runs were made.
 
     Raises:
-        ValueError: the data set has changed since the record was begun, or the
-            experiments are on several data sets.
+        ValueError: another data set than the record was begun on, or several.
     """
     source = _source(name, experiments)
-    recorded, machine = [], {"hardware": hardware(), "versions": versions()}
-    begun_on = machine
+    machine = {"hardware": hardware(), "versions": versions()}
+    recorded, begun_on = [], machine
     if name in records.list_records():
         record = records.load_record(name)
         if record["data"] != source:
@@ -76,7 +64,7 @@ def record_family(
             )
         recorded, begun_on = record["runs"], {key: record[key] for key in machine}
     runs = [_find(recorded, experiment) for experiment in experiments]
-    left = [place for place, known in enumerate(runs) if known is None]
+    left = [place for place, made in enumerate(runs) if made is None]
     say(f"{name}: {len(runs) - len(left)} of {len(runs)} runs are there")
     for place in left:
         experiment = experiments[place]
@@ -85,9 +73,9 @@ def record_family(
         runs[place] = run(experiment)
         if machine != begun_on:
             runs[place]["machine"] = machine
-        finished = [known for known in runs if known]
+        finished = [made for made in runs if made]
         record = {"command": command, **begun_on, "data": source, "runs": finished}
-        seconds = sum(known["seconds"] for known in finished)
+        seconds = sum(made["seconds"] for made in finished)
         save_record(name, record | {"seconds": seconds})
     return len(left)
 
@@ -96,10 +84,7 @@ def _source(name: str, experiments: Sequence[Any]) -> dict[str, Any]:
     """The data sets of a family, with their hashes, as a record holds them."""
     sets = {(e.data, getattr(e, "also", None)) for e in experiments}
     if len(sets) != 1:
-        raise ValueError(
-            f"{name}: one data set a record, not {sorted(sets, key=str)}; make a "
-            "family of each"
-        )
+        raise ValueError(f"{name}: one data set a record, not {sorted(sets, key=str)}")
     data, also = sets.pop()
     source = {"name": data, "sha256": data_hash(data)}
     if also:
@@ -113,32 +98,23 @@ def _find(recorded: Sequence[dict], experiment: Any) -> dict | None:
     return next(same, None)
 
 
-def record_lesson(lesson: str, only: str | None = None) -> None:
-    """Record a lesson's families, again while what was recorded asks for more runs.
-
-    `only` chooses those whose name contains it.
-    """
-    for name, family in LESSON_RUNS[lesson].items():
-        made = not only or only in name
-        while made:
-            experiments = family() if callable(family) else family
-            print(f"{name}: {len(experiments)} runs in all")
-            command = f"make runs LESSON={lesson}"
-            try:
-                made = record_family(name, experiments, command=command)
-            except NoCard as reason:
-                print(f"{name}: {reason}")
-                made = 0
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module's own text."""
+    """Record lessons' families, again while what was recorded asks for more runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lessons", nargs="+", choices=sorted(LESSON_RUNS))
-    parser.add_argument("--only", help="families whose name contains this")
-    chosen = parser.parse_args(arguments)
-    for lesson in chosen.lessons:
-        record_lesson(lesson, chosen.only)
+    parser.add_argument("--only", default="", help="families whose name contains this")
+    options = parser.parse_args(arguments)
+    for lesson in options.lessons:
+        for name, family in LESSON_RUNS[lesson].items():
+            made = options.only in name
+            while made:
+                experiments = family() if callable(family) else family
+                command = f"make runs LESSON={lesson}"
+                try:
+                    made = record_family(name, experiments, command=command)
+                except NoCard as reason:
+                    print(f"{name}: {reason}")
+                    made = 0
 
 
 if __name__ == "__main__":

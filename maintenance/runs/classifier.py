@@ -23,32 +23,18 @@ from maintenance.store import compute_metrics
 
 @dataclass(frozen=True)
 class ClassifierExperiment:
-    """One training run of the built-in encoder, described completely.
+    """One training run of the built-in encoder, described completely."""
 
-    Attributes:
-        label: what a figure calls it; runs that differ in the seed alone share it.
-        method: `"full"`, `"head"` (encoder frozen, the new head alone), or the fields
-            of a PEFT configuration.
-        learning_rate: at its peak; it falls to 0 along a line.
-        head_rate: that of the head; None means the same.
-        steps, batch_size: optimiser steps, and texts in each.
-        warmup: share of the steps in which the rate rises, 0 to 1.
-        seed: orders the data, initialises head and adapter.
-        eval_every: validation loss every so many steps.
-        start_scale: the random virtual tokens of PEFT, times this.
-        data: name of the data set.
-    """
-
-    label: str
-    method: Any = "full"
-    learning_rate: float = 1e-4
-    head_rate: float | None = None
+    label: str  # runs that differ in the seed alone share it
+    method: Any = "full"  # or "head" (the new head alone), or PEFT's fields
+    learning_rate: float = 1e-4  # at its peak; it falls to 0 along a line
+    head_rate: float | None = None  # None means the same
     steps: int = 60
     batch_size: int = 16
-    warmup: float = 0.1
+    warmup: float = 0.1  # share of the steps in which the rate rises
     seed: int = 0
     eval_every: int = 30
-    start_scale: float = 1.0
+    start_scale: float = 1.0  # of the random virtual tokens of PEFT
     data: str = "reviews"
 
     def settings(self) -> dict[str, Any]:
@@ -65,11 +51,7 @@ class ClassifierExperiment:
 def make_classifier(
     method: Any, num_labels: int, start_scale: float = 1.0
 ) -> tuple[Any, Any]:
-    """The encoder with a fresh head, what the method trains trainable; its tokenizer.
-
-    Raises:
-        ValueError: the method is unknown.
-    """
+    """The encoder with what the method trains trainable, and its tokenizer."""
     model, tokenizer = load_classifier(num_labels=num_labels)
     if isinstance(method, dict):
         from peft import get_peft_config, get_peft_model
@@ -78,8 +60,7 @@ def make_classifier(
         model = get_peft_model(model, config)
         if start_scale != 1:
             model.prompt_encoder["default"].embedding.weight.data *= start_scale
-        return model, tokenizer
-    if method == "head":
+    elif method == "head":
         model.base_model.requires_grad_(False)
     elif method != "full":
         raise ValueError(f"method {method!r}: expected 'full', 'head' or a dict")
@@ -97,17 +78,21 @@ def run_classifier(
     parts = {split: load_examples(experiment.data, split) for split in splits}
     names = label_names(parts["train"])
     set_seed(experiment.seed)
-    model, tokenizer = make_classifier(
-        experiment.method, len(names), experiment.start_scale
-    )
+    method, scale = experiment.method, experiment.start_scale
+    model, tokenizer = make_classifier(method, len(names), scale)
     rows = {s: tokenize_texts(parts[s], tokenizer, names) for s in parts}
     with tempfile.TemporaryDirectory() as folder:
         trainer = _make_trainer(experiment, model, tokenizer, rows, folder)
         if not progress:
             trainer.pop_callback(PlainProgress)
-        run = _train(experiment, trainer)
-    test = parts["test"]
+        clock = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - clock
+        log = trainer.state.log_history  # validations are no training
+        seconds -= sum(entry.get("eval_runtime", 0.0) for entry in log)
+        run = trained_run(experiment, trainer, seconds)
     run["measured"]["adapter_bytes"] = saved_bytes(model)
+    test = parts["test"]
     run["predictions"] = predict(model, tokenizer, test["text"], names)
     run["references"] = [str(label) for label in test["label"]]
     metrics = ["final_loss", "final_eval_loss", "accuracy", "macro_f1"]
@@ -119,11 +104,7 @@ def run_classifier(
 
 
 def _make_trainer(
-    experiment: ClassifierExperiment,
-    model: Any,
-    tokenizer: Any,
-    rows: dict[str, Any],
-    folder: str,
+    experiment: ClassifierExperiment, model: Any, tokenizer: Any, rows: Any, folder: str
 ) -> Any:
     import torch
     from transformers import DataCollatorWithPadding, Trainer
@@ -151,13 +132,3 @@ def _make_trainer(
     )
     prepare_trainer(trainer)
     return trainer
-
-
-def _train(experiment: ClassifierExperiment, trainer: Any) -> dict[str, Any]:
-    """Losses and seconds, of the training without its validations."""
-    clock = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - clock
-    log = trainer.state.log_history
-    seconds -= sum(entry.get("eval_runtime", 0.0) for entry in log)
-    return trained_run(experiment, trainer, seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import json
 import random
 import shutil
 import tempfile
@@ -17,22 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
 from course_utils.data import data_hash, load_examples
 from course_utils.evaluation import answer_share, evaluate, perplexity
 from course_utils.formatting import IGNORE, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.runtime import build_folder, data_folder, get_profile, set_seed
-from course_utils.sweep.experiment import (
-    Experiment,
-    add_test,
-    answers_of,
-    make_model,
-    template_for,
-    to_dtype,
-    train,
-)
+from course_utils.sweep import experiment as sweep
 from course_utils.training import find_checkpoint
-from maintenance.runs.rounding import LoftQ, QPiSSA, set_start
+from maintenance.runs.rounding import LoftQ, QPiSSA, set_start, six_digits
 from maintenance.store import compute_metrics
 
 LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
@@ -44,47 +40,34 @@ ABSENT_WHEN_UNSET = {
 
 
 @dataclass(frozen=True)
-class RecordedExperiment(Experiment):
+class RecordedExperiment(sweep.Experiment):
     """A training that is recorded for a lesson, described completely.
 
-    Attributes:
-        method: besides the sweep's, `"head"` (the output layer alone) and `Rounding`.
-        forgetting: measure the general questions before and after.
-        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        train_examples: train on that many examples only; None takes all.
-        loraplus_ratio: LoRA+'s ratio of the rates of B and A; None for one rate.
-        shuffle_labels: give each prompt another's completion.
-        wrong_mask: learn the prompt in place of the answer.
-        spectra: weights whose change ΔW is taken apart into singular values.
-        start: how adapters on 4-bit weights begin; None begins as PEFT does.
-        validation_answers: answers to validation sentences, which are of the training
-            set's kind, generated and scored too; None for none.
-        keep_adapter: keep the trained adapter in `data/adapters/` under this name.
-        also: a second data set whose training sentences are mixed in; None for none.
-        also_test: another data set whose whole test split is answered too and scored
-            apart; None for none.
+    Its method may also be `"head"` (the output layer alone) or a `Rounding`.
     """
 
-    forgetting: bool = False
-    max_grad_norm: float = 1.0
+    forgetting: bool = False  # measure the general questions before and after
+    max_grad_norm: float = 1.0  # 0 does not clip
     train_examples: int | None = None
-    loraplus_ratio: float | None = None
-    shuffle_labels: bool = False
-    wrong_mask: bool = False
-    spectra: tuple[str, ...] = ()
-    start: LoftQ | QPiSSA | None = None
-    validation_answers: int | None = None
-    keep_adapter: str | None = None
-    also: str | None = None
-    also_test: str | None = None
+    loraplus_ratio: float | None = None  # LoRA+'s ratio of the rates of B and A
+    shuffle_labels: bool = False  # give each prompt another's completion
+    wrong_mask: bool = False  # learn the prompt in place of the answer
+    spectra: tuple[str, ...] = ()  # weights whose change has its singular values kept
+    start: LoftQ | QPiSSA | None = None  # of adapters on 4-bit weights
+    validation_answers: int | None = None  # so many, generated and scored too
+    keep_adapter: str | None = None  # in `data/adapters/`, under this name
+    also: str | None = None  # a second data set, whose training sentences are mixed in
+    also_test: str | None = None  # another data set, whose test is answered in full
 
     def settings(self) -> dict[str, Any]:
         """As a record holds them; a run that is found by them is not made again."""
         values = super().settings() | {"spectra": list(self.spectra)}
         if self.start:
             values["start"] = self.start.stored()
-        unset = {name for name in ABSENT_WHEN_UNSET if values[name] is None}
-        return {key: value for key, value in values.items() if key not in unset}
+        for name in ABSENT_WHEN_UNSET:
+            if values[name] is None:
+                del values[name]
+        return values
 
     def seeds(self, *seeds: int) -> list[RecordedExperiment]:
         """The same experiment with each of these seeds."""
@@ -98,41 +81,55 @@ def run_training(
 
     A run of `LONG_RUN_STEPS` or more keeps a checkpoint under `build/runs/` at each
     validation, until it is finished: called again after a kill, it goes on from there.
-
-    Raises:
-        ValueError: as `make_model`.
     """
     if experiment.steps < LONG_RUN_STEPS or not experiment.eval_every:
         with tempfile.TemporaryDirectory() as folder:
             return _train_and_measure(experiment, Path(folder), progress, "no")
     hashes = [data_hash(name) for name in (experiment.data, experiment.also) if name]
-    identity = (experiment, model_name(experiment.model), hashes)
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    identity = repr((experiment, model_name(experiment.model), hashes))
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = build_folder() / "runs" / key
     run = _train_and_measure(experiment, folder, progress, "steps")
     shutil.rmtree(folder, ignore_errors=True)  # the run itself is whole
     return run
 
 
+class ElapsedSeconds(TrainerCallback):
+    """Seconds of a training, all sittings, in the log that its checkpoints keep."""
+
+    def __init__(self, before_s: float = 0.0) -> None:
+        self.before_s = before_s
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock = time.perf_counter() - self.before_s
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history[-1]["elapsed_s"] = time.perf_counter() - self._clock
+
+
+def elapsed_seconds(checkpoint: str) -> float:
+    """Seconds of training that led to a checkpoint, as `ElapsedSeconds` logged them."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return max(entry.get("elapsed_s", 0.0) for entry in state["log_history"])
+
+
 def _train_and_measure(
     experiment: RecordedExperiment, folder: Path, progress: bool, save: str
 ) -> dict[str, Any]:
     """The run itself; `save="steps"` keeps checkpoints, and goes on from the last."""
-    from maintenance.runs.costs import ElapsedSeconds, elapsed_seconds
-
     begun = time.perf_counter()
     set_seed(experiment.seed)
     model = make_recorded_model(experiment)
     before = {name: weight_of(model, name).clone() for name in experiment.spectra}
     checkpoint = find_checkpoint(folder)
     before_s = elapsed_seconds(checkpoint) if checkpoint else 0.0
-    run = train(
+    run = sweep.train(
         experiment,
         model,
         make_recorded_rows(experiment),
         folder,
         progress=progress,
-        optimizer=_loraplus(model, experiment),
+        optimizer=_loraplus(model, experiment) if experiment.loraplus_ratio else None,
         callbacks=[ElapsedSeconds(before_s)],
         resume_from=checkpoint,
         before_s=before_s,
@@ -140,59 +137,61 @@ def _train_and_measure(
         save_strategy=save,
         save_steps=experiment.eval_every or 1,
     )
-    _keep(run, experiment, model, before)
+    if experiment.keep_adapter:
+        folder = data_folder() / "adapters" / experiment.keep_adapter
+        size = keep_adapter(model, folder, model_name(experiment.model))
+        run["measured"]["adapter_bytes"] = size
+    for name, old in before.items():
+        values = singular_values(weight_of(model, name) - old)
+        run["measured"].setdefault("singular_values", {})[name] = values
     _add_tests(run, experiment, model)
     del model
     gc.collect()
     return run | {"seconds": before_s + time.perf_counter() - begun}
 
 
-def _keep(
-    run: dict[str, Any], experiment: RecordedExperiment, model: Any, before: dict
-) -> None:
-    """Save the adapter, and take apart what training added to the weights `before`."""
-    from maintenance.runs.costs import keep_adapter
-
-    if experiment.keep_adapter:
-        folder = data_folder() / "adapters" / experiment.keep_adapter
-        size = keep_adapter(model, folder, model_name(experiment.model))
-        run["measured"]["adapter_bytes"] = size
-    if before:
-        run["measured"]["singular_values"] = {
-            name: singular_values(weight_of(model, name) - old)
-            for name, old in before.items()
-        }
+def keep_adapter(model: Any, folder: Path, base: str) -> int:
+    """Save a PEFT model's adapter without this machine's paths, and count its bytes."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    if "prompt_tuning_init" in config:  # how it began is in the record
+        config["prompt_tuning_init"] = "RANDOM"
+        config["prompt_tuning_init_text"] = config["tokenizer_name_or_path"] = None
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _add_tests(run: dict[str, Any], experiment: RecordedExperiment, model: Any) -> None:
     """Put answers to all tests into the run, and what the model forgot."""
-    to_dtype(model, get_profile().dtype)
+    sweep.to_dtype(model, get_profile().dtype)
     if experiment.test_examples != 0:
-        add_test(run, experiment, model)
+        sweep.add_test(run, experiment, model)
     tokenizer, names = load_tokenizer(experiment.model), []
-    template = template_for(tokenizer)
+    template = sweep.template_for(tokenizer)
     if experiment.forgetting:
         before, after = _untuned(experiment.model), _general(model, tokenizer)
         run["measured"]["general_questions"] = {"before": before, "after": after}
     if experiment.also_test:
         test = load_examples(experiment.also_test, "test")
-        answers = answers_of(evaluate(model, tokenizer, test, template=template))
+        answers = sweep.answers_of(evaluate(model, tokenizer, test, template=template))
         sha256 = data_hash(experiment.also_test)
         run["measured"]["also_test"] = {"sha256": sha256, **answers}
         names += ["also_test_exact_match", "also_test_by_slice"]
     if limit := experiment.validation_answers:
         test = load_examples(experiment.data, "validation")
         scored = evaluate(model, tokenizer, test, template=template, limit=limit)
-        answers = answers_of(scored)
-        answers.pop("slices", None)
-        run["measured"]["validation"] = answers
+        run["measured"]["validation"] = sweep.answers_of(scored)
+        run["measured"]["validation"].pop("slices", None)
         names.append("validation_exact_match")
     run["metrics"] |= compute_metrics(run, names)
 
 
 def _general(model: Any, tokenizer: Any) -> dict[str, float]:
     questions = load_examples("general_questions", "test")
-    template = template_for(tokenizer)
+    template = sweep.template_for(tokenizer)
     loss = perplexity(model, tokenizer, questions, template=template).loss
     answered = answer_share(model, tokenizer, questions, template=template)
     return {"loss": loss, "answer_share": answered.share}
@@ -204,19 +203,13 @@ def _untuned(name: str | None) -> dict[str, float]:
 
 
 def make_recorded_model(experiment: RecordedExperiment) -> Any:
-    """As `make_model`, with the head alone, and starts on 4-bit weights.
-
-    Raises:
-        ValueError: as `make_model`.
-    """
-    import torch
-
+    """As `make_model`, with the head alone, and starts on 4-bit weights."""
     if experiment.method == "head":
-        model = make_model(replace(experiment, method="full"))
+        model = sweep.make_model(replace(experiment, method="full"))
         model.requires_grad_(False)
         model.get_output_embeddings().requires_grad_(True)
         return model
-    model = make_model(experiment)
+    model = sweep.make_model(experiment)
     if experiment.start:
         originals = load_model(experiment.model, dtype=torch.float32).state_dict()
         set_start(model, originals, experiment.start)
@@ -226,16 +219,15 @@ def make_recorded_model(experiment: RecordedExperiment) -> Any:
 def make_recorded_rows(experiment: RecordedExperiment) -> list[dict[str, Any]]:
     """Tokenized training records, spoiled where the experiment says so."""
     tokenizer = load_tokenizer(experiment.model)
-    limit, seed = experiment.train_examples, experiment.seed
-    rows = list(load_examples(experiment.data, limit=limit, seed=seed))
-    if experiment.also:
-        rows += list(load_examples(experiment.also, limit=limit, seed=seed))
+    limit, seed, rows = experiment.train_examples, experiment.seed, []
+    for name in filter(None, (experiment.data, experiment.also)):
+        rows += load_examples(name, limit=limit, seed=seed)
     if experiment.shuffle_labels:
         completions = [row["completion"] for row in rows]
         random.Random(seed).shuffle(completions)
         pairs = zip(rows, completions, strict=True)
         rows = [row | {"completion": other} for row, other in pairs]
-    template = template_for(tokenizer)
+    template = sweep.template_for(tokenizer)
     tokenized = list(tokenize_dataset(rows, tokenizer, template=template))
     if experiment.wrong_mask:
         for row in tokenized:
@@ -252,22 +244,13 @@ def weight_of(model: Any, name: str) -> Any:
 
 def singular_values(matrix: Any) -> list[float]:
     """Of a (rows, columns) matrix, from the greatest down, to six digits."""
-    import torch
-
     values = torch.linalg.svdvals(matrix.float().cpu())  # MPS has none
-    return [float(f"{value:.6g}") for value in values.tolist()]
+    return [six_digits(value) for value in values]
 
 
 def _loraplus(model: Any, experiment: RecordedExperiment) -> Any:
-    if experiment.loraplus_ratio is None:
-        return None
-    import torch
     from peft.optimizers import create_loraplus_optimizer
 
-    return create_loraplus_optimizer(
-        model,
-        torch.optim.AdamW,
-        lr=experiment.learning_rate,
-        loraplus_lr_ratio=experiment.loraplus_ratio,
-        fused=True,
-    )
+    rates = {"lr": experiment.learning_rate}
+    rates |= {"loraplus_lr_ratio": experiment.loraplus_ratio}
+    return create_loraplus_optimizer(model, torch.optim.AdamW, fused=True, **rates)

@@ -1,9 +1,7 @@
 """Rounding to 4 or 8 bits, adapters that start from what it loses, and what both do.
 
-`run_rounding` replaces each linear weight of a model's layers by its rounded self, and
-compares the model with the original on two sets of texts. Lesson 7 builds the rounding
-in its cells; bitsandbytes rounds near ties, and one scale in some hundreds, to the
-other neighbour, so recorded numbers need this arithmetic.
+Lesson 7 builds the rounding in its cells; bitsandbytes rounds near ties, and one scale
+in some hundreds, to the other neighbour, so recorded numbers need this arithmetic.
 
 NF4 and double quantization: QLoRA, Dettmers and others, 2023, arXiv 2305.14314,
 section 3 and appendix E. LoftQ: Li and others, 2023, arXiv 2310.08659, algorithm 1.
@@ -18,7 +16,9 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from course_utils.data import load_examples
 from course_utils.evaluation import stratified
@@ -28,13 +28,8 @@ from course_utils.runtime import set_seed
 from course_utils.sweep.experiment import new_run
 from maintenance.store import compute_metrics
 
-if TYPE_CHECKING:
-    import torch
-
-    from maintenance.runs.experiment import RecordedExperiment
-
-    Arithmetic = Callable[[torch.Tensor], torch.Tensor]
-    Start = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Arithmetic = Callable[[torch.Tensor], torch.Tensor]
+Start = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 ALPHA = 16  # cancels out: an adapter's start does not depend on it
 
@@ -43,16 +38,7 @@ ALPHA = 16  # cancels out: an adapter's start does not depend on it
 
 
 def levels_of(kind: str) -> torch.Tensor:
-    """The rising levels from -1 to 1 of `"int8"`, `"int4"`, `"fp4"` or `"nf4"`.
-
-    Raises:
-        ValueError: an unknown kind.
-
-    >>> levels_of("int4").mul(7).int().tolist()[:3], len(levels_of("nf4"))
-    ([-7, -6, -5], 16)
-    """
-    import torch
-
+    """The rising levels from -1 to 1 of `"int8"`, `"int4"`, `"fp4"` or `"nf4"`."""
     if kind in ("int8", "int4"):
         top = 2 ** (int(kind[3:]) - 1) - 1
         return torch.arange(-top, top + 1) / top
@@ -76,17 +62,9 @@ def round_blocks(
 ) -> torch.Tensor:
     """Round each element to the nearest level times its block's largest absolute value.
 
-    Args:
-        weight: any shape; the number of its elements is a multiple of `block`.
-        levels: rising values from -1 to 1.
-        block: elements that share a scale.
-        scale_rounding: what happens to the scales (blocks,); None keeps them exact.
-
-    Returns:
-        The rounded weight, in float32 and the same shape.
+    `block` elements share a scale; `scale_rounding` takes and gives scales (blocks,).
+    The rounded weight is in float32 and has the same shape.
     """
-    import torch
-
     blocks = weight.float().reshape(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
@@ -121,54 +99,16 @@ def low_rank(
     By a randomised SVD with 16 rounds; of the exact one's share of the squared sum it
     finds all but some thousandths.
     """
-    import torch
-
     q = min(2 * r, *matrix.shape)
     U, S, V = torch.svd_lowrank(matrix.float(), q, niter=16)
     root = (S[:r] * r / alpha).sqrt()
     return root[:, None] * V[:, :r].T, U[:, :r] * root
 
 
-def qpissa_init(
-    weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic
-) -> Start:
-    """QPiSSA: the principal part is the adapter, what is left is rounded.
-
-    Returns:
-        `A` (r, in), `B` (out, r) and the rounded residual (out, in), in float32.
-    """
-    A, B = low_rank(weight, r, alpha)
-    return A, B, rounding(weight - alpha / r * B @ A)
-
-
-def loftq_init(
-    weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic, rounds: int = 1
-) -> Start:
-    """LoftQ: round, then put the best part of the error into the adapter, in turn.
-
-    Arguments and result are those of `qpissa_init`; with one of the `rounds` the
-    rounded weight is plain 4-bit.
-    """
-    import torch
-
-    update = torch.zeros_like(weight)
-    for _ in range(rounds):
-        rounded = rounding(weight - update)
-        A, B = low_rank(weight - rounded, r, alpha)
-        update = alpha / r * B @ A
-    return A, B, rounded
-
-
 def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> int:
-    """Give LoRA layers on bitsandbytes' 4-bit layers another start, in place.
+    """Give LoRA layers on bitsandbytes' 4-bit layers another start; say how many.
 
-    Args:
-        model: a `PeftModel`.
-        originals: the weights before quantization, by the base model's names.
-        start: `qpissa_init`, or `loftq_init`, or another function of the same kind.
-
-    Returns:
-        How many layers were changed.
+    `originals` are the weights before quantization, by the base model's names.
     """
     from bitsandbytes.nn import Params4bit
 
@@ -180,17 +120,13 @@ def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> 
         kind, double = old.quant_type, old.compress_statistics
         rounding = functools.partial(round_4bit, kind=kind, double_quant=double)
         (adapter,) = layer.active_adapters
-        r, scaling = layer.r[adapter], layer.scaling[adapter]
-        original = originals[f"{name}.weight"].cpu()  # where the levels are
-        A, B, rounded = start(original, r, scaling * r, rounding)
+        r, original = layer.r[adapter], originals[f"{name}.weight"].cpu()
+        A, B, rounded = start(original, r, layer.scaling[adapter] * r, rounding)
         layer.lora_A[adapter].weight.data.copy_(A)
         layer.lora_B[adapter].weight.data.copy_(B)
-        new = Params4bit(
-            rounded.to(old.quant_state.dtype),
-            requires_grad=False,
-            compress_statistics=double,
-            quant_type=kind,
-        )
+        options = {"compress_statistics": double, "quant_type": kind}
+        rounded = rounded.to(old.quant_state.dtype)
+        new = Params4bit(rounded, requires_grad=False, **options)
         layer.base_layer.weight = new.to(old.device)
         changed += 1
     return changed
@@ -201,57 +137,52 @@ def set_start(model: Any, originals: Mapping[str, torch.Tensor], start: Any) -> 
 
 @dataclass(frozen=True)
 class LoftQ:
-    """Adapters on 4-bit weights start as LoftQ's, after so many rounds."""
+    """LoftQ: round, then put the best part of the error into the adapter, in turn.
+
+    After one round the rounded weight is plain 4-bit.
+    """
 
     rounds: int = 1
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"{self}: expected 1 or more rounds")
 
     def stored(self) -> str:
         """As a record names it."""
         return f"loftq:{self.rounds}"
 
-    def __call__(self, weight: Any, r: int, alpha: float, rounding: Any) -> Any:
-        """As `loftq_init`."""
-        return loftq_init(weight, r, alpha, rounding, rounds=self.rounds)
+    def __call__(
+        self, weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic
+    ) -> Start:
+        """In float32 `A` (r, in), `B` (out, r) and the rounded weight (out, in)."""
+        update = torch.zeros_like(weight)
+        for _ in range(self.rounds):
+            rounded = rounding(weight - update)
+            A, B = low_rank(weight - rounded, r, alpha)
+            update = alpha / r * B @ A
+        return A, B, rounded
 
 
 @dataclass(frozen=True)
 class QPiSSA:
-    """Adapters on 4-bit weights start at the principal part; the rest is rounded."""
+    """QPiSSA: the principal part is the adapter, what is left is rounded."""
 
     def stored(self) -> str:
         """As a record names it."""
         return "qpissa"
 
-    def __call__(self, weight: Any, r: int, alpha: float, rounding: Any) -> Any:
-        """As `qpissa_init`."""
-        return qpissa_init(weight, r, alpha, rounding)
+    def __call__(
+        self, weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic
+    ) -> Start:
+        """As `LoftQ`'s."""
+        A, B = low_rank(weight, r, alpha)
+        return A, B, rounding(weight - alpha / r * B @ A)
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """No training: each linear weight takes a trip through few bits.
+    """No training: each linear weight takes a trip through few bits."""
 
-    Attributes:
-        levels: `"int8"` (a row shares a scale), or `"int4"`, `"fp4"`, `"nf4"` in blocks
-            of 64.
-        double_quant: the scales of blocks are rounded too.
-        rank: of the adapter, where an experiment has a start.
-    """
-
-    levels: str
-    double_quant: bool = False
-    rank: int | None = None
-
-    def __post_init__(self) -> None:
-        by_blocks = self.levels in ("int4", "fp4", "nf4")
-        if not by_blocks and (self.levels != "int8" or self.double_quant):
-            raise ValueError(
-                f"{self}: expected int8 without double quantization, int4, fp4 or nf4"
-            )
+    levels: str  # "int8" (a row shares a scale); "int4", "fp4", "nf4" in blocks of 64
+    double_quant: bool = False  # the scales of blocks are rounded too
+    rank: int | None = None  # of the adapter, where an experiment has a start
 
     def stored(self, model: str | None) -> str:
         """As a record names it."""
@@ -279,16 +210,12 @@ def rounded_weight(
     return rounded + ALPHA / r * B @ A
 
 
-def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
-    """Measure an experiment whose method is a `Rounding`, as a run that records hold.
+def run_rounding(experiment: Any) -> dict[str, Any]:
+    """A `RecordedExperiment` of a `Rounding`: its model compared with the original one.
 
-    Errors of weights, by matrix; and by text, over the tokens after what all texts
-    begin with (the template's system turn): the Kullback-Leibler divergence
-    KL(original || rounded) in nats, and the loss of both. `eval_examples` validation
-    records are one set of texts, the general questions with their answers the other.
+    By matrix the squared errors; by text, over the tokens after what all texts begin
+    with (the template's system turn), KL(original || rounded) in nats, and both losses.
     """
-    import torch
-
     begun = time.perf_counter()
     set_seed(experiment.seed)
     model = load_model(experiment.model, dtype=torch.float32)
@@ -298,8 +225,8 @@ def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
             if isinstance(module, torch.nn.Linear) and "layers." in name:
                 old = module.weight.cpu()
                 new = rounded_weight(old, experiment.method, experiment.start)
-                errors.append(_digits((new - old).square().sum()))
-                norms.append(_digits(old.square().sum()))
+                errors.append(six_digits((new - old).square().sum()))
+                norms.append(six_digits(old.square().sum()))
                 module.weight.copy_(new)
     measured: dict[str, Any] = {"squared_error": errors, "squared_norm": norms}
     key = experiment.model, experiment.data, experiment.eval_examples
@@ -313,7 +240,7 @@ def run_rounding(experiment: RecordedExperiment) -> dict[str, Any]:
     return run | {"seconds": time.perf_counter() - begun}
 
 
-@functools.cache
+@functools.cache  # for all runs of a family
 def _batches(model: str | None, data: str, count: int) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(model)
     collate = CompletionCollator(tokenizer)
@@ -337,25 +264,18 @@ def _batches(model: str | None, data: str, count: int) -> list[dict[str, Any]]:
 
 def _log_probabilities(model: Any, batch: dict[str, Any]) -> Any:
     """Of the next token, at each position that counts: (n, V)."""
-    import torch
-
-    device = model.device
+    names = ("input_ids", "attention_mask", "counted")
+    ids, mask, counted = (batch[name].to(model.device) for name in names)
     with torch.no_grad():
-        logits = model(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-        ).logits[:, :-1]
-        return logits[batch["counted"].to(device)].log_softmax(-1)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        return logits[counted].log_softmax(-1)
 
 
 @functools.cache
 def _original(model: str | None, data: str, count: int) -> list[Any]:
     """The original model's answers, once for all runs of a family (about 1 GB)."""
-    import torch
-
     original = load_model(model, dtype=torch.float32)
-    batches = _batches(model, data, count)
-    return [_log_probabilities(original, batch) for batch in batches]
+    return [_log_probabilities(original, b) for b in _batches(model, data, count)]
 
 
 def _compare(p: Any, q: Any, batch: dict[str, Any]) -> dict[str, list[float]]:
@@ -369,11 +289,11 @@ def _compare(p: Any, q: Any, batch: dict[str, Any]) -> dict[str, list[float]]:
         "loss_after": -q.gather(1, token)[:, 0],
     }
     sums = {
-        what: [_digits(part.sum()) for part in values.split(counts)]
-        for what, values in by_token.items()
+        name: [six_digits(part.sum()) for part in values.split(counts)]
+        for name, values in by_token.items()
     }
     return sums | {"tokens": counts}
 
 
-def _digits(value: Any) -> float:
+def six_digits(value: Any) -> float:
     return float(f"{float(value):.6g}")

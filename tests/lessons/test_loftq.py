@@ -9,22 +9,18 @@ from cells import cells
 from peft import LoraConfig, get_peft_model
 from small_models import random_llama
 
-from maintenance.runs import rounding as rounding_starts
-from maintenance.runs.rounding import round_4bit, set_start
+from maintenance.runs.rounding import LoftQ, QPiSSA, round_4bit, set_start
 
 lesson = cells("07_qlora", "imports", "loftq", "rounding")
 low_rank, loftq_init = lesson.low_rank, lesson.loftq_init
 
 
-def starts(home):
-    return {
-        "qpissa": home.qpissa_init,
-        "loftq": home.loftq_init,
-        "loftq, 5 rounds": functools.partial(home.loftq_init, rounds=5),
-    }
-
-
-STARTS, RECORDED = starts(lesson), starts(rounding_starts)
+STARTS = {
+    "qpissa": lesson.qpissa_init,
+    "loftq": loftq_init,
+    "loftq, 5 rounds": functools.partial(loftq_init, rounds=5),
+}
+RECORDED = {"qpissa": QPiSSA(), "loftq": LoftQ(), "loftq, 5 rounds": LoftQ(5)}
 
 
 def weight_of(shape=(96, 64)):

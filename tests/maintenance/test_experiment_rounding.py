@@ -83,14 +83,6 @@ def test_kl_and_loss_are_those_of_the_definition(small):
     assert run["measured"]["tokens"]["home_commands"][0] == n - shared
 
 
-def test_what_there_is_not_is_refused():
-    for levels, double in (("nf3", False), ("nf4+dq", False), ("int8", True)):
-        with pytest.raises(ValueError, match="expected int8"):
-            Rounding(levels, double)
-    with pytest.raises(ValueError, match="1 or more rounds"):
-        LoftQ(0)
-
-
 def test_the_scale_of_an_adapter_does_not_matter():
     weight = torch.randn(64, 64)
     found = rounded_weight(weight, Rounding("nf4", rank=4), QPiSSA())

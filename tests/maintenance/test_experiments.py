@@ -13,7 +13,6 @@ from course_utils.runtime import Profile
 from course_utils.sweep import experiment as sweep_runs
 from course_utils.sweep.experiment import LastLayers, Prompting
 from maintenance.runs import __main__ as command
-from maintenance.runs import costs
 from maintenance.runs import experiment as runs
 from maintenance.runs.__main__ import record_family
 from maintenance.runs.experiment import (
@@ -172,7 +171,7 @@ def test_a_long_run_that_is_stopped_goes_on(small, monkeypatch, tmp_path, capsys
     whole = run_training(long, progress=False)
     assert not list((tmp_path / "runs").iterdir())
 
-    log = costs.ElapsedSeconds.on_log
+    log = runs.ElapsedSeconds.on_log
 
     def stop_in_step_5(self, args, state, control, **more):
         log(self, args, state, control, **more)
@@ -181,7 +180,7 @@ def test_a_long_run_that_is_stopped_goes_on(small, monkeypatch, tmp_path, capsys
             raise KeyboardInterrupt
 
     with monkeypatch.context() as during:
-        during.setattr(costs.ElapsedSeconds, "on_log", stop_in_step_5)
+        during.setattr(runs.ElapsedSeconds, "on_log", stop_in_step_5)
         with pytest.raises(KeyboardInterrupt):
             run_training(long, progress=False)
     (folder,) = (tmp_path / "runs").iterdir()

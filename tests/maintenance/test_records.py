@@ -111,7 +111,7 @@ def test_a_figure_that_is_dropped_or_added_is_found(folder):
     record["summary"]["speed"] = {"lora": 2}
     assert sorted(differences(record)) == [
         "summary.exact_match.lora: not stored",
-        "summary.speed: not computed",
+        "summary.speed.lora: not computed",
     ]
 
 
@@ -134,8 +134,6 @@ def test_a_record_may_have_a_summary_and_metrics_of_its_own(folder, monkeypatch)
     assert differences(record) == []
     record["summary"]["best"] = "short"
     assert differences(record) == ["summary.best: 'short' stored, 'long' computed"]
-    with pytest.raises(ValueError, match="already"):
-        summary_of("02_rates")
 
 
 def test_losses_that_are_not_finite_become_null(folder):
@@ -155,8 +153,8 @@ def test_losses_that_are_not_finite_become_null(folder):
         (lambda r: r.update(seconds="9"), r"\$.seconds: '9' is not of type 'number'"),
         (lambda r: r.update(seconds=True), r"\$.seconds: True is not of type"),
         (lambda r: r.update(schema=2), r"\$.schema: 1 was expected"),
-        (lambda r: r.update(created="today"), r"\$.created: 'today' does not match"),
-        (lambda r: r.update(created="2026-13-01"), "created '2026-13-01' is no date"),
+        (lambda r: r.update(created="today"), r"\$.created: 'today' is not a 'date'"),
+        (lambda r: r.update(created="2026-13-01"), "'2026-13-01' is not a 'date'"),
         (lambda r: r.update(note="x"), "'note' was unexpected"),
         (lambda r: r.update(runs=[]), r"\$.runs: .* non-empty"),
         (lambda r: r["data"].pop("sha256"), r"\$.data: 'sha256' is a required"),

@@ -24,7 +24,7 @@ from course_utils.sweep import (
 from course_utils.sweep.experiment import METHODS, SEEDS, ZERO_SHOT, plan, split_sizes
 from course_utils.sweep.results import MethodResult, percent, size, split_label
 from maintenance.readme import check_text, path_of, readme_section
-from maintenance.runs.lists import comparison_runs
+from maintenance.runs.lists import LESSON_RUNS
 from maintenance.store import save_record
 
 RIGHT = ['{"a": 1}', '{"a": 2}', '{"a": 3}', '{"a": 4}']
@@ -117,7 +117,7 @@ def test_seconds_are_those_that_were_timed_apart(folder):
 
 
 def test_every_method_is_timed_in_turn_and_nothing_else_is_done():
-    runs = comparison_runs()["08_speed"]
+    runs = LESSON_RUNS["08"]["08_speed"]
     names = list(METHODS)
     first, second = runs[: len(names)], runs[len(names) :]
     assert [run.label for run in first] == names
@@ -338,7 +338,7 @@ def test_a_tie_is_no_disagreement():
 
 
 def test_the_sweep_begins_with_three_rates_of_each_method(folder):
-    families = comparison_runs()
+    families = LESSON_RUNS["08"]
     runs = [*families["08_low_rank"](), *families["08_others"]()]
     methods = METHODS
     rates = {}
