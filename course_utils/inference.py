@@ -413,11 +413,13 @@ def _library_rows(
     input_ids, mask = _pad_left(rows, pad)
     device = base.get_input_embeddings().weight.device
     ends = {"eos_token_id": sorted(stop) or None, "pad_token_id": pad}
-    settings = sampling | ends | {"max_new_tokens": max_new_tokens, "use_cache": True}
+    library_options = (
+        sampling | ends | {"max_new_tokens": max_new_tokens, "use_cache": True}
+    )
     written = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
-        generation_config=GenerationConfig(**settings),
+        generation_config=GenerationConfig(**library_options),
     )
     new = written[:, input_ids.shape[1] :].tolist()
     return [list(takewhile(lambda token: token not in stop, row)) for row in new]
