@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from course_utils import memory, plotting, records, runtime, widgets
-from course_utils.sweep.experiment import BUDGET, SEEDS
+from course_utils.sweep.experiment import BUDGET, LORA, SEEDS
 from course_utils.sweep.results import (
     FAMILIES,
     SPEED,
@@ -38,8 +38,8 @@ BEST_RUN = "02_wide_and_large"  # the record that lesson 2's figures in the READ
 UNITS = {"s": 1.0, "minutes": 60.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 UNITS |= {"MiB": 2.0**20, "GiB": 2.0**30}
 # Training steps of 16 × 128 tokens of the built-in model, whose memory is predicted.
-LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
-PLANS: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA, "qlora": LORA}
+_SIZE: dict[str, Any] = {key: LORA[key] for key in ("r", "target_modules")}
+PLANS: dict[str, dict[str, Any]] = {"full": {}, "lora": _SIZE, "qlora": _SIZE}
 PLANS |= dict.fromkeys(("prompt_tuning", "prefix_tuning"), {"num_virtual_tokens": 20})
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"<!--\s*(?P<source>run|plan):(?P<rest>[^>]*?)\s*-->")

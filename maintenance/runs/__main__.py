@@ -1,8 +1,8 @@
 """The recorded runs of the lessons: `python -m maintenance.runs 02 [--only rates]`.
 
-A run is saved as soon as it is finished, and not repeated: stop when you like, and
-start again; a long run goes on from its last checkpoint. Data sets freeze when first
-recorded against.
+Of every lesson where none is named. A run is saved when finished, and not repeated:
+stop when you like, and start again; a long run goes on from its last checkpoint. Data
+sets freeze when first recorded against.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def _find(recorded: Sequence[dict], experiment: Any) -> dict | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record lessons' families, again while what was recorded asks for more runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lessons", nargs="+", choices=sorted(LESSON_RUNS))
+    parser.add_argument("lessons", nargs="*", choices=sorted(LESSON_RUNS))
     parser.add_argument("--only", default="", help="families whose name contains this")
     options = parser.parse_args(arguments)
-    for lesson in options.lessons:
+    for lesson in options.lessons or LESSON_RUNS:
         for name, family in LESSON_RUNS[lesson].items():
             made = options.only in name
             while made:

@@ -26,7 +26,7 @@ from course_utils.evaluation import answer_share, evaluate, perplexity
 from course_utils.formatting import IGNORE, tokenize_dataset
 from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.runtime import build_folder, data_folder, get_profile, set_seed
-from course_utils.sweep import experiment as sweep
+from course_utils.sweep import experiment as sweep_runs
 from course_utils.training import find_checkpoint
 from maintenance.runs.rounding import LoftQ, QPiSSA, set_start, six_digits
 from maintenance.store import compute_metrics
@@ -40,7 +40,7 @@ ABSENT_WHEN_UNSET = {
 
 
 @dataclass(frozen=True)
-class RecordedExperiment(sweep.Experiment):
+class RecordedExperiment(sweep_runs.Experiment):
     """A training that is recorded for a lesson, described completely.
 
     Its method may also be `"head"` (the output layer alone) or a `Rounding`.
@@ -123,7 +123,7 @@ def _train_and_measure(
     before = {name: weight_of(model, name).clone() for name in experiment.spectra}
     checkpoint = find_checkpoint(folder)
     before_s = elapsed_seconds(checkpoint) if checkpoint else 0.0
-    run = sweep.train(
+    run = sweep_runs.train(
         experiment,
         model,
         make_recorded_rows(experiment),
@@ -166,24 +166,24 @@ def keep_adapter(model: Any, folder: Path, base: str) -> int:
 
 def _add_tests(run: dict[str, Any], experiment: RecordedExperiment, model: Any) -> None:
     """Put answers to all tests into the run, and what the model forgot."""
-    sweep.to_dtype(model, get_profile().dtype)
+    sweep_runs.to_dtype(model, get_profile().dtype)
     if experiment.test_examples != 0:
-        sweep.add_test(run, experiment, model)
+        sweep_runs.add_test(run, experiment, model)
     tokenizer, names = load_tokenizer(experiment.model), []
-    template = sweep.template_for(tokenizer)
+    template = sweep_runs.template_for(tokenizer)
     if experiment.forgetting:
         before, after = _untuned(experiment.model), _general(model, tokenizer)
         run["measured"]["general_questions"] = {"before": before, "after": after}
     if experiment.also_test:
         test = load_examples(experiment.also_test, "test")
-        answers = sweep.answers_of(evaluate(model, tokenizer, test, template=template))
-        sha256 = data_hash(experiment.also_test)
-        run["measured"]["also_test"] = {"sha256": sha256, **answers}
+        scored = evaluate(model, tokenizer, test, template=template)
+        answers = {"sha256": data_hash(experiment.also_test)}
+        run["measured"]["also_test"] = answers | sweep_runs.answers_of(scored)
         names += ["also_test_exact_match", "also_test_by_slice"]
     if limit := experiment.validation_answers:
         test = load_examples(experiment.data, "validation")
         scored = evaluate(model, tokenizer, test, template=template, limit=limit)
-        run["measured"]["validation"] = sweep.answers_of(scored)
+        run["measured"]["validation"] = sweep_runs.answers_of(scored)
         run["measured"]["validation"].pop("slices", None)
         names.append("validation_exact_match")
     run["metrics"] |= compute_metrics(run, names)
@@ -191,7 +191,7 @@ def _add_tests(run: dict[str, Any], experiment: RecordedExperiment, model: Any) 
 
 def _general(model: Any, tokenizer: Any) -> dict[str, float]:
     questions = load_examples("general_questions", "test")
-    template = sweep.template_for(tokenizer)
+    template = sweep_runs.template_for(tokenizer)
     loss = perplexity(model, tokenizer, questions, template=template).loss
     answered = answer_share(model, tokenizer, questions, template=template)
     return {"loss": loss, "answer_share": answered.share}
@@ -205,11 +205,11 @@ def _untuned(name: str | None) -> dict[str, float]:
 def make_recorded_model(experiment: RecordedExperiment) -> Any:
     """As `make_model`, with the head alone, and starts on 4-bit weights."""
     if experiment.method == "head":
-        model = sweep.make_model(replace(experiment, method="full"))
+        model = sweep_runs.make_model(replace(experiment, method="full"))
         model.requires_grad_(False)
         model.get_output_embeddings().requires_grad_(True)
         return model
-    model = sweep.make_model(experiment)
+    model = sweep_runs.make_model(experiment)
     if experiment.start:
         originals = load_model(experiment.model, dtype=torch.float32).state_dict()
         set_start(model, originals, experiment.start)
@@ -227,7 +227,7 @@ def make_recorded_rows(experiment: RecordedExperiment) -> list[dict[str, Any]]:
         random.Random(seed).shuffle(completions)
         pairs = zip(rows, completions, strict=True)
         rows = [row | {"completion": other} for row, other in pairs]
-    template = sweep.template_for(tokenizer)
+    template = sweep_runs.template_for(tokenizer)
     tokenized = list(tokenize_dataset(rows, tokenizer, template=template))
     if experiment.wrong_mask:
         for row in tokenized:

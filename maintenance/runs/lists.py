@@ -30,9 +30,8 @@ from course_utils.sweep.experiment import (
 from course_utils.sweep.results import split_label
 from maintenance.runs.card import CardExperiment
 from maintenance.runs.classifier import ClassifierExperiment
-from maintenance.runs.experiment import LoftQ, QPiSSA
 from maintenance.runs.experiment import RecordedExperiment as Run
-from maintenance.runs.rounding import Rounding
+from maintenance.runs.rounding import LoftQ, QPiSSA, Rounding
 
 Family = list[Any] | Callable[[], list[Any]]
 LESSON_RUNS: dict[str, dict[str, Family]] = {}
@@ -44,7 +43,7 @@ NO_TEST = SHORT | {"test_examples": 0}
 MAIN = {"steps": 150, "batch_size": 8, "schedule": "cosine", "eval_every": 25}
 
 
-def recorded_losses(record: str, label: str) -> dict[float, float | None]:
+def _recorded_losses(record: str, label: str) -> dict[float, float | None]:
     """{rate: final validation loss} of the recorded runs with the first seed."""
     begun = record in records.list_records()
     return {
@@ -56,7 +55,7 @@ def recorded_losses(record: str, label: str) -> dict[float, float | None]:
 
 def best_rate(name: str, label: str) -> float:
     """The recorded learning rate of that label's lowest final validation loss."""
-    losses = recorded_losses(name, label)
+    losses = _recorded_losses(name, label)
     best = best_of(losses)
     if best in (min(losses), max(losses)):
         raise ValueError(
@@ -92,16 +91,14 @@ SPECTRA = tuple(
 )
 FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 SCORED = {"test_examples": None, "forgetting": True}
-LONG = MAIN | {"steps": 240, "batch_size": 16, "eval_every": 40, "test_examples": None}
-MANY_PASSES = LONG | SCORED | {"steps": 1425, "batch_size": 32, "eval_every": 95}
-FULL_LONG = Run("full, long", "full", 3e-4, **LONG)
+LONG_FULL = MAIN | {"steps": 240, "batch_size": 16, "eval_every": 40}
+MANY_PASSES = LONG_FULL | SCORED | {"steps": 1425, "batch_size": 32, "eval_every": 95}
+FULL_RUN = Run("full, long", "full", 3e-4, test_examples=None, **LONG_FULL)
 
 
-def _frozen_embeddings(
-    sets: str, data: str, steps: int, eval_every: int, **more: Any
-) -> list[Run]:
-    settings = LONG | {"steps": steps, "eval_every": eval_every} | SCORED | more
-    settings |= {"data": data, "eval_examples": 150}
+def _frozen_embeddings(sets: str, data: str, steps: int, **more: Any) -> list[Run]:
+    settings = LONG_FULL | {"steps": steps, "eval_every": steps // 6} | SCORED
+    settings |= more | {"data": data, "eval_examples": 150}
     return [Run(f"embeddings frozen, {sets}", LastLayers(30), 3e-4, **settings)]
 
 
@@ -113,22 +110,25 @@ def _short(label: str, method: Any = "full", **more: Any) -> Run:
 LESSON_RUNS["02"] = {
     "02_learning_rates": _at_rates("full", FULL_RATES, **SHORT, test_examples=24),
     "02_full": [Run("full", "full", 2e-4, spectra=SPECTRA, **MAIN, **SCORED)],
-    "02_long": [replace(FULL_LONG, forgetting=True)],
+    "02_long": [replace(FULL_RUN, forgetting=True)],
     # 15,200 sentences, each read once.
     "02_more_data": [
-        replace(FULL_LONG, data="home_commands_large", steps=950, eval_every=95)
+        replace(FULL_RUN, data="home_commands_large", steps=950, eval_every=95)
     ],
     # Both training sets, 16,800 sentences: 1,260 steps of 16 read a fifth again.
     "02_both_sets": _frozen_embeddings(
-        "both sets", "home_commands_large", 1260, 210, also="home_commands"
+        "both sets", "home_commands_large", steps=1260, also="home_commands"
     ),
     # 19,200 sentences of other patterns, each read once.
-    "02_wide_set": _frozen_embeddings("wide set", "home_commands_wide", 1200, 200),
+    "02_wide_set": _frozen_embeddings("wide set", "home_commands_wide", steps=1200),
     # Both larger sets, 34,400 sentences, of which 1,350 steps of 16 read five in eight;
     # scored on a second test too, written after the first had been read.
     "02_wide_and_large": _frozen_embeddings(
-        *("wide and large set", "home_commands_wide", 1350, 225),
-        **{"also": "home_commands_large", "also_test": "home_commands_second_test"},
+        "wide and large set",
+        "home_commands_wide",
+        steps=1350,
+        also="home_commands_large",
+        also_test="home_commands_second_test",
     ),
     # For a card: the training set 28 times over.
     "02_many_passes": [Run("full", "full", 3e-4, **MANY_PASSES)],
@@ -404,11 +404,11 @@ LESSON_RUNS["07"] = {
 # --- lesson 8: every method, its own best rate, three seeds ------------------------
 
 # Seconds are compared apart: in one go, in rounds, with nothing else on the machine.
-SPEED = BUDGET | {"steps": 6, "eval_every": 0, "eval_examples": 6}
-SPEED |= {"test_examples": 0, "costs": None}
+TIMED = BUDGET | {"steps": 6, "eval_every": 0, "eval_examples": 6}
+TIMED |= {"test_examples": 0, "costs": None}
 
 
-def sweep(
+def sweep_family(
     record: str, methods: dict[str, Candidate], more: Sequence[Any] = ()
 ) -> Callable[[], list[Run]]:
     """What to run so far: rates around the best, then the best with further seeds.
@@ -420,13 +420,12 @@ def sweep(
     def experiments() -> list[Run]:
         tried, repeated = [], []
         for name, (method, first, settings) in methods.items():
-            losses = recorded_losses(record, name)
-            rates, inside = grid(first, losses)
+            rates, inside = grid(first, _recorded_losses(record, name))
             settings = BUDGET | settings | {"method": method}
             tried += _at_rates(name, rates, **settings)
             if inside:
                 settings |= {"forgetting": True}
-                (best,) = _at_rates(name, [best_of(losses)], **settings)
+                (best,) = _at_rates(name, [best_rate(record, name)], **settings)
                 repeated += best.seeds(*SEEDS[1:])
         return [*tried, *repeated, *more]
 
@@ -444,14 +443,14 @@ def _speed_runs(methods: dict[str, Candidate]) -> list[Run]:
         turn = number * len(names) // 2
         for name in names[turn:] + names[:turn]:
             method, rate, settings = methods[name]
-            settings = SPEED | settings | {"seed": seed}
+            settings = TIMED | settings | {"seed": seed}
             runs.append(Run(name, method, rate, **settings))
     return runs
 
 
 UNTRAINED = _asked("prompting, ", BUDGET["test_examples"])
 LESSON_RUNS["08"] = {
-    "08_low_rank": sweep("08_low_rank", low_rank(LORA)),
-    "08_others": sweep("08_others", other_methods(LORA, PROMPT), UNTRAINED),
+    "08_low_rank": sweep_family("08_low_rank", low_rank(LORA)),
+    "08_others": sweep_family("08_others", other_methods(LORA, PROMPT), UNTRAINED),
     "08_speed": _speed_runs(METHODS),
 }

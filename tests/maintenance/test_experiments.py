@@ -21,7 +21,7 @@ from maintenance.runs.experiment import (
     make_recorded_rows,
     run_training,
 )
-from maintenance.runs.lists import LESSON_RUNS, best_rate, sweep
+from maintenance.runs.lists import LESSON_RUNS, best_rate, sweep_family
 from maintenance.runs.rounding import Rounding
 from maintenance.store import differences
 
@@ -310,6 +310,24 @@ def test_the_best_rate_is_inside_its_grid(small):
         best_rate("04_edge", "LoRA")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "recorded"),
+    [
+        ([], ["02_a", "03_b", "03_c"]),
+        (["03"], ["03_b", "03_c"]),
+        (["--only", "c"], ["03_c"]),
+    ],
+)
+def test_without_a_lesson_all_are_recorded(arguments, recorded, monkeypatch):
+    lessons = {"02": {"02_a": []}, "03": {"03_b": [], "03_c": []}}
+    names = []
+    monkeypatch.setattr(command, "LESSON_RUNS", lessons)
+    record = lambda name, experiments, command: names.append(name)  # noqa: E731
+    monkeypatch.setattr(command, "record_family", record)
+    command.main(arguments)
+    assert names == recorded
+
+
 def test_the_lists_are_well_formed():
     for lesson, families in LESSON_RUNS.items():
         for name, family in families.items():
@@ -337,7 +355,7 @@ def test_a_sweep_grows_until_each_best_rate_is_inside(monkeypatch):
         "full": ("full", 1e-3, {}),
         "LoRA": (LORA, 1e-2, {"quantization": "nf4"}),
     }
-    family = sweep("08_try", methods, [last])
+    family = sweep_family("08_try", methods, [last])
     # |log rate - peak| is the loss; LoRA's peak lies outside the first three rates
     peaks = {"full": -3, "LoRA": -4, "prompting": 0}
     made = []
