@@ -27,8 +27,14 @@ from maintenance.benchmarks.turns import Task, in_turn
 from maintenance.store import hardware, save_record
 
 PARTS = (
-    *("start", "training", "pairs", "ablation", "threads"),
-    *("answers", "profile", "compile"),
+    "start",
+    "training",
+    "pairs",
+    "ablation",
+    "threads",
+    "answers",
+    "profile",
+    "compile",
 )
 
 
@@ -48,16 +54,16 @@ def tasks_of(
     return [task for task in every if task.part in parts]
 
 
+def identity_of(task: Task, number: int) -> dict:
+    """What a run of that round will be told by: label, settings, seed."""
+    settings = {"threads": torch.get_num_threads(), "part": task.part}
+    settings |= {"name": task.name} | task.settings
+    return {"label": task.label, "settings": settings, "seed": number}
+
+
 def measure(task: Task, number: int) -> dict:
     """One run, in the shape that records have."""
-    settings = {"part": task.part, "name": task.name} | task.settings
-    run = {
-        "label": task.label,
-        "settings": {"threads": torch.get_num_threads()} | settings,
-        "seed": number,
-        "loss": [],
-        "metrics": {},
-    }
+    run = identity_of(task, number) | {"loss": [], "metrics": {}}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     run |= task.function(number)
     if load is not None:
@@ -78,10 +84,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="the first is a warm-up")
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")
-    asked = parser.parse_args(arguments)
-    store = build_folder() / "bench" / f"{asked.rounds}x{asked.steps}.jsonl"
+    options = parser.parse_args(arguments)
+    store = build_folder() / "bench" / f"{options.rounds}x{options.steps}.jsonl"
     store.parent.mkdir(parents=True, exist_ok=True)
-    if asked.fresh:
+    if options.fresh:
         store.unlink(missing_ok=True)
     lines = store.read_text(encoding="utf-8").splitlines() if store.is_file() else []
     done = {key_of(run): run for run in map(json.loads, lines)}
@@ -89,20 +95,21 @@ def main(arguments: Iterable[str] | None = None) -> None:
         print("LitGPT is left out: it has no environment; `make build/litgpt` makes it")
     release(load_model())  # the conversion, the first time, is measured by itself
     begun, runs = time.perf_counter(), []
-    tasks = tasks_of(asked.only, asked.methods, asked.rounds, asked.steps)
-    for task, number in in_turn(tasks, asked.rounds):
-        found = _known(done, task, number)
-        if found is None:
-            found = measure(task, number)
+    tasks = tasks_of(options.only, options.methods, options.rounds, options.steps)
+    for task, number in in_turn(tasks, options.rounds):
+        run = done.get(key_of(identity_of(task, number)))
+        if run is None:
+            run = measure(task, number)
             with store.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found, ensure_ascii=False) + "\n")
+                file.write(json.dumps(run, ensure_ascii=False) + "\n")
             gone = time.perf_counter() - begun
             print(f"{gone:5.0f} s · round {number + 1} · {task.label}", flush=True)
-        runs.append(found)
+        runs.append(run)
     runs += everyday.lesson_runs()
     print("\n".join(summary.table(summary.summarise(runs))))
-    whole = set(asked.only) == set(PARTS) and set(asked.methods) == set(paths.METHODS)
-    if not whole or asked.rounds < 3:
+    all_parts = set(options.only) == set(PARTS)
+    all_methods = set(options.methods) == set(paths.METHODS)
+    if not (all_parts and all_methods) or options.rounds < 3:
         print("a part, or fewer than 3 rounds: data/runs/bench.json stays as it is")
         return
     source = {"name": "home_commands", "sha256": data_hash("home_commands")}
@@ -117,13 +124,6 @@ def main(arguments: Iterable[str] | None = None) -> None:
             "runs": runs,
         },
     )
-
-
-def _known(done: dict[tuple, dict], task: Task, number: int) -> dict | None:
-    settings = {"threads": torch.get_num_threads(), "part": task.part}
-    settings |= {"name": task.name} | task.settings
-    wanted = {"label": task.label, "seed": number, "settings": settings}
-    return done.get(key_of(wanted))
 
 
 if __name__ == "__main__":

@@ -108,15 +108,15 @@ def answers(number: int, batch_size: int | None, share: int = 1) -> dict:
     chosen = list(range(number % share, PROMPTS, share))
     rows = [_test()[i] for i in chosen]
     model, tokenizer = practised_model(), load_tokenizer()
-    found = evaluate(
+    evaluation = evaluate(
         model, tokenizer, rows, batch_size=batch_size, max_new_tokens=_longest()
     )
     measured = {"answers": len(rows), "chosen": chosen}
     return {
-        "seconds": found.seconds,
+        "seconds": evaluation.seconds,
         "measured": measured,
-        "predictions": list(found.predictions),
-        "references": list(found.references),
+        "predictions": list(evaluation.predictions),
+        "references": list(evaluation.references),
         "metrics": {"exact_match": None},
     }
 
@@ -161,8 +161,8 @@ def lesson_runs() -> list[dict]:
     `build/results/course.json`; an empty list where neither holds a whole course.
     """
     if "course_cpu" in records.list_records():
-        found = records.load_record("course_cpu")["runs"]
-        seconds = {run["label"]: run["seconds"] for run in found}
+        lessons = records.load_record("course_cpu")["runs"]
+        seconds = {run["label"]: run["seconds"] for run in lessons}
         profile = "cpu"
     else:
         file = build_folder() / "results" / "course.json"

@@ -56,9 +56,9 @@ def main(source, data, rate, steps, examples):
 
     def listen(fabric, metrics, step=None):
         if "iter_time" in metrics:  # its count of tokens is one tensor, that grows
-            found = {name: float(metrics[name]) for name in ("iter_time", "loss")}
-            found["tokens"] = int(metrics["tokens"])
-            logged.append((time.perf_counter(), found))
+            of_step = {name: float(metrics[name]) for name in ("iter_time", "loss")}
+            of_step["tokens"] = int(metrics["tokens"])
+            logged.append((time.perf_counter(), of_step))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(Fabric, "log_dict", listen))
@@ -91,16 +91,16 @@ def main(source, data, rate, steps, examples):
         )
     first = logged[0][0] - logged[0][1]["iter_time"]
     whens = [first, *(when for when, _ in logged)]
-    totals = [0, *(found["tokens"] for _, found in logged)]
+    totals = [0, *(metrics["tokens"] for _, metrics in logged)]
     return {
         "seconds": [b - a for a, b in zip(whens, whens[1:], strict=False)],
         "tokens": [b - a for a, b in zip(totals, totals[1:], strict=False)],
-        "loss": [found["loss"] for _, found in logged],
+        "loss": [metrics["loss"] for _, metrics in logged],
     }
 
 
 if __name__ == "__main__":
     source, data, rate, steps, examples = sys.argv[1:]
     with contextlib.redirect_stdout(sys.stderr):
-        found = main(source, data, float(rate), int(steps), int(examples))
-    print(json.dumps(found))
+        timing = main(source, data, float(rate), int(steps), int(examples))
+    print(json.dumps(timing))

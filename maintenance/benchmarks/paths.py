@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_config, get_peft_model
 from transformers import (
     BitsAndBytesConfig,
     Trainer,
@@ -34,12 +34,12 @@ from course_utils.formatting import (
 )
 from course_utils.models import SMOLLM2, load_model, prepare, release
 from course_utils.runtime import build_folder, get_profile
+from course_utils.sweep.experiment import LORA
 from course_utils.training import prepare_trainer, sft_config
 from course_utils.training_speed import cast_lora_inputs, set_attention
 
 EXAMPLES = 8  # a step
 METHODS = ("full", "lora", "qlora")
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 CHILD = Path(__file__).with_name("litgpt_child.py")
 
@@ -102,7 +102,7 @@ def make_model(method: str, dtype: torch.dtype):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     model = load_model(dtype=dtype, quantization=four_bits)
-    return get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    return get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **LORA}))
 
 
 def _common(method: str, steps: int, folder: str) -> dict:
@@ -166,9 +166,9 @@ def sft_defaults(method, records, tokenizer, steps, folder) -> Timing:
 
 def litgpt_python() -> Path | None:
     """The Python of LitGPT's own environment, or None if that was not made."""
-    there = build_folder() / "litgpt" / "bin" / "python"
-    found = Path(os.environ.get("LITGPT_PYTHON", there))
-    return found if found.is_file() else None
+    own = build_folder() / "litgpt" / "bin" / "python"
+    python = Path(os.environ.get("LITGPT_PYTHON", own))
+    return python if python.is_file() else None
 
 
 def litgpt(method, records, tokenizer, steps, folder) -> Timing:
@@ -250,8 +250,8 @@ def bare_steps(method, records, tokenizer, steps) -> Iterator[tuple]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        found, tokens = loss.item(), sum(len(each["input_ids"]) for each in examples)
-        yield found, time.perf_counter() - start, tokens
+        tokens = sum(len(each["input_ids"]) for each in examples)
+        yield loss.item(), time.perf_counter() - start, tokens
     release(model)
 
 

@@ -45,14 +45,14 @@ def shares(events: dict[str, float], wall: float) -> dict[str, float]:
         events: operator -> own seconds.
         wall: seconds of the step.
 
-    >>> found = shares({"aten::mm": 6.0, "aten::copy_": 2.0}, 10.0)
-    >>> found["matrix products"], round(found["Python"], 3)
+    >>> step = shares({"aten::mm": 6.0, "aten::copy_": 2.0}, 10.0)
+    >>> step["matrix products"], round(step["Python"], 3)
     (0.6, 0.2)
     """
-    found = dict.fromkeys([kind for kind, _ in KINDS] + ["other arithmetic"], 0.0)
+    share_of = dict.fromkeys([kind for kind, _ in KINDS] + ["other arithmetic"], 0.0)
     for name, seconds in events.items():
-        found[kind_of(name)] += seconds / wall
-    return found | {"Python": max(0.0, 1 - sum(found.values()))}
+        share_of[kind_of(name)] += seconds / wall
+    return share_of | {"Python": max(0.0, 1 - sum(share_of.values()))}
 
 
 def part_of(run: dict) -> str:
@@ -98,11 +98,11 @@ def ratios(above: dict[int, float], below: dict[int, float]) -> dict[str, float]
 
 
 def _by_name(runs: Sequence[dict], part: str, value: Any) -> dict[str, dict[int, Any]]:
-    found: dict[str, dict[int, Any]] = defaultdict(dict)
+    values: dict[str, dict[int, Any]] = defaultdict(dict)
     for run in runs:
         if part_of(run) == part:
-            found[run["settings"]["name"]][run["seed"]] = value(run)
-    return dict(found)
+            values[run["settings"]["name"]][run["seed"]] = value(run)
+    return dict(values)
 
 
 def _training(runs: Sequence[dict]) -> dict[str, Any]:
@@ -114,13 +114,13 @@ def _training(runs: Sequence[dict]) -> dict[str, Any]:
     )
     for method in methods:
         own = [r for r in runs if r["settings"].get("method") == method]
-        found = _by_name(own, "training", speed)
-        speeds[method] = {name: spread(f.values()) for name, f in found.items()}
-        if "course" in found:
+        by_path = _by_name(own, "training", speed)
+        speeds[method] = {name: spread(f.values()) for name, f in by_path.items()}
+        if "course" in by_path:
             against[method] = {
-                name: ratios(found["course"], other)
-                for name, other in found.items()
-                if name != "course" and found["course"].keys() & other.keys()
+                name: ratios(by_path["course"], other)
+                for name, other in by_path.items()
+                if name != "course" and by_path["course"].keys() & other.keys()
             }
         loss = _by_name(own, "training", lambda run: run["loss"])
         losses[method] = {
@@ -132,10 +132,13 @@ def _training(runs: Sequence[dict]) -> dict[str, Any]:
 
 def _beside(run: dict) -> dict[int, float]:
     """By step, how fast the course's was against the bare loop's; without the first."""
-    found = run["measured"]
+    measured = run["measured"]
     course, bare = (
-        [t / s for t, s in zip(found[f"{w}_tokens"], found[f"{w}_s"], strict=False)]
-        for w in ("course", "bare_loop")
+        [t / s for t, s in zip(tokens, seconds, strict=False)]
+        for tokens, seconds in (
+            (measured["course_tokens"], measured["course_s"]),
+            (measured["bare_loop_tokens"], measured["bare_loop_s"]),
+        )
     )
     pairs = list(zip(course, bare, strict=False))
     return {step: c / b for step, (c, b) in enumerate(pairs) if step}
@@ -143,15 +146,15 @@ def _beside(run: dict) -> dict[int, float]:
 
 def _taken_away(runs: Sequence[dict]) -> dict[str, dict]:
     """Shares of the course's speed, both taken against the bare loop beside them."""
-    found = _by_name(runs, "ablation", _beside)
-    whole = {name: by_seed[0] for name, by_seed in found.items()}
-    plain = whole.pop("the course's path", None)
+    ablations = _by_name(runs, "ablation", _beside)
+    ratios_of = {name: by_seed[0] for name, by_seed in ablations.items()}
+    plain = ratios_of.pop("the course's path", None)
     if plain is None:
         return {}
     usual = statistics.median(plain.values())
     return {
         name: spread(ratio / usual for ratio in steps.values())
-        for name, steps in whole.items()
+        for name, steps in ratios_of.items()
     }
 
 
@@ -174,8 +177,8 @@ def _answers(runs: Sequence[dict]) -> dict[str, Any]:
     ]
     views = [r for r in runs if _is(r, "answers", "batched, by a view")]
     viewed = {r["seed"]: r["seconds"] / r["measured"]["answers"] for r in views}
-    found = {"batched_against_by_a_view": ratios(viewed, together)} if viewed else {}
-    return found | {
+    by_view = {"batched_against_by_a_view": ratios(viewed, together)} if viewed else {}
+    return by_view | {
         "one_by_one_s_each": spread(alone.values()),
         "batched_s_each": spread(together.values()),
         "batched_against_one_by_one": ratios(alone, together),
@@ -194,11 +197,11 @@ def _compiled(run: dict) -> dict[str, float]:
     first, *rest = run["measured"]["compiled_seconds"]
     compiled = statistics.median(rest)
     saved = plain - compiled
-    found = {"plain_s": plain, "compiled_s": compiled, "own_cost_s": first - compiled}
-    found["ratio"] = plain / compiled
+    costs = {"plain_s": plain, "compiled_s": compiled, "own_cost_s": first - compiled}
+    costs["ratio"] = plain / compiled
     if saved > 0:
-        found["pays_after_steps"] = (first - compiled) / saved
-    return found
+        costs["pays_after_steps"] = (first - compiled) / saved
+    return costs
 
 
 @summary_of("bench")
@@ -224,8 +227,8 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
     if compiled:
         summary["compile"] = _compiled(compiled[0])
     summary["seconds"] = {
-        name: spread(found.values())
-        for name, found in _by_name(runs, "start", lambda run: run["seconds"]).items()
+        name: spread(seconds.values())
+        for name, seconds in _by_name(runs, "start", lambda run: run["seconds"]).items()
     }
     waits = [
         statistics.median(run["measured"]["waits"])
@@ -243,7 +246,7 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
         if part_of(run) == "profile"
     }
     lessons = _by_name(runs, "lessons", lambda run: run["seconds"])
-    summary["lessons"] = {name: found[0] for name, found in lessons.items()}
+    summary["lessons"] = {name: by_round[0] for name, by_round in lessons.items()}
     if lessons:
         summary["lessons_s"] = sum(summary["lessons"].values())
     return summary
@@ -252,58 +255,60 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
 def table(summary: dict[str, Any]) -> list[str]:
     """The summary as lines to print."""
     lines = [f"training, {UNIT}, median (least to most), course ÷ path, losses"]
-    for method, found in summary.get("tokens_per_s", {}).items():
-        for name, figures in found.items():
+    for method, speeds in summary.get("tokens_per_s", {}).items():
+        for name, figures in speeds.items():
             ratio = summary["course_against"].get(method, {}).get(name)
             loss = summary["losses"][method][name]
             lines.append(
                 f"  {method:<6}{name:<14}{_spread(figures, 0)}"
                 f"  {_ratio(ratio):<22}{loss['first']:.3f} to {loss['last']:.3f}"
             )
-    for method, found in summary.get("course_against_bare_loop", {}).items():
-        lines.append(f"  {method:<6}course ÷ bare loop, step by step  {_ratio(found)}")
+    for method, figures in summary.get("course_against_bare_loop", {}).items():
+        lines.append(
+            f"  {method:<6}course ÷ bare loop, step by step  {_ratio(figures)}"
+        )
     lines.append("LoRA without …, share of the course's speed that is left")
-    for name, found in summary.get("taken_away", {}).items():
-        lines.append(f"  {name:<32}{_ratio(found)}")
+    for name, figures in summary.get("taken_away", {}).items():
+        lines.append(f"  {name:<32}{_ratio(figures)}")
     lines.append(f"threads, {UNIT}, all processes together")
-    for name, found in summary.get("threads", {}).items():
-        lines.append(f"  {name:<32}{_spread(found, 0)}")
-    if found := summary.get("compile"):
-        pays = found.get("pays_after_steps")
+    for name, figures in summary.get("threads", {}).items():
+        lines.append(f"  {name:<32}{_spread(figures, 0)}")
+    if costs := summary.get("compile"):
+        pays = costs.get("pays_after_steps")
         after = f"pays after {pays:.0f} steps" if pays else "never pays"
         lines.append(
-            f"torch.compile: {found['plain_s']:.2f} s a step becomes "
-            f"{found['compiled_s']:.2f} s and costs {found['own_cost_s']:.0f} s once: "
+            f"torch.compile: {costs['plain_s']:.2f} s a step becomes "
+            f"{costs['compiled_s']:.2f} s and costs {costs['own_cost_s']:.0f} s once: "
             f"{after}"
         )
     lines.append("seconds")
-    for name, found in summary.get("seconds", {}).items():
-        lines.append(f"  {name:<32}{_spread(found, 3)}")
-    if found := summary.get("answers"):
+    for name, figures in summary.get("seconds", {}).items():
+        lines.append(f"  {name:<32}{_spread(figures, 3)}")
+    if answers := summary.get("answers"):
         for way in ("one_by_one", "batched"):
             name = f"an answer, {way.replace('_', ' ')}"
-            lines.append(f"  {name:<32}{_spread(found[f'{way}_s_each'], 3)}")
-        ratio = _ratio(found["batched_against_one_by_one"])
+            lines.append(f"  {name:<32}{_spread(answers[f'{way}_s_each'], 3)}")
+        ratio = _ratio(answers["batched_against_one_by_one"])
         lines.append(
-            f"  batched is faster by {ratio}; {found['different']} of "
-            f"{found['compared']} answers differ"
+            f"  batched is faster by {ratio}; {answers['different']} of "
+            f"{answers['compared']} answers differ"
         )
-        if view := found.get("batched_against_by_a_view"):
+        if view := answers.get("batched_against_by_a_view"):
             lines.append(f"  batched, and by a view: {_ratio(view)}")
-    for method, found in summary.get("profile", {}).items():
-        parts = [f"{kind} {share:.0%}" for kind, share in found.items()]
+    for method, kinds in summary.get("profile", {}).items():
+        parts = [f"{kind} {share:.0%}" for kind, share in kinds.items()]
         lines.append(f"profile of a {method} step: {', '.join(parts)}")
     for name, seconds in summary.get("lessons", {}).items():
         lines.append(f"  lesson {name:<25}{seconds:8.0f} s")
     return lines
 
 
-def _spread(found: dict, digits: int) -> str:
-    middle, least, most = found["median"], found["least"], found["most"]
+def _spread(figures: dict, digits: int) -> str:
+    middle, least, most = figures["median"], figures["least"], figures["most"]
     return f"{middle:8.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
 
 
-def _ratio(found: dict | None) -> str:
-    if found is None:
+def _ratio(figures: dict | None) -> str:
+    if figures is None:
         return ""
-    return f"{found['median']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
+    return f"{figures['median']:.2f} ({figures['least']:.2f} to {figures['most']:.2f})"

@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
-def _data(steps: int):
+def training_data(steps: int):
+    """The first records, a step more than `steps`, and the tokenizer."""
     records = load_examples("home_commands")
     return records.select(range(paths.EXAMPLES * (steps + 1))), load_tokenizer()
 
@@ -41,7 +42,7 @@ def _data(steps: int):
 def run_path(path: str, method: str, steps: int) -> dict:
     """Train by one of `paths.PATHS`."""
     set_seed(0)
-    return paths.train(path, method, *_data(steps), steps)
+    return paths.train(path, method, *training_data(steps), steps)
 
 
 def training_tasks(steps: int, methods=paths.METHODS) -> list[Task]:
@@ -68,7 +69,7 @@ def run_pairs(method: str, steps: int, records=None, **settings) -> dict:
     On a machine with neighbours two runs one after the other meet different ones; a
     difference of a tenth shows only where step stands beside step.
     """
-    start, (plain, tokenizer) = time.perf_counter(), _data(steps)
+    start, (plain, tokenizer) = time.perf_counter(), training_data(steps)
     bare = paths.bare_steps(method, plain, tokenizer, steps)
     turns = paths.InTurn(bare)
     set_seed(0)
@@ -148,7 +149,7 @@ def run_ablation(name: str, steps: int) -> dict:
     """The course's LoRA path with one ingredient taken away, beside the bare loop."""
     patches, settings = ABLATION[name]
     # Sorting by length is a draw from more records than the steps need.
-    more = _data(50)[0] if "group_by_length" in settings.values() else None
+    more = training_data(50)[0] if "group_by_length" in settings.values() else None
     with _without(*patches):
         return run_pairs("lora", steps, more, **settings)
 
@@ -213,12 +214,12 @@ def run_processes(processes: int, count: int, steps: int) -> dict:
         for child in children:
             child.kill()
             child.wait()
-    found = [json.loads(line) for line in lines]
+    runs = [json.loads(line) for line in lines]
     return {
-        "seconds": max(one["seconds"] for one in found),
-        "loss": found[0]["loss"],
+        "seconds": max(run["seconds"] for run in runs),
+        "loss": runs[0]["loss"],
         "measured": {
-            key: [one["measured"][key] for one in found]
+            key: [run["measured"][key] for run in runs]
             for key in ("step_seconds", "tokens")
         },
     }
@@ -262,7 +263,7 @@ def run_compiled(steps: int) -> dict:
     The forward pass of each packed batch is padded to one shape, 256 tokens a row, so
     that it is compiled once; `plain_seconds` are the same steps without it.
     """
-    records, tokenizer = _data(steps)
+    records, tokenizer = training_data(steps)
     data = paths.tokenize_dataset(records, tokenizer)
     model = paths.make_model("lora", get_profile().dtype).train()
     training_speed.set_attention(model, "eager")

@@ -16,14 +16,14 @@ from course_utils.training_speed import (
     without_padding,
 )
 from maintenance.benchmarks import paths
-from maintenance.benchmarks.training import _data
+from maintenance.benchmarks.training import training_data
 from maintenance.benchmarks.turns import Task
 
 
 def profiled(method: str) -> dict:
     """The operators of one step as the course takes it, after two steps unobserved."""
     dtype = get_profile().dtype
-    records, tokenizer = _data(3)
+    records, tokenizer = training_data(3)
     model = paths.make_model(method, dtype).train()
     set_attention(model, "eager")
     cast_lora_inputs(model, dtype != torch.bfloat16)
