@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CELL_TIMEOUT_S = 900
+CELL_TIMEOUT_S = 1800
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
