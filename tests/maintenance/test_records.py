@@ -3,6 +3,7 @@
 import copy
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from course_utils import records
 from course_utils.data import data_hash
 from course_utils.records import RecordError, list_records, load_record, lookup
+from course_utils.runtime import data_folder
 from maintenance import store
 from maintenance.store import (
     differences,
@@ -286,6 +288,33 @@ def test_committed_records_were_made_with_the_data_that_lies_here():
         for run in load_record(name)["runs"]:
             if second := run["settings"].get("also_test"):
                 assert run["measured"]["also_test"]["sha256"] == data_hash(second)
+
+
+def test_the_data_card_names_each_adapter_with_its_run_and_bytes():
+    """The last table of `data/README.md`, against the files and the records."""
+    folder = data_folder() / "adapters"
+    card = (data_folder() / "README.md").read_text(encoding="utf-8")
+    row = (
+        r"^\| `(\w+)` \| run `(\w+)`: (\d+) virtual tokens, "
+        r"(\d+) steps of (\d+) examples \| ([\d,]+) \|$"
+    )
+    rows = re.findall(row, card.partition("## Adapters")[2], re.MULTILINE)
+    assert [name for name, *_ in rows] == sorted(p.name for p in folder.iterdir())
+    for name, record, *numbers in rows:
+        (kept,) = (
+            run
+            for run in load_record(record)["runs"]
+            if run["settings"].get("keep_adapter") == name
+        )
+        settings, size = kept["settings"], kept["measured"]["adapter_bytes"]
+        tokens = settings["method"]["num_virtual_tokens"]
+        assert [int(number.replace(",", "")) for number in numbers] == [
+            tokens,
+            settings["steps"],
+            settings["batch_size"],
+            size,
+        ]
+        assert (folder / name / "adapter_model.safetensors").stat().st_size == size
 
 
 def test_records_import_nothing_heavy():
