@@ -101,10 +101,11 @@ def _find(recorded: Sequence[dict], experiment: Any) -> dict | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record lessons' families, again while what was recorded asks for more runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lessons", nargs="*", choices=sorted(LESSON_RUNS))
+    choices = ["all", *sorted(LESSON_RUNS)]
+    parser.add_argument("lessons", nargs="*", default="all", choices=choices)
     parser.add_argument("--only", default="", help="families whose name contains this")
     options = parser.parse_args(arguments)
-    for lesson in options.lessons or LESSON_RUNS:
+    for lesson in LESSON_RUNS if "all" in options.lessons else options.lessons:
         for name, family in LESSON_RUNS[lesson].items():
             made = options.only in name
             while made:

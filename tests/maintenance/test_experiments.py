@@ -316,6 +316,7 @@ def test_the_best_rate_is_inside_its_grid(small):
         ([], ["02_a", "03_b", "03_c"]),
         (["03"], ["03_b", "03_c"]),
         (["--only", "c"], ["03_c"]),
+        (["all"], ["02_a", "03_b", "03_c"]),
     ],
 )
 def test_without_a_lesson_all_are_recorded(arguments, recorded, monkeypatch):
