@@ -3,13 +3,20 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import nbformat
 import pytest
 
 from course_utils import records
 from course_utils.records import RecordError
-from course_utils.sweep.results import order, recorded_methods
+from course_utils.sweep.experiment import BUDGET
+from course_utils.sweep.results import (
+    MethodResult,
+    methods_table,
+    order,
+    recorded_methods,
+)
 from maintenance import readme
 
 README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,6 +189,35 @@ def test_the_row_of_lesson_8_names_the_best_of_the_sweep():
     complete = [r for r in recorded_methods() if r.learning_rate and r.complete]
     best = order(complete)[0]
     assert f"<!-- run:{readme.path_of(best)} as .0% -->" in lesson_rows()[STEMS[8]]
+
+
+def test_each_method_has_a_path_to_its_score():
+    results = recorded_methods()
+    assert {bool(result.learning_rate) for result in results} == {True, False}
+    for result in results:
+        score = records.lookup(readme.path_of(result))
+        assert score == pytest.approx(result.score), result.name
+
+
+LORA = MethodResult("LoRA", "lora", 0.01, exact_match=(0.4, 0.6), complete=True)
+FULL = replace(LORA, name="full", method="full", learning_rate=3e-4)
+PROMPTED = MethodResult(
+    "prompting, few-shot", "baseline", exact_match=(0.09,), complete=True, seconds=0.0
+)
+
+
+def test_the_readme_gets_a_section_only_when_all_is_complete():
+    section = readme.readme_section([LORA, FULL, PROMPTED])
+    assert section.startswith("## Methods compared\n") and section.endswith("\n")
+    assert methods_table([LORA, FULL, PROMPTED])._repr_markdown_() in section
+    assert f"{BUDGET['steps']} steps of {BUDGET['batch_size']}" in section
+    assert readme.check_text(section) == []
+    assert "on one processor thread;" in section
+    on_two = readme.readme_section([LORA, FULL], threads=2)
+    assert "on 2 processor threads;" in on_two
+    late = replace(FULL, complete=False)
+    for few in ([LORA, late, PROMPTED], [LORA, PROMPTED], []):
+        assert readme.readme_section(few) == ""
 
 
 def test_a_readme_without_markers_is_refused():

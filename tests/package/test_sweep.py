@@ -23,7 +23,6 @@ from course_utils.sweep import (
 )
 from course_utils.sweep.experiment import METHODS, SEEDS, ZERO_SHOT, plan, split_sizes
 from course_utils.sweep.results import MethodResult, percent, size, split_label
-from maintenance.readme import check_text, path_of, readme_section
 from maintenance.runs.lists import LESSON_RUNS
 from maintenance.store import save_record
 
@@ -151,8 +150,6 @@ def test_a_method_is_read_at_its_best_rate_with_all_its_seeds(folder):
     )
     assert (lora.general_before, lora.general_after) == (0.5, pytest.approx(0.3))
     assert lora.complete and untrained.complete
-    assert records.lookup(path_of(lora)) == lora.score
-    assert records.lookup(path_of(untrained)) == untrained.score
     assert (untrained.method, untrained.learning_rate) == ("baseline", None)
     assert untrained.exact_match == (0.25,) and untrained.rates == {}
     assert (untrained.adapter_bytes, untrained.trainable_parameters) == (0, 0)
@@ -181,7 +178,6 @@ def test_no_record_and_half_a_record_are_read_too(folder):
     assert lora.exact_match == (0.5,) and lora.general_after is None
     assert full.rates == {1e-3: (None, 0.0, 0.0)} and full.eval_loss == ()
     assert full.loss is None and not full.complete
-    assert readme_section([lora, full]) == ""
     table = methods_table([full, lora])
     assert [row[0] for row in table.rows] == [
         "LoRA (incomplete)",
@@ -267,19 +263,6 @@ def test_shares_and_sizes_are_rounded_as_said():
     assert [size(n) for n in (99_400, 999_499, 999_500, 12_345_678, 99.6e6)] == [
         *("99 kB", "999 kB", "1 MB", "12 MB", "100 MB"),
     ]
-
-
-def test_the_readme_gets_a_section_only_when_all_is_complete():
-    section = readme_section([ONE, FULL, ASKED])
-    assert section.startswith("## Methods compared\n") and section.endswith("\n")
-    assert methods_table([ONE, FULL, ASKED])._repr_markdown_() in section
-    assert f"{BUDGET['steps']} steps of {BUDGET['batch_size']}" in section
-    assert check_text(section) == [] and "on one processor thread;" in section
-    on_two = readme_section([ONE, FULL], threads=2)
-    assert "on 2 processor threads;" in on_two
-    late = replace(FULL, complete=False)
-    for few in ([ONE, late, ASKED], [ONE, ASKED], []):
-        assert readme_section(few) == ""
 
 
 APART = replace(FULL, name="QLoRA", eval_loss=(0.50, 0.52, 0.51))
