@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from course_utils.memory.estimate import Request
 
 
-class Matmul4bit(torch.autograd.Function):
+class _Matmul4bit(torch.autograd.Function):
     """x @ W.T with W dequantized for the moment, as bitsandbytes does it."""
 
     @staticmethod
@@ -74,7 +74,7 @@ def _linear4bit_class() -> type:
 
         def forward(self, x):
             shape = (self.out_features, self.in_features)
-            out = Matmul4bit.apply(x.to(self.compute_dtype), self.weight, shape)
+            out = _Matmul4bit.apply(x.to(self.compute_dtype), self.weight, shape)
             if self.bias is not None:
                 out = out + self.bias.to(out.dtype)
             return out.to(x.dtype)
@@ -82,7 +82,7 @@ def _linear4bit_class() -> type:
     return Linear4bit
 
 
-class ChunkedLoss(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """The allocations of TRL's chunked loss (trl/kernels/chunked_logprob.py): a tile
     of logits refilled for each part of the vocabulary, and fp32 gradients."""
 
@@ -116,7 +116,7 @@ def _tile(ctx, hidden, weight):
     return tile
 
 
-class Dropout(nn.Dropout):
+class _Dropout(nn.Dropout):
     """Dropout with a mask of one byte per element, as on a GPU."""
 
     def forward(self, input):
@@ -126,7 +126,7 @@ class Dropout(nn.Dropout):
 # --- the step --------------------------------------------------------------------
 
 
-class LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all live storages by kind and keeps the largest sum."""
 
     def __init__(self, vocab_size: int):
@@ -209,11 +209,11 @@ def _build(request: Request) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
-    _swap(model, nn.Dropout, lambda m: Dropout(m.p) if m.p > 0 else m)
+    _swap(model, nn.Dropout, lambda m: _Dropout(m.p) if m.p > 0 else m)
     return model
 
 
-def _give_storage(model: nn.Module, count: LiveBytes, full: bool) -> None:
+def _give_storage(model: nn.Module, count: _LiveBytes, full: bool) -> None:
     """Replace meta tensors by fake CPU tensors, ties kept, and count them by kind.
 
     `Module.to` refuses fake tensors, and fake CUDA tensors abort a CPU build of torch.
@@ -238,7 +238,7 @@ def _give_storage(model: nn.Module, count: LiveBytes, full: bool) -> None:
                 store[name] = replaced[id(old)][1]
 
 
-def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
+def _optimizer_state(request: Request, model: nn.Module, count: _LiveBytes):
     """The state that the optimizer keeps, as tensors, and the bytes that are paged."""
     state, paged = [], 0
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -256,7 +256,7 @@ def _optimizer_state(request: Request, model: nn.Module, count: LiveBytes):
     return state, paged
 
 
-def _prepare(model: nn.Module, request: Request, count: LiveBytes) -> None:
+def _prepare(model: nn.Module, request: Request, count: _LiveBytes) -> None:
     model.train()
     if request.gradient_checkpointing:
         options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -271,7 +271,7 @@ def _prepare(model: nn.Module, request: Request, count: LiveBytes) -> None:
         base.lm_head = nn.Identity()  # hands the hidden states on to the loss
         base.lm_head.weight = head.weight
         cast = request.autocast and getattr(torch, request.autocast)
-        base.loss_function = lambda logits, labels, **_: ChunkedLoss.apply(
+        base.loss_function = lambda logits, labels, **_: _ChunkedLoss.apply(
             logits[:, :-1].reshape(-1, logits.shape[-1]), head.weight, cast, count.add
         )
 
@@ -295,7 +295,7 @@ def _no_packing():
 def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
     """Run one training step without data; the same answer as `closed_form`."""
     model = _build(request)
-    count = LiveBytes(request.config.vocab_size)
+    count = _LiveBytes(request.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_storage(model, count, request.method == "full")
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -2,7 +2,7 @@
 
 It adds up what a step keeps for the next one (`_static_parts`) and what automatic
 differentiation keeps of each decoder layer of the Llama family, as transformers writes
-it (`Layer`), and takes the largest of a few moments (`_moments`). Letters: `B` batch,
+it (`_Layer`), and takes the largest of a few moments (`_moments`). Letters: `B` batch,
 `T` sequence, `N` = B T, `d` width, `F` feed-forward width, `V` vocabulary, `H` heads.
 """
 
@@ -245,7 +245,7 @@ def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # of TRL's chunked loss
 
 
-class Layer:
+class _Layer:
     """Bytes that one decoder layer keeps for the backward pass, and needs in it."""
 
     def __init__(self, request: Request, ranks: dict[str, tuple[int, int]]):
@@ -333,7 +333,7 @@ def _moments(request: Request, shapes: Shapes, gradients: int) -> dict[str, tupl
     """Bytes above weights and optimizer: moment -> (activations, logits, gradients)."""
     config = request.config
     indices = range(config.num_hidden_layers)
-    layers = [Layer(request, shapes.ranks.get(index, {})) for index in indices]
+    layers = [_Layer(request, shapes.ranks.get(index, {})) for index in indices]
     L, saved = layers[0], [layer.saved() for layer in layers]
     transient = max(layer.transient() for layer in layers)
     table = config.vocab_size * L.d
@@ -367,7 +367,7 @@ def _moments(request: Request, shapes: Shapes, gradients: int) -> dict[str, tupl
     return moments
 
 
-def _loss(request: Request, layer: Layer) -> tuple[int, int]:
+def _loss(request: Request, layer: _Layer) -> tuple[int, int]:
     """Bytes of the logits, and what the chunked loss needs beside them."""
     N, d, w, c = layer.N, layer.d, layer.w, layer.c
     V = request.config.vocab_size

@@ -78,22 +78,22 @@ class MethodResult:
     @property
     def score(self) -> float | None:
         """Mean exact match, 0 to 1."""
-        return mean(self.exact_match)
+        return _mean(self.exact_match)
 
     @property
     def loss(self) -> float | None:
         """Mean final validation loss, nats a token."""
-        return mean(self.eval_loss)
+        return _mean(self.eval_loss)
 
 
 def _known(values: Iterable[float | None]) -> tuple[float, ...]:
     return tuple(v for v in values if v is not None and math.isfinite(v))
 
 
-def mean(values: Iterable[float | None]) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     """The mean of what is there; None of nothing.
 
-    >>> mean([1.0, None, 2.0]), mean([])
+    >>> _mean([1.0, None, 2.0]), _mean([])
     (1.5, None)
     """
     known = _known(values)
@@ -113,7 +113,7 @@ def split_label(run: Mapping) -> tuple[str, float | None]:
 def _means(dicts: Iterable[dict[str, float]]) -> dict[str, float]:
     dicts = list(dicts)
     names = dict.fromkeys(name for shares in dicts for name in shares)
-    return {name: mean(shares.get(name) for shares in dicts) for name in names}
+    return {name: _mean(shares.get(name) for shares in dicts) for name in names}
 
 
 def _exact(run: dict) -> float | None:
@@ -153,8 +153,8 @@ def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
         by_slice=_means(m.get("by_slice") or {} for m in metrics),
         by_field=_means(m.get("by_field") or {} for m in metrics),
         trainable_parameters=chosen[0].get("trainable_parameters", 0),
-        general_before=mean(g["before"]["answer_share"] for g in general),
-        general_after=mean(g["after"]["answer_share"] for g in general),
+        general_before=_mean(g["before"]["answer_share"] for g in general),
+        general_after=_mean(g["after"]["answer_share"] for g in general),
         complete=not best or (inside and all_seeds and None not in losses),
         **_costs(chosen, trained=bool(best)),
     )
@@ -176,12 +176,12 @@ def _costs(runs: Sequence[dict], *, trained: bool) -> dict[str, float | None]:
     """Bytes and seconds, of one machine: the record's own, where it made a run."""
     own = [run.get("measured", {}) for run in runs if "machine" not in run]
     measured = own or [run.get("measured", {}) for run in runs]
-    adapter = mean(m.get("adapter_bytes") for m in measured)
+    adapter = _mean(m.get("adapter_bytes") for m in measured)
     untrained = None if trained else 0
     return {
         "adapter_bytes": untrained if adapter is None else round(adapter),
         "peak_bytes": measured[0].get("peak_bytes"),  # other seeds: other batches
-        "seconds": mean(m.get("train_seconds") for m in measured) if trained else 0.0,
+        "seconds": _mean(m.get("train_seconds") for m in measured) if trained else 0.0,
     }
 
 
@@ -202,7 +202,7 @@ def recorded_methods() -> list[MethodResult]:
     results = []
     for (record, name), runs in groups.items():
         result = replace(_result_of(name, runs), record=record)
-        if timed := mean(step_seconds.get(name, [])):
+        if timed := _mean(step_seconds.get(name, [])):
             result = replace(result, seconds=timed * runs[0]["settings"]["steps"])
         results.append(result)
     return results
@@ -227,10 +227,10 @@ def long_runs() -> dict[str, float]:
 # --- the table ---------------------------------------------------------------------
 
 
-def percent(values: Sequence[float]) -> str:
+def _percent(values: Sequence[float]) -> str:
     """A share in per cent; of several, their mean, smallest and largest.
 
-    >>> percent([0.25]), percent([0.2, 0.3, 0.4]), percent([])
+    >>> _percent([0.25]), _percent([0.2, 0.3, 0.4]), _percent([])
     ('25 %', '30 % (20–40)', '–')
     """
     if not values:
@@ -241,10 +241,10 @@ def percent(values: Sequence[float]) -> str:
     return f"{middle} ({100 * min(values):.0f}–{100 * max(values):.0f})"
 
 
-def size(count: float | None) -> str:
+def _size(count: float | None) -> str:
     """Bytes, in the unit that keeps them short.
 
-    >>> size(46_080), size(9_800_000), size(0), size(None)
+    >>> _size(46_080), _size(9_800_000), _size(0), _size(None)
     ('46 kB', '9.8 MB', '0', '–')
     """
     if not count:
@@ -258,7 +258,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return NONE if value is None else f"{value:{form}}{unit}"
 
 
-def order(results: Iterable[MethodResult]) -> list[MethodResult]:
+def _order(results: Iterable[MethodResult]) -> list[MethodResult]:
     """Best first: by exact match, then by the lower validation loss, then by name."""
 
     def key(result: MethodResult) -> tuple[float, float, str]:
@@ -281,7 +281,7 @@ def methods_table(
     Columns are as in `MethodResult`; `total_parameters` are the model's, and `marked`
     says of a method that its sweep is incomplete.
     """
-    results = order(results)
+    results = _order(results)
     before = {round(100 * r.general_before) for r in results if r.general_before}
     general = "general questions"
     if len(before) == 1:
@@ -300,15 +300,15 @@ def _row(r: MethodResult, total_parameters: int, marked: bool) -> tuple[str, ...
     return (
         display_name(r.name) + " (incomplete)" * (marked and not r.complete),
         _number(r.learning_rate, "g"),
-        percent(r.exact_match),
-        _number(mean(r.field_f1), ".2f"),
+        _percent(r.exact_match),
+        _number(_mean(r.field_f1), ".2f"),
         _number(r.loss, ".3f"),
         f"{r.trainable_parameters:,}",
         f"{share:.2g} %" if share < 99.5 else "100 %",
-        size(r.adapter_bytes),
+        _size(r.adapter_bytes),
         _number(peak, ",.0f", " MiB"),
         _number(r.seconds, ".0f", " s") if r.learning_rate else NONE,
-        percent([] if r.general_after is None else [r.general_after]),
+        _percent([] if r.general_after is None else [r.general_after]),
     )
 
 
@@ -335,7 +335,7 @@ def agreement(mine: Mapping[str, float], results: Iterable[MethodResult]) -> str
     names = [name for name in mine if seeds.get(name)]
     if len(names) < 2:
         return "Nothing to compare yet: fewer than two of your methods are recorded."
-    recorded = {name: mean(seeds[name]) for name in names}
+    recorded = {name: _mean(seeds[name]) for name in names}
     own = {name: float(mine[name]) for name in names}
     own = {
         name: loss if math.isfinite(loss) else math.inf for name, loss in own.items()

@@ -13,8 +13,8 @@ from course_utils.records import RecordError
 from course_utils.sweep.experiment import BUDGET
 from course_utils.sweep.results import (
     MethodResult,
+    _order,
     methods_table,
-    order,
     recorded_methods,
 )
 from maintenance import readme
@@ -187,7 +187,7 @@ def test_every_lesson_has_its_row_with_its_seconds_and_its_predicted_memory():
 
 def test_the_row_of_lesson_8_names_the_best_of_the_sweep():
     complete = [r for r in recorded_methods() if r.learning_rate and r.complete]
-    best = order(complete)[0]
+    best = _order(complete)[0]
     assert f"<!-- run:{readme.path_of(best)} as .0% -->" in lesson_rows()[STEMS[8]]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,77 +187,101 @@ def test_what_is_public_is_described_and_typed():
 # --- a public name has a caller --------------------------------------------------
 
 
-def names_read(tree: ast.AST) -> set[str]:
-    """Return every name, attribute, imported name and keyword that a tree reads.
+def definitions(tree: ast.Module) -> dict[str, ast.AST]:
+    """Return the public functions and classes of a module, by name."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {n.name: n for n in tree.body if isinstance(n, kinds) and n.name[0] != "_"}
 
-    A definition does not read its own name; a string does where it names one, as in
-    a quoted annotation or a call by name.
+
+def handed_on(trees: dict[str, ast.Module]) -> dict[str, str]:
+    """Return what each dotted name that a module imports stands for, one step on."""
+    return {
+        f"{module}.{alias.asname or alias.name}": f"{node.module}.{alias.name}"
+        for module, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def called(tree: ast.Module, modules: set[str]) -> set[str]:
+    """Return the dotted names that a tree takes from modules: imported, or by a dot.
+
+    A name alone says nothing: `x.size` is a tensor's, `plotting.size` would be ours.
     """
-    names = set()
+    aliases, names = {}, set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        elif isinstance(node, ast.Attribute):
-            names.add(node.attr)
-        elif isinstance(node, ast.ImportFrom):
-            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                dotted = f"{node.module}.{alias.name}"
+                if dotted in modules:
+                    aliases[alias.asname or alias.name] = dotted
+                names.add(dotted)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in aliases:
+            names.add(f"{aliases[ast.unparse(node.value)]}.{node.attr}")
     return names
+
+
+def without_caller(trees: dict[str, ast.Module], outside: list[ast.Module]) -> set[str]:
+    """Return the public functions and classes that only their own module uses.
+
+    A class is used, too, where callers get it: returned, raised, a public function's
+    or field's type, or the maker of a public constant.
+    """
+    doors = {m for m in trees if any(other.startswith(f"{m}.") for other in trees)}
+    steps, used = handed_on(trees), set()
+    callers = [(m, tree) for m, tree in trees.items() if m not in doors]
+    for module, tree in callers + [("", tree) for tree in outside]:
+        for name in called(tree, set(trees)):
+            while name in steps and name.rpartition(".")[2]:
+                name = steps[name]
+            if name.rpartition(".")[0] != module:
+                used.add(name)
+    lonely = set()
+    for module, tree in trees.items():
+        for name, node in definitions(tree).items():
+            others = ast.Module([n for n in tree.body if n is not node], [])
+            is_got = isinstance(node, ast.ClassDef) and re.search(
+                rf"(-> .*|raise |return |^ *\w+: .*|^[A-Z]\w* = )\b{name}\b",
+                ast.unparse(others),
+                re.MULTILINE,
+            )
+            if f"{module}.{name}" not in used and not is_got:
+                lonely.add(f"{module}.{name}")
+    return lonely
 
 
 def lesson_trees() -> list[ast.Module]:
     """Return the code of all lessons, the solutions of their exercises included."""
     trees = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = []
+        for cell in cells:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
-                _, _, rest = text.partition("```python\n")
-                text = rest.split("```")[0]
-            trees.append(ast.parse(text))
+                text = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+            texts.append(text)
+        trees.append(ast.parse("\n".join(texts)))
     return trees
 
 
-def without_caller(trees: dict[str, ast.Module], outside: set[str]) -> list[str]:
-    """Return the public functions and classes that nothing but their own module reads.
-
-    A door (`__init__`) and a list of names (`__all__`) pass on, and call nothing. A
-    class is used, too, where a public function of its module is said to return it.
-    """
-    doors = {m for m in trees if f"{m}." in "".join(f"{t}." for t in trees if t != m)}
-    readers = {m: names_read(t) for m, t in trees.items() if m not in doors}
-    lonely = []
-    for module, tree in trees.items():
-        elsewhere = outside.union(*(r for m, r in readers.items() if m != module))
-        told = " ".join(
-            ast.unparse(node.returns)
-            for node in tree.body
-            if isinstance(node, ast.FunctionDef) and node.returns
-        )
-        for node in tree.body:
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-                continue
-            if node.name[0] != "_" and node.name not in elsewhere:
-                is_result = isinstance(node, ast.ClassDef) and node.name in told
-                raised = isinstance(node, ast.ClassDef) and node.name in ast.unparse(
-                    ast.Module([n for n in tree.body if n is not node], [])
-                )
-                if not (is_result or raised):
-                    lonely.append(f"{module}.{node.name}")
-    return lonely
-
-
 def test_every_public_name_has_a_caller():
-    outside = set().union(*map(names_read, lesson_trees()))
-    room = (ROOT / "maintenance").rglob("*.py")
-    for path in room:
-        outside |= names_read(ast.parse(path.read_text(encoding="utf-8")))
-    assert not without_caller(TREES, outside)
+    room = [
+        ast.parse(path.read_text(encoding="utf-8"))
+        for path in (ROOT / "maintenance").rglob("*.py")
+    ]
+    assert not without_caller(TREES, [*lesson_trees(), *room])
 
 
 def test_a_public_name_without_a_caller_is_seen():
     trees = {
-        "course_utils.a": ast.parse("def used(): ...\ndef lonely(): ...\n"),
-        "course_utils.b": ast.parse("from course_utils.a import used\n"),
+        "course_utils.a": ast.parse("def used(): ...\ndef size(): ...\nx.size()\n"),
+        "course_utils.b": ast.parse("from course_utils.a import used\ny.size\n"),
     }
-    assert without_caller(trees, set()) == ["course_utils.a.lonely"]
-    assert without_caller(trees, {"lonely"}) == []
+    assert without_caller(trees, []) == {"course_utils.a.size"}
+    lesson = ast.parse("from course_utils import a\na.size()")
+    assert without_caller(trees, [lesson]) == set()
+    lesson = ast.parse("from course_utils.b import used\nz.size()")
+    assert without_caller(trees, [lesson]) == {"course_utils.a.size"}

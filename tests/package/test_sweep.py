@@ -22,7 +22,7 @@ from course_utils.sweep import (
     results,
 )
 from course_utils.sweep.experiment import METHODS, SEEDS, ZERO_SHOT, plan, split_sizes
-from course_utils.sweep.results import MethodResult, percent, size, split_label
+from course_utils.sweep.results import MethodResult, _percent, _size, split_label
 from maintenance.runs.lists import LESSON_RUNS
 from maintenance.store import save_record
 
@@ -259,8 +259,8 @@ def test_the_table_reads_well_and_is_ordered_by_score():
 
 
 def test_shares_and_sizes_are_rounded_as_said():
-    assert percent((0.0,)) == "0 %" and percent((0.125, 0.5)) == "31 % (12–50)"
-    assert [size(n) for n in (99_400, 999_499, 999_500, 12_345_678, 99.6e6)] == [
+    assert _percent((0.0,)) == "0 %" and _percent((0.125, 0.5)) == "31 % (12–50)"
+    assert [_size(n) for n in (99_400, 999_499, 999_500, 12_345_678, 99.6e6)] == [
         *("99 kB", "999 kB", "1 MB", "12 MB", "100 MB"),
     ]
 
