@@ -4,7 +4,7 @@ import os
 
 import course_utils  # noqa: F401  sets the libraries' manners: no telemetry, no bars
 
-# Programs that run alone: their tests are in tests/.
+# No doctests there: builders are loaded by their paths, benchmarks by their own test.
 collect_ignore = ["maintenance/benchmarks", "maintenance/data_sets"]
 
 # Kernels inherit these: the smoke profile, and the kernel of this environment.

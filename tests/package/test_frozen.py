@@ -1,8 +1,9 @@
 """What may not move when the code does: recorded runs, data sets, orders, names.
 
-`data/frozen.json` was written before the package was folded. A recorded run is found
-again by its label, seed and settings; a changed one would be trained anew. A deliberate
-change: run this file as a script, and read the difference before it is committed.
+`tests/data/frozen.json` was written before the package was folded. A recorded run is
+found again by its label, seed and settings; a changed one would be trained anew. A
+deliberate change: `PYTHONPATH=. .venv/bin/python tests/package/test_frozen.py`, and
+read the difference before it is committed.
 """
 
 import ast
