@@ -101,6 +101,8 @@ def confusion_matrix(
     >>> confusion_matrix(["b", "b", "a"], ["a", "b", "a"], ["a", "b"])
     [[1, 1], [0, 1]]
     """
+    if unknown := {*references, *predictions} - {*names}:
+        raise ValueError(f"{sorted(unknown)} is none of the classes {list(names)}")
     counts = Counter(zip(references, predictions, strict=True))
     return [[counts[true, predicted] for predicted in names] for true in names]
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_utils import scoring
-from course_utils.formatting import IGNORE, CompletionCollator, tokenize_example
-from course_utils.inference import base_model, generate, inference_state
+from course_utils.formatting import IGNORE, tokenize_example
+from course_utils.inference import decodes, generate, inference_state, last_logits
 from course_utils.scoring import exact_match, field_f1
 from course_utils.templates import find_template
-from course_utils.training_speed import completion_loss, without_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,9 +91,6 @@ def evaluate(
 
     Raises:
         ValueError: there are no records, or one lacks a prompt or a right completion.
-
-    >>> print(Evaluation(0.5, 0.75, ("{}", "?"), ("{}", "{}"), ("a", "b"), None, 2.0))
-    exact match 50.0% of 2 · field F1 0.750 · 2.0 s
     """
     records = stratified(dataset, limit)
     prompts, references = _column(records, "prompt"), _column(records, "completion")
@@ -215,19 +211,30 @@ def perplexity(
     of all completions, their end of turn included: the tokens that training learns.
     """
     import torch
+    from torch.nn.functional import cross_entropy
+    from torch.nn.utils.rnn import pad_sequence
 
     records = stratified(dataset, limit)
     rows = [tokenize_example(row, tokenizer, template=template) for row in records]
     rows.sort(key=lambda row: len(row["input_ids"]))
-    collate, device = CompletionCollator(tokenizer), base_model(model).device
+    if not decodes(model):
+        batch_size = 1  # no padding, so nothing that such a model could mistake
     total, tokens = 0.0, 0
     with torch.no_grad(), inference_state(model):
         for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size])
-            tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
-            batch = without_padding(model, batch)
-            batch = {name: values.to(device) for name, values in batch.items()}
-            total += completion_loss(model, batch, learned_tokens=1).item()
+            batch = rows[start : start + batch_size]
+            columns = [row["labels"] for row in batch]
+            first = [[x != IGNORE for x in labels].index(True) for labels in columns]
+            keep = max(len(x) - i for x, i in zip(columns, first, strict=True)) + 1
+            ends = [torch.tensor(labels[-keep:]) for labels in columns]
+            labels = pad_sequence(ends, True, IGNORE, padding_side="left")
+            ids = [row["input_ids"] for row in batch]
+            logits = last_logits(model, ids, keep, share_at_most=min(first) - 1)
+            labels = labels[:, 1 - logits.shape[1] :].to(logits.device)
+            learned = labels != IGNORE
+            chosen = logits[:, :-1][learned].float()
+            total += cross_entropy(chosen, labels[learned], reduction="sum").item()
+            tokens += int(learned.sum())
     loss = total / tokens
     return Perplexity(loss, math.exp(loss), tokens)
 

@@ -9,6 +9,7 @@ row that has ended leaves the batch, and the model and tokenizer are left as fou
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def generate(
     if do_sample:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
 
-    own_loop = _decodes(model)
+    own_loop = decodes(model)
     longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in rows]
     fork = torch.random.fork_rng(enabled=seed is not None and not own_loop)
@@ -120,7 +121,7 @@ def stream(
     sampling = {"do_sample": do_sample, "temperature": temperature}
     sampling |= {"top_p": top_p, "seed": seed}
     layout = {"template": template, "system": system, "max_new_tokens": max_new_tokens}
-    if not _decodes(model):
+    if not decodes(model):
         return iter(generate(model, tokenizer, [prompt], **layout, **sampling))
     rows = _token_rows(model, tokenizer, [prompt], template, system, max_new_tokens)
     stop = _stop_ids(model, tokenizer, template)
@@ -168,12 +169,6 @@ def compare_generations(
             changes a model in place: keep the answers from before as a list.
         references: the right answers, for a last column.
         options: of ``generate``.
-
-    >>> both = compare_generations({"before": ["Sure!"], "after": ["{}"]}, None, ["Hi"])
-    >>> print(both)
-    prompt  Hi
-    before  Sure!
-    after   {}
     """
     answers = {}
     for name, model in models.items():
@@ -265,7 +260,7 @@ def _one_block(module: Any, args: tuple) -> tuple:
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
-def _decodes(model: Any) -> bool:
+def decodes(model: Any) -> bool:
     """Whether the loop can run this model; others go through ``_library_rows``.
 
     It needs explicit positions, a cache that only grows, and virtual tokens, if any,
@@ -293,9 +288,12 @@ def _prompt_method(model: Any) -> str | None:
     return config.peft_type.value if config.is_prompt_learning else None
 
 
-def _left_batch(model: Any, rows: Rows) -> tuple[Any, dict[str, Any]]:
+def _left_batch(
+    model: Any, rows: Rows, *, share_at_most: float = math.inf
+) -> tuple[Any, dict[str, Any]]:
     """Read what all rows share, then pad the rest of each on its left.
 
+    The tokens from `share_at_most` on are left to the forward pass of the rows.
     Returns what to call, the model or under virtual tokens its base, and its inputs:
     ``input_ids`` (B, T), ``attention_mask`` (B, past + T), ``position_ids`` (B, T) ...
     """
@@ -304,7 +302,7 @@ def _left_batch(model: Any, rows: Rows) -> tuple[Any, dict[str, Any]]:
     network, cache = _read_virtual_tokens(model)
     device = base_model(model).get_input_embeddings().weight.device
     virtual = cache.get_seq_length()
-    shared = _common_prefix(rows) if len(rows) > 1 else 0
+    shared = min(_common_prefix(rows), share_at_most) if len(rows) > 1 else 0
     if shared:
         network(
             input_ids=torch.tensor([list(rows[0][:shared])], device=device),
@@ -362,6 +360,23 @@ def _common_prefix(rows: Rows) -> int:
     return next((n for n in range(limit) if low[n] != high[n]), limit)
 
 
+def last_logits(
+    model: Any, rows: Rows, keep: int, *, share_at_most: float
+) -> torch.Tensor:
+    """Logits (B, at most `keep`, V) of the last positions, rows aligned at their end.
+
+    `share_at_most` tokens that all begin with are read once. A model that the loop
+    cannot run (``decodes``) takes rows of one length.
+    """
+    import torch
+
+    if decodes(model):
+        network, inputs = _left_batch(model, rows, share_at_most=share_at_most)
+        return network(**inputs, logits_to_keep=keep).logits
+    ids = torch.tensor(rows, device=base_model(model).device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -keep:]
+
+
 def _decode_rows(
     model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int, pick: Pick
 ) -> Iterator[list[tuple[int, int]]]:
@@ -404,7 +419,7 @@ def _decode_rows(
 def _library_rows(
     model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int, sampling: dict
 ) -> list[list[int]]:
-    """The same through ``model.generate``, for models that ``_decodes`` refuses."""
+    """The same through ``model.generate``, for models that ``decodes`` refuses."""
     from transformers import GenerationConfig
 
     base = base_model(model)

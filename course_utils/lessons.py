@@ -123,9 +123,10 @@ def result_card(title: str, **rows: Any) -> Table:
 def save_result(lesson: str, headline: str, **numbers: Any) -> None:
     """Write the result of lesson `"NN"` to `build/results/NN.json`, print its headline.
 
-    The numbers behind it are ints, floats, or 0-dimensional tensors. A ValueError
-    where one is not finite.
+    The numbers behind it are ints, floats, or 0-dimensional tensors, all finite.
     """
+    if not re.fullmatch(r"\d\d", lesson):
+        raise ValueError(f"a lesson is two digits such as '02', not {lesson!r}")
     plain = {k: v.item() if hasattr(v, "item") else v for k, v in numbers.items()}
     for name, value in plain.items():
         if isinstance(value, float) and not math.isfinite(value):

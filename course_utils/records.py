@@ -55,6 +55,8 @@ def load_record(name: str) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecordError(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(record, dict) or not {"name", "runs", "summary"} <= set(record):
+        raise RecordError(f"{path.name} is no record: it needs a name, runs, a summary")
     if record["name"] != name:
         raise RecordError(f"{path.name} holds the record {record['name']!r}")
     return record
@@ -102,13 +104,7 @@ def _first_key(value: Any, keys: str) -> str | None:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in columns, the first one flush left; a notebook shows a Markdown table.
-
-    >>> print(Table(("method", "loss"), (("LoRA", "0.31"), ("full", "1.2"))))
-    method  loss
-    LoRA    0.31
-    full     1.2
-    """
+    """Texts in columns, the first one flush left; a notebook shows a Markdown table."""
 
     head: tuple[str, ...]  # the columns' names
     rows: tuple[tuple[str, ...], ...]  # each as long as `head`

@@ -123,10 +123,6 @@ def with_examples(
     `system` stands above them where a conversation has no system text of its own. Text
     of an example that looks like a marker becomes one. A template that ends answers
     with the tokenizer's token raises ValueError.
-
-    >>> shots = [{"prompt": "2 + 2?", "completion": "4"}]
-    >>> with_examples("chatml", shots, system="Count.").default_system[-23:]
-    '>assistant\\n4<|im_end|>\\n'
     """
     layout = find_template(template)
     if not layout.end:

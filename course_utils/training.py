@@ -271,11 +271,6 @@ def plan_settings(
 
     Each optimiser step sees at least so many `examples`; None takes the plan's batch.
     On CUDA 8-bit AdamW is the paged one, whose state can move to the host.
-
-    >>> from course_utils.memory import t4_plan
-    >>> plan = t4_plan("llama-3.2-1b", "lora", batch_size=2, sequence_length=512)
-    >>> plan_settings(plan, device="cuda", examples=16)["gradient_accumulation_steps"]
-    8
     """
     request = plan.request
     fused = "adamw_torch" if device == "mps" else "adamw_torch_fused"
@@ -371,14 +366,16 @@ def _warn_of_short_memory(
 @contextmanager
 def _advised(advice: Callable[[], str]) -> Iterator[None]:
     """While inside, let an error of memory that ran out say what to lower."""
+    import torch
+
     words = ("can't allocate memory", "not enough memory", "out of memory")
+    kinds = (MemoryError, torch.OutOfMemoryError)
     try:
         yield
     except OutOfMemory:
         raise
     except (RuntimeError, MemoryError) as error:
-        of_memory = any(word in str(error) for word in words)
-        if not isinstance(error, MemoryError) and not of_memory:
+        if not isinstance(error, kinds) and not any(w in str(error) for w in words):
             raise
         raise OutOfMemory(f"memory ran out. {advice()}") from error
 

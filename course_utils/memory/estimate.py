@@ -30,7 +30,7 @@ from course_utils.runtime import get_profile
 # --- what is asked ---------------------------------------------------------------
 
 _METHODS = ("full", "lora", "qlora", "prompt_tuning", "prefix_tuning")
-_CHOICES: dict[str, tuple] = {
+_CHOICES: dict[str, Any] = {
     "dtype": tuple(BYTES),
     "optimizer": (
         *("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
@@ -149,8 +149,6 @@ def estimate_memory(
     Raises:
         ValueError: for unknown names, sizes below 1 or beyond the model's positions,
             combinations that cannot be trained, and where there is no closed form.
-
-    Mixed precision: arXiv:1710.03740; checkpointing: 1604.06174; QLoRA: 2305.14314.
 
     >>> small = estimate_memory("smollm2-135m", "lora", batch_size=4, dtype="float32",
     ...                         sequence_length=128, r=8, target_modules="all-linear")

@@ -214,7 +214,9 @@ def plot_attention_mask(
     import numpy as np
 
     matrix = matrix.float() if hasattr(matrix, "float") else matrix
-    allowed = np.asarray(matrix).squeeze()
+    allowed = np.asarray(matrix)
+    while allowed.ndim > 2 and len(allowed) == 1:
+        allowed = allowed[0]
     if allowed.ndim != 2 or allowed.shape[0] != allowed.shape[1]:
         raise ValueError(f"an attention mask is (T, T), not {allowed.shape}")
     allowed = allowed > -1 if (allowed < 0).any() else allowed > 0

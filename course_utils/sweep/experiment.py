@@ -193,8 +193,6 @@ def grid(first: float, losses: dict[float, float | None]) -> tuple[list[float], 
     Returns:
         Rates from the lowest up, and whether all are known with the best inside.
 
-    >>> grid(1e-3, {})
-    ([0.0003, 0.001, 0.003], False)
     >>> grid(1e-3, {3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.9})
     ([0.0001, 0.0003, 0.001, 0.003], False)
     >>> grid(1e-3, {3e-4: 0.5, 1e-3: 0.4, 3e-3: None})

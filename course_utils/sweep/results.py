@@ -286,10 +286,9 @@ def methods_table(
     general = "general questions"
     if len(before) == 1:
         general += f" (before: {before.pop()} %)"
-    head = (
-        *("method", "best rate", "exact match", "field F1", "validation loss"),
-        *("trained parameters", "share", "file", "peak", "training", general),
-    )
+    names = "method, best rate, exact match, field F1, validation loss, "
+    names += "trained parameters, share, file, peak, training"
+    head = (*names.split(", "), general)
     rows = [_row(r, total_parameters, marked) for r in results]
     return Table(head, tuple(rows), caption)
 
@@ -323,13 +322,6 @@ def agreement(mine: Mapping[str, float], results: Iterable[MethodResult]) -> str
     Args:
         mine: {name of a method: validation loss}; one that is not finite is the worst.
         results: of `recorded_methods`; means over their seeds make the order.
-
-    >>> recorded = [
-    ...     MethodResult("LoRA", "lora", eval_loss=(0.30, 0.34)),
-    ...     MethodResult("full", "full", eval_loss=(0.33, 0.37)),
-    ... ]
-    >>> agreement({"LoRA": 0.5, "full": 0.6}, recorded)
-    'Your order is the recorded one: LoRA, then full fine-tuning.'
     """
     seeds = {r.name: r.eval_loss for r in results}
     names = [name for name in mine if seeds.get(name)]

@@ -59,6 +59,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"name": "03_x"}', "{"])
+def test_a_malformed_record_is_named(folder, text):
+    folder.mkdir()
+    (folder / "03_x.json").write_text(text)
+    for read in (load_record, lambda name: lookup(f"{name}:loss")):
+        with pytest.raises(RecordError, match="03_x.json"):
+            read("03_x")
+
+
 def test_a_saved_record_is_computed_valid_and_found(folder):
     assert list_records() == []
     path = save_record("03_lora", draft())

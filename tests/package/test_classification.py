@@ -61,3 +61,10 @@ def test_scores_follow_from_the_confusions(found):
     true, named = matrix.sum(1), matrix.sum(0)
     f1 = (2 * right / (true + named))[true > 0]
     assert macro_f1(predictions, references) == pytest.approx(f1.mean().item())
+
+
+def test_a_class_without_a_place_is_named():
+    with pytest.raises(ValueError, match=r"\['c'\] is none of the classes"):
+        confusion_matrix(["c"], ["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="none of the classes"):
+        confusion_matrix(["a"], ["c"], ["a", "b"])

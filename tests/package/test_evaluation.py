@@ -1,5 +1,6 @@
 """Scores, stratified limits, perplexity by hand, forgetting."""
 
+import copy
 import math
 
 import pytest
@@ -169,6 +170,32 @@ def test_perplexity_of_chats_and_of_identical_prompts():
     for records in ([{"messages": chat}, RECORDS[0]], same):
         got = perplexity(model, tokenizer, records)
         assert got.loss == pytest.approx(by_hand(model, records)[0], abs=1e-4)
+
+
+def test_perplexity_reads_a_common_beginning_once():
+    model, tokenizer = small(), byte_tokenizer()
+    rows = [{"prompt": "word " * 40 + c, "completion": "{}"} for c in "abcdefgh"]
+    positions = []
+
+    def count(module, args, kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        positions.append(ids.numel())
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    got = perplexity(model, tokenizer, rows)
+    handle.remove()
+    longest = max(len(tokenize_example(row, tokenizer)["input_ids"]) for row in rows)
+    assert sum(positions) < 2 * longest, "each row was read whole"
+    assert got.loss == pytest.approx(by_hand(model, rows)[0], abs=1e-4)
+
+
+def test_perplexity_never_reads_padding():
+    """A pad token was added, and the embeddings were not resized."""
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    expected = perplexity(small(), tokenizer, RECORDS)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= small().config.vocab_size
+    assert perplexity(small(), tokenizer, RECORDS) == expected
 
 
 @pytest.mark.parametrize("name", OTHERS)

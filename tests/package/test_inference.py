@@ -23,10 +23,10 @@ from transformers import (
 from course_utils.formatting import end_of_turn_ids, generation_prompt
 from course_utils.inference import (
     _decode_rows,
-    _decodes,
     _picker,
     base_model,
     compare_generations,
+    decodes,
     generate,
     stream,
 )
@@ -134,7 +134,7 @@ def test_wrong_positions_or_masks_would_be_seen(spoil, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(model, "forward", spoilt.__get__(model))
-    assert _decodes(model)
+    assert decodes(model)
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) != right
 
 
@@ -191,7 +191,7 @@ def test_other_architectures_answer_as_alone_too(name):
     torch.manual_seed(0)
     model, tokenizer = make().eval(), byte_tokenizer()
     model.generation_config.eos_token_id = 2
-    assert own_loop is None or _decodes(model) is own_loop
+    assert own_loop is None or decodes(model) is own_loop
     rows = [generation_prompt(p, tokenizer, template="plain") for p in PROMPTS]
     expected = [reference(model, row, {2}, 10) for row in rows]
     got = generate(model, tokenizer, PROMPTS, template="plain", max_new_tokens=10)
@@ -204,7 +204,7 @@ def test_the_librarys_sampling_draws_anew_in_each_batch():
     make, _ = OTHERS["sliding window"]
     torch.manual_seed(0)
     model, tokenizer = make().eval(), byte_tokenizer()
-    assert not _decodes(model)
+    assert not decodes(model)
     options = {"template": "plain", "max_new_tokens": 8, "do_sample": True, "seed": 0}
     before = torch.random.get_rng_state()
     answers = generate(model, tokenizer, ["Tell"] * 4, batch_size=1, **options)

@@ -214,6 +214,9 @@ def test_save_result_refuses_what_is_no_result(build):
     for number in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="loss is"):
             lessons.save_result("02", "x", loss=number)
+    for lesson in ("2", "../02"):
+        with pytest.raises(ValueError, match="two digits"):
+            lessons.save_result(lesson, "x", loss=1.0)
     assert lessons.load_result("02") is None
 
 

@@ -346,6 +346,11 @@ def test_any_kind_of_attention_mask_is_read(matrix):
     assert np.array_equal(np.asarray(ax.images[0].get_array()), CAUSAL > 0)
 
 
+@pytest.mark.parametrize("matrix", [[[1]], np.ones((1, 1, 1, 1))])
+def test_a_mask_of_one_token_is_drawn(matrix):
+    assert plotting.plot_attention_mask(matrix).images[0].get_array().shape == (1, 1)
+
+
 def test_an_attention_mask_must_be_square():
     with pytest.raises(ValueError, match=r"\(T, T\)"):
         plotting.plot_attention_mask(np.ones((2, 3)))
