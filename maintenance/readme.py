@@ -219,7 +219,6 @@ def _scores_by_slice() -> Any:
 
 
 PICTURES: dict[str, Callable[[], Any]] = {
-    "methods": plotting.plot_method_map,
     "learning_curve": _learning_curve,
     "scores_by_slice": _scores_by_slice,
     "memory_planner": widgets.planner_figure,

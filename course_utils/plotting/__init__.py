@@ -31,9 +31,4 @@ from course_utils.plotting.style import (
     method_of,
     new_axes,
 )
-from course_utils.plotting.tokens import (
-    plot_attention_mask,
-    plot_mask,
-    plot_method_map,
-    plot_prefix,
-)
+from course_utils.plotting.tokens import plot_attention_mask, plot_mask

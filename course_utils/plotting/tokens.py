@@ -1,4 +1,4 @@
-"""Figures of tokens, of what is learned of them, and of where each method acts."""
+"""Figures of tokens: what is learned of them, and which of them see each other."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain, count, groupby, product
+from itertools import chain, count, groupby
 from typing import TYPE_CHECKING, Any
 
-from course_utils.plotting.style import (
-    HEIGHT,
-    METHOD_COLOURS,
-    METHOD_NAMES,
-    WIDTH,
-    finish,
-    legend_below,
-    new_axes,
-)
+from course_utils.plotting.style import HEIGHT, finish, legend_below, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,108 +230,3 @@ def plot_attention_mask(
         ax.set_xticks(range(size), names, rotation=90, **look)
         ax.set_yticks(range(size), names, **look)
     return finish(ax, xlabel="is looked at", ylabel="position that looks")
-
-
-def plot_prefix(tokens: Sequence[str], *, ax: Axes | None = None) -> Axes:
-    """Draw which cells are learned: a row of input, or a column at every layer.
-
-    Left prompt tuning, right prefix tuning; a row is a layer, the input lowest, and a
-    column a position, virtual tokens first, then at most 8 `tokens`, else a ValueError.
-    """
-    from matplotlib.patches import Patch, Rectangle
-
-    if len(tokens) > 8:
-        raise ValueError(f"at most 8 tokens are drawn, not {len(tokens)}")
-    virtual, layers = 3, 5
-    looks = {
-        text: {"label": text, "facecolor": colour, "hatch": hatch, "edgecolor": "0.4"}
-        for text, colour, hatch in (
-            ("learned row", METHOD_COLOURS["prompt"], "//"),
-            ("learned keys and values", METHOD_COLOURS["prefix"], ".."),
-            ("follows from the learned row", "white", None),
-            ("of the text", PROMPT, None),
-        )
-    }
-    width = virtual + len(tokens)
-    # Left edge, and what a virtual token is at the input and in a layer.
-    methods = (
-        ("prompt tuning", 0.0, "learned row", "follows from the learned row"),
-        ("prefix tuning", width + 1.5, None, "learned keys and values"),
-    )
-    ax = new_axes(ax)
-    ticks: list[float] = []
-    for method, left, at_input, in_layer in methods:
-        ticks += [left + column for column in range(width)]
-        for column, row in product(range(width), range(layers + 1)):
-            cell = "of the text" if column >= virtual else in_layer if row else at_input
-            if cell:
-                corner = (left + column - 0.5, row - 0.5)
-                ax.add_patch(Rectangle(corner, 1, 1, linewidth=0.7, **looks[cell]))
-        ax.text(left + (width - 1) / 2, layers + 0.8, method, ha="center", fontsize=9)
-    names = [""] * virtual + [token.strip() for token in tokens]
-    ax.set_xticks(ticks, 2 * names, rotation=90)
-    ax.tick_params(axis="x", labelsize=7.5, length=0)
-    ax.set_yticks(range(layers + 1), ["input", *(f"layer {i}" for i in range(layers))])
-    ax.set(xlim=(-0.7, 2 * width + 1.2), ylim=(-0.6, layers + 1.4))
-    ax.grid(False)
-    ax.spines[["left", "bottom"]].set_visible(False)
-    legend_below(ax, handles=[Patch(**look) for look in looks.values()], ncols=2)
-    return finish(ax, xlabel="position", legend=False)
-
-
-# Inches, in a picture of 6 x 3.4: x, y, width, height, text.
-_BOXES = [
-    (0.05, 2.05, 0.72, 0.5, "prompt\ntext"),
-    (1.0, 2.05, 0.85, 0.5, "embedding\n(d wide)"),
-    (2.1, 1.78, 2.85, 1.1, ""),
-    (2.25, 2.02, 1.25, 0.6, "attention\n$W_q\\ W_k\\ W_v\\ W_o$"),
-    (3.75, 2.02, 1.05, 0.6, "MLP\n$W_1\\ W_2\\ W_3$"),
-    (5.2, 2.05, 0.72, 0.5, "next\ntoken"),
-]
-# Where each method's number stands in it, and what the method trains.
-_PLACES = {
-    "baseline": (0.41, 2.68, "nothing: examples in the prompt"),
-    "full": (3.0, 3.08, "every weight"),
-    "frozen": (4.55, 2.77, "the last layers, or the head"),
-    "lora": (3.08, 1.9, "low-rank BA beside frozen W"),
-    "dora": (3.36, 1.9, "LoRA, and a length for each output"),
-    "pissa": (3.64, 1.9, "BA from the main part of W"),
-    "qlora": (3.92, 1.9, "LoRA beside a 4-bit W"),
-    "prompt": (1.2, 1.9, "vectors before the prompt"),
-    "p_tuning": (1.6, 1.9, "the same, made by a small network"),
-    "prefix": (2.42, 1.9, "keys and values in every layer"),
-}
-_LIGHT = ("baseline", "dora", "p_tuning", "prefix")  # colours under black numbers
-
-
-def plot_method_map(*, ax: Axes | None = None) -> Axes:
-    """Draw where each method puts what it trains: the course in one picture."""
-    from matplotlib.patches import FancyBboxPatch
-
-    ax = new_axes(ax, height=HEIGHT + 0.2)
-    ax.axis("off")
-    ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT + 0.2))
-    rounded = {"boxstyle": "round,pad=0,rounding_size=0.06", "edgecolor": "#555555"}
-    for x, y, width, height, text in _BOXES:
-        colour = "#f0f0f0" if text else "white"
-        ax.add_patch(FancyBboxPatch((x, y), width, height, facecolor=colour, **rounded))
-        middle = (x + width / 2, y + height / 2)
-        ax.text(*middle, text, fontsize=8, ha="center", va="center")
-    for start, end in ((0.77, 1.0), (1.85, 2.25), (3.5, 3.75), (4.8, 5.2)):
-        ax.annotate("", (end, 2.3), (start, 2.3), arrowprops={"arrowstyle": "->"})
-    ax.plot([1.0, 1.0, 4.95, 4.95], [3.0, 3.08, 3.08, 3.0], color="black", linewidth=1)
-    ax.text(2.2, 2.77, "× L layers", fontsize=7.5, va="center")
-    ax.text(4.08, 1.895, "beside any W", fontsize=7, va="center")
-    circle = {"boxstyle": "circle,pad=0.25", "edgecolor": "white"}
-    for index, (method, (x, y, trained)) in enumerate(_PLACES.items()):
-        left, line = 0.12 + 3.05 * (index // 5), 1.42 - 0.3 * (index % 5)
-        for place in ((x, y), (left, line)):
-            look = {"color": "black" if method in _LIGHT else "white", "zorder": 5}
-            look |= {"fontsize": 8 if index < 9 else 6, "weight": "bold"}
-            look["bbox"] = circle | {"facecolor": METHOD_COLOURS[method]}
-            ax.text(*place, str(index + 1), ha="center", va="center", **look)
-        name = {"fontsize": 8, "weight": "bold", "va": "center"}
-        ax.text(left + 0.17, line + 0.065, METHOD_NAMES[method], **name)
-        what = {"fontsize": 7, "color": "#333333", "va": "center"}
-        ax.text(left + 0.17, line - 0.075, trained, **what)
-    return ax

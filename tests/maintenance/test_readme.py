@@ -4,11 +4,13 @@ import json
 import math
 import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
 
 from course_utils import records
+from course_utils.plotting import METHOD_COLOURS, METHOD_NAMES
 from course_utils.records import RecordError
 from course_utils.sweep.experiment import BUDGET
 from course_utils.sweep.results import (
@@ -20,6 +22,8 @@ from course_utils.sweep.results import (
 from maintenance import readme
 
 README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+PICTURES = readme.ROOT / "data" / "pictures"
+SVG = "{http://www.w3.org/2000/svg}"
 STEMS = [path.stem for path in readme.lesson_paths()]
 
 
@@ -242,8 +246,36 @@ def test_the_readme_shows_each_picture_that_is_drawn():
     shown = re.findall(r"\(data/pictures/(\w+)\.png\)", README)
     assert sorted(shown) == sorted(readme.PICTURES)
     for name in readme.PICTURES:
-        path = readme.ROOT / "data" / "pictures" / f"{name}.png"
+        path = PICTURES / f"{name}.png"
         assert path.stat().st_size > 5e3
+
+
+def test_the_pictures_that_are_kept_as_text_say_what_they_show_and_are_shown():
+    pages = {*readme.ROOT.glob("notebooks/*.ipynb"), readme.ROOT / "README.md"}
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for path in PICTURES.glob("*.svg"):
+        assert path.name in text
+        picture = ElementTree.parse(path).getroot()
+        said = [picture.findtext(f"{SVG}{part}") for part in ("title", "desc")]
+        assert min(map(len, said)) > 20
+        # a notebook's page holds the picture itself: its rules must not leave it
+        rules = re.findall(r"([^{}]+)\{", picture.findtext(f"{SVG}style", ""))
+        assert all(rule.strip().startswith(f"#{path.stem} ") for rule in rules)
+        names = [element.get("id") for element in picture.iter() if element.get("id")]
+        assert all(name.startswith(path.stem) for name in names)
+
+
+def test_the_map_has_each_method_in_its_own_colour():
+    picture = (PICTURES / "methods.svg").read_text(encoding="utf-8")
+    names = re.findall(r'class="name"[^>]*>([^<]+)<', picture)
+    keys = [key for key in METHOD_NAMES if f"#methods .{key} " in picture]
+    assert sorted(names) == sorted(METHOD_NAMES[key] for key in keys)
+    assert len(keys) == 10
+    for key in keys:
+        assert f"#methods .{key} {{ fill: {METHOD_COLOURS[key]}; }}" in picture
+        assert picture.count(f'<circle class="{key}"') == 2
+    prefix = (PICTURES / "prefix.svg").read_text(encoding="utf-8")
+    assert METHOD_COLOURS["prompt"] in prefix and METHOD_COLOURS["prefix"] in prefix
 
 
 # --- the seconds of a full run ---------------------------------------------------

@@ -71,7 +71,6 @@ DRAWINGS = {
     "attention": lambda **k: plotting.plot_attention_mask(
         CAUSAL, tokens="abcde灯", **k
     ),
-    "prefix": lambda **k: plotting.plot_prefix(["Dim", " the", "lamp"], **k),
     "confusion": lambda **k: plotting.plot_confusion(
         [[9, 1, 0], [3, 4, 3], [0, 0, 0]], ["bad", "mixed", "good"], **k
     ),
@@ -83,7 +82,6 @@ DRAWINGS = {
     "trade_off": lambda **k: plotting.plot_trade_off(
         {m: (10 * i, 0.09 * i, 10**i) for i, m in enumerate(METHODS)}, **k
     ),
-    "map": lambda **k: plotting.plot_method_map(**k),
 }
 
 
@@ -123,7 +121,7 @@ def test_each_figure_draws_without_a_warning(name, tmp_path):
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("name", ["memory", "mask", "compact", "prefix", "trade_off"])
+@pytest.mark.parametrize("name", ["memory", "mask", "compact", "trade_off"])
 def test_a_legend_below_covers_nothing(name, given):
     ax = DRAWINGS[name](ax=plt.subplots()[1] if given else None)
     ax.figure.draw_without_rendering()
@@ -180,15 +178,6 @@ def test_comparison_and_memory_write_their_values():
     assert [t.get_text() for t in ax.texts] == ["11 GiB", "T4: 14 GiB"]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([6, 3, 2])
     assert [bar.get_x() for bar in ax.patches] == pytest.approx([0, 6, 9])
-
-
-def test_a_prefix_is_learned_at_every_layer_and_a_prompt_at_the_input():
-    ax = plotting.plot_prefix(["a", "b"])
-    colours = [to_hex(patch.get_facecolor()) for patch in ax.patches]
-    assert colours.count(METHOD_COLOURS["prompt"]) == 3
-    assert colours.count(METHOD_COLOURS["prefix"]) == 3 * 5
-    with pytest.raises(ValueError, match="at most 8 tokens"):
-        plotting.plot_prefix("abcdefghi")
 
 
 def test_the_cells_of_a_confusion_matrix_hold_counts_and_shares_of_the_row():
@@ -396,7 +385,7 @@ def test_a_method_keeps_its_colour_under_every_name():
     assert len(looks) == len(names)
     assert styles["prefix_tuning"]["color"] == METHOD_COLOURS["prefix"]
     assert styles["P-tuning"]["color"] == METHOD_COLOURS["p_tuning"]
-    methods = {METHOD_COLOURS[m] for m in ("lora", "prefix", "p_tuning")}
+    methods = {METHOD_COLOURS[m] for m in ("lora", "p_tuning")}
     assert styles["run 1"]["color"] not in methods
     assert plotting.method_of("loran") is None
     for method in METHOD_COLOURS:  # each of many runs of one method looks another way
