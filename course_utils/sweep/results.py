@@ -341,40 +341,20 @@ def agreement(mine: Mapping[str, float], results: Iterable[MethodResult]) -> str
     if not swapped:
         order = ", then ".join(map(display_name, names))
         return f"Your order is the recorded one: {order}."
-    reasons = _reasons(swapped, seeds)
-    return (
-        f"Your order is not the recorded one: {'; '.join(map(_pair, swapped))} changed "
-        f"places. {reasons[0].upper()}{reasons[1:]}."
+    pairs = "; ".join(
+        f"{display_name(a)} and {display_name(b)} ({_seeds_say(seeds[a], seeds[b])})"
+        for a, b in swapped
     )
+    return f"Your order is not the recorded one. These changed places: {pairs}."
 
 
-def _pair(names: tuple[str, str]) -> str:
-    return " and ".join(map(display_name, names))
-
-
-def _reasons(
-    swapped: Sequence[tuple[str, str]], seeds: Mapping[str, tuple[float, ...]]
-) -> str:
-    """Of pairs that changed places: is it noise of the seeds, or a difference?"""
-    noise, single, clear = [], [], []
-    for pair in swapped:
-        a, b = (seeds[name] for name in pair)
-        if min(len(a), len(b)) < 2:
-            single.append(_pair(pair))
-        elif max(min(a), min(b)) <= min(max(a), max(b)):
-            noise.append(_pair(pair))
-        else:
-            clear.append(_pair(pair))
-    of_clear = "those" if noise else "the recorded seeds"
-    sentences = {
-        "the recorded seeds of {} overlap, so that their order is noise": noise,
-        f"{of_clear} of {{}} do not overlap: a shorter run, or other settings, made "
-        "it": clear,
-        "of {} too few seeds are recorded to tell noise from a difference": single,
-    }
-    return "; ".join(
-        text.format("; ".join(pairs)) for text, pairs in sentences.items() if pairs
-    )
+def _seeds_say(a: tuple[float, ...], b: tuple[float, ...]) -> str:
+    """Do the recorded losses of two methods tell a difference from noise?"""
+    if min(len(a), len(b)) < 2:
+        return "too few recorded seeds to tell noise from a difference"
+    if max(min(a), min(b)) <= min(max(a), max(b)):
+        return "their recorded seeds overlap: noise"
+    return "their recorded seeds do not overlap: a shorter run, or other settings"
 
 
 # --- the reader's data and model ---------------------------------------------------

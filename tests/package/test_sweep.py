@@ -267,6 +267,7 @@ def test_shares_and_sizes_are_rounded_as_said():
 
 APART = replace(FULL, name="QLoRA", eval_loss=(0.50, 0.52, 0.51))
 SINGLE = replace(FULL, name="DoRA", eval_loss=(0.9,))
+CHANGED = "Your order is not the recorded one. These changed places:"
 
 
 @pytest.mark.parametrize(
@@ -278,27 +279,24 @@ SINGLE = replace(FULL, name="DoRA", eval_loss=(0.9,))
         ),
         (
             {"LoRA": 0.8, "full": 0.7},
-            "Your order is not the recorded one: LoRA and full fine-tuning changed "
-            "places. The recorded seeds of LoRA and full fine-tuning overlap, so that "
-            "their order is noise.",
+            f"{CHANGED} LoRA and full fine-tuning (their recorded seeds overlap: "
+            "noise).",
         ),
         (
             {"LoRA": math.nan, "QLoRA": 0.7},
-            "Your order is not the recorded one: LoRA and QLoRA changed places. The "
-            "recorded seeds of LoRA and QLoRA do not overlap: a shorter run, or other "
-            "settings, made it.",
+            f"{CHANGED} LoRA and QLoRA (their recorded seeds do not overlap: a shorter "
+            "run, or other settings).",
         ),
         (
             {"LoRA": 0.8, "full": 0.7, "QLoRA": 0.75},
-            "Your order is not the recorded one: LoRA and full fine-tuning; LoRA and "
-            "QLoRA changed places. The recorded seeds of LoRA and full fine-tuning "
-            "overlap, so that their order is noise; those of LoRA and QLoRA do not "
-            "overlap: a shorter run, or other settings, made it.",
+            f"{CHANGED} LoRA and full fine-tuning (their recorded seeds overlap: "
+            "noise); LoRA and QLoRA (their recorded seeds do not overlap: a shorter "
+            "run, or other settings).",
         ),
         (
             {"LoRA": 0.8, "DoRA": 0.7},
-            "Your order is not the recorded one: LoRA and DoRA changed places. Of LoRA "
-            "and DoRA too few seeds are recorded to tell noise from a difference.",
+            f"{CHANGED} LoRA and DoRA (too few recorded seeds to tell noise from a "
+            "difference).",
         ),
         (
             {"LoRA": 0.8, "mine": 0.7},
