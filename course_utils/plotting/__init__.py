@@ -5,12 +5,7 @@ axes; `ax.set_title` writes a title. A method has the same colour, line style an
 marker in all of them, and every figure reads in grey. No display is needed.
 """
 
-from course_utils.plotting.methods import (
-    pareto_front,
-    plot_rate_panels,
-    plot_scatter,
-    plot_trade_off,
-)
+from course_utils.plotting.methods import pareto_front, plot_rate_panels, plot_scatter
 from course_utils.plotting.runs import (
     plot_by_slice,
     plot_comparison,

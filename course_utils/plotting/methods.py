@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import product
 from operator import le
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _OWN_COLOUR = "#e3001b"  # no method has it
-# Bytes, whose markers the legend of the trade-off shows.
+_TURNS = 32  # places that are tried for a label
+# Bytes, whose markers a legend shows.
 _SIZES = {"keeps nothing": 0, "100 kB": 1e5, "10 MB": 1e7, "500 MB": 5e8}
 
 
@@ -125,70 +125,46 @@ def pareto_front(points: Mapping[str, tuple[float, ...]]) -> list[str]:
 
 
 def plot_scatter(
-    points: Mapping[str, tuple[float, float]],
+    points: Mapping[str, tuple[float, ...]],
     *,
     xlabel: str,
     log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw {label: (cost, score from 0 to 1)}; a step line joins what none beats.
+    """Draw {method: (cost, score from 0 to 1)}, or (cost, score, bytes kept).
 
+    A step line joins what none beats in cost and score. A marker is filled where none
+    is better in everything given; its size is the bytes, where there are any.
     Raises ValueError: a cost is not positive on a logarithmic axis.
     """
-    if log and any(cost <= 0 for cost, _ in points.values()):
+    if log and any(cost <= 0 for cost, *_ in points.values()):
         raise ValueError("a logarithmic axis has no place for costs of 0 or less")
-    ax = new_axes(ax)
-    places = {name: (cost, 100 * score) for name, (cost, score) in points.items()}
-    front = pareto_front(places)
-    _step_line(ax, [places[name] for name in front], "not beaten")
-    for name, style in line_styles(points).items():
-        style |= {"linestyle": "", "markersize": 7, "zorder": 3}
-        if name not in front:
-            style["markerfacecolor"] = "white"
-        ax.plot(*places[name], **style)
-    if log:
-        ax.set_xscale("log")
-    ax.margins(0.12, 0.15)
-    finish(ax, xlabel=xlabel, ylabel="exact match (%)", legend=True)
-    _place_labels(ax, places, dict.fromkeys(places, 5.0))
-    return ax
-
-
-def plot_trade_off(
-    points: Mapping[str, tuple[float, float, float]], *, ax: Axes | None = None
-) -> Axes:
-    """Draw {method: (seconds, score from 0 to 1, bytes kept for each task)}.
-
-    A marker's size is the bytes, and it is filled where no other method is better in
-    all three. The step line joins those that none beats in compute and quality alone.
-    """
-    ax = new_axes(ax, height=1.25 * HEIGHT)
-    places = {name: (cost, 100 * score) for name, (cost, score, _) in points.items()}
-    sizes = {name: _marker_size(kept) for name, (_, _, kept) in points.items()}
-    front = [places[name] for name in pareto_front(places)]
-    _step_line(ax, front, "not beaten in these two")
+    sized = any(len(point) > 2 for point in points.values())
+    ax = new_axes(ax, height=1.25 * HEIGHT if sized else HEIGHT)
+    places = {name: (x, 100 * score) for name, (x, score, *_) in points.items()}
+    sizes = {name: _marker_size(*kept) for name, (_, _, *kept) in points.items()}
+    front = zip(*(places[name] for name in pareto_front(places)), strict=True)
+    look = {"color": "#999999", "linewidth": 1.2, "zorder": 1}
+    ax.plot(*front, drawstyle="steps-post", label="not beaten in these two", **look)
     unbeaten = pareto_front(points)
     for name, style in line_styles(points).items():
-        style |= {"linestyle": "", "marker": "o", "markersize": sizes[name]}
-        if name not in unbeaten:
-            style["markerfacecolor"] = "white"
-        ax.plot(*places[name], zorder=3, **style)
-    for text, kept in _SIZES.items():
-        size = _marker_size(kept)
-        ax.plot([], [], "o", color="#999999", markersize=size, label=text)
+        style |= {"linestyle": "", "markersize": sizes[name], "zorder": 3}
+        style |= {"marker": "o"} if sized else {}
+        style |= {} if name in unbeaten else {"markerfacecolor": "white"}
+        ax.plot(*places[name], **style)
+    for text, kept in _SIZES.items() if sized else ():
+        dot = {"color": "#999999", "markersize": _marker_size(kept)}
+        ax.plot([], [], "o", label=text, **dot)
+    if log:
+        ax.set_xscale("log")
     ax.margins(0.14, 0.15)
-    finish(ax, xlabel="training (seconds)", ylabel="exact match (%)", legend=False)
+    finish(ax, xlabel=xlabel, ylabel="exact match (%)", legend=False)
     legend_below(ax, ncols=len(_SIZES) + 1, columnspacing=1.2, handletextpad=0.6)
     _place_labels(ax, places, {name: size / 2 for name, size in sizes.items()})
     return ax
 
 
-def _step_line(ax: Axes, front: list[tuple[float, float]], label: str) -> None:
-    look = {"color": "#999999", "linewidth": 1.2, "zorder": 1}
-    ax.plot(*zip(*front, strict=True), drawstyle="steps-post", label=label, **look)
-
-
-def _marker_size(kept: float) -> float:
+def _marker_size(kept: float = 1e5) -> float:
     """Points across: 4 up to 1 kB, and 2.2 more for each factor of ten above."""
     return 4 + 2.2 * max(math.log10(max(kept, 1) / 1e3), 0)
 
@@ -196,37 +172,33 @@ def _marker_size(kept: float) -> float:
 def _place_labels(
     ax: Axes, points: Mapping[str, tuple[float, float]], radii: Mapping[str, float]
 ) -> None:
-    """Write each label beside its point, where it covers no other label or point.
+    """Write each label near its point, where it covers no other label or point.
 
-    `ax` holds all it shall hold, its legend too; `radii` are of the markers, in points.
+    `ax` holds all it shall hold; `radii` are of the markers, in points.
     """
     from matplotlib.transforms import Bbox
 
-    figure = ax.figure
-    figure.draw_without_rendering()  # lays the axes out
+    ax.figure.draw_without_rendering()  # lays the axes out
     taken = []
     for name, point in points.items():
-        (x, y), half = ax.transData.transform(point), radii[name] * figure.dpi / 72
+        (x, y), half = ax.transData.transform(point), radii[name] * ax.figure.dpi / 72
         taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
-    if ax.get_legend():
-        taken.append(ax.get_legend().get_window_extent())
-    near = [(8, 0), (-8, 0), (0, 9), (0, -9)]
-    far = [*product((7, -7), (8, -8)), (0, 20), (0, -20)]
-    far += product((10, -10), (18, -18))
-    leader = {"arrowstyle": "-", "linewidth": 0.6, "color": "#777777"}
     look = {"textcoords": "offset points", "fontsize": 8, "zorder": 2}
     look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    line = {"arrowstyle": "-", "linewidth": 0.6, "color": "#777777"}
     for name, point in points.items():
-        for offset in [*near, *far]:
-            dx, dy = (part * max(radii[name] / 5, 0.8) for part in offset)
-            look["ha"] = "left" if dx > 0 else "right" if dx < 0 else "center"
-            look["va"] = "bottom" if dy > 0 else "top" if dy < 0 else "center"
-            look["arrowprops"] = leader if offset in far else None
+        for turn in range(_TURNS):  # right, up, left, down, between; then further out
+            angle = math.pi / 2 * (turn % 4 + turn // 4 % 2 / 2)
+            away = radii[name] + 4 + 9 * (turn // 8)
+            dx, dy = away * math.cos(angle), away * math.sin(angle)
+            look["ha"] = "left" if dx > 1 else "right" if dx < -1 else "center"
+            look["va"] = "bottom" if dy > 1 else "top" if dy < -1 else "center"
+            look["arrowprops"] = line if turn > 7 else None
             text = ax.annotate(display_name(name), point, (dx, dy), **look)
             box = text.get_window_extent()
             inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
-            if offset != far[-1]:
+            if turn + 1 < _TURNS:
                 text.remove()
         taken.append(box)

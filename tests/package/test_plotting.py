@@ -79,8 +79,10 @@ DRAWINGS = {
         hollow=["lora 3"],
         **k,
     ),
-    "trade_off": lambda **k: plotting.plot_trade_off(
-        {m: (10 * i, 0.09 * i, 10**i) for i, m in enumerate(METHODS)}, **k
+    "trade_off": lambda **k: plotting.plot_scatter(
+        {m: (10 * i, 0.09 * i, 10**i) for i, m in enumerate(METHODS)},
+        xlabel="seconds",
+        **k,
     ),
 }
 
@@ -121,7 +123,7 @@ def test_each_figure_draws_without_a_warning(name, tmp_path):
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("name", ["memory", "mask", "compact", "trade_off"])
+@pytest.mark.parametrize("name", ["memory", "mask", "compact", "scatter", "trade_off"])
 def test_a_legend_below_covers_nothing(name, given):
     ax = DRAWINGS[name](ax=plt.subplots()[1] if given else None)
     ax.figure.draw_without_rendering()
@@ -249,7 +251,7 @@ def test_a_trade_off_fills_what_nothing_beats_in_all_three():
         "prompt": (11, 0.4, 1e4),
         "full": (20, 0.6, 5e8),
     }
-    ax = plotting.plot_trade_off(points)
+    ax = plotting.plot_scatter(points, xlabel="seconds")
     dots = {ln.get_xdata()[0]: ln for ln in ax.lines[1:] if len(ln.get_xdata())}
     hollow = {x for x, ln in dots.items() if ln.get_markerfacecolor() == "white"}
     assert hollow == {12}
