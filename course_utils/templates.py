@@ -270,26 +270,33 @@ def _system_pieces(
     lead, default = "", template.default_system
     if template.input is not None and conversation.exchanges[0].input:
         default = template.default_system_with_input
-    if template.name == "chatml" and getattr(tokenizer, "chat_template", None):
-        own = _own_default_system(tokenizer, str(tokenizer.chat_template))
-        if own is not None:
-            lead, default = own.partition("<|im_start|>")[0], own
+    if template.name == "chatml" and tokenizer:  # its model's, not the built-in one's
+        default = _own_default_system(tokenizer, _state(tokenizer))
+        lead = default.partition("<|im_start|>")[0]
     if conversation.system is None:
         return [Piece(default)]
     return [Piece(lead), *_fill(template.system, conversation.system)]
 
 
 # --- the chat template that a tokenizer carries ---
-# The caches have its text as a key: it may be replaced.
+# What a template reads is a key of the caches, beside the tokenizer: it may change.
+
+
+def _state(tokenizer: Any) -> tuple:
+    """What a rendering depends on: the template, the special tokens, and the day."""
+    special = tuple(map(str, tokenizer.special_tokens_map.items()))
+    return str(tokenizer.chat_template), special, datetime.date.today()
 
 
 @lru_cache(maxsize=8)
-def _own_default_system(tokenizer: Any, _chat_template: str) -> str | None:
-    """What the tokenizer's own template writes first, if it is ChatML; else None."""
-    user = [{"role": "user", "content": "?"}]
-    rendered = tokenizer.apply_chat_template(user, tokenize=False)
+def _own_default_system(tokenizer: Any, _state: tuple) -> str:
+    """What the tokenizer's own template, if it is ChatML, writes before the user."""
+    try:
+        rendered = _render(tokenizer, [{"role": "user", "content": "?"}])
+    except ValueError:  # it carries none, or one that asks for more
+        return ""
     before, turn, _ = rendered.partition("<|im_start|>user\n?<|im_end|>")
-    return before if turn else None
+    return before if turn else ""
 
 
 def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
@@ -302,78 +309,131 @@ def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
         raise ValueError(f"the chat template refuses this chat: {error}") from error
 
 
-_MARK = "\t\ue000{}\ue001\t"  # the tabs show whether the template strips what it gets
-_MARKS = re.compile("(\t?)\ue000(\\d+)\ue001(\t?)")
-
-
-class _OwnTurn(NamedTuple):
-    index: int  # among the messages
-    keeps_left: str  # empty where the template strips the text on this side
-    keeps_right: str
-    after: str  # what follows the text
+_MARK = "\ue000{}\ue001"
+_MARKS = re.compile("\ue000(\\d+)\ue001")
+_THOUGHT_TAG = re.compile(r"(\s*</?think>\s*)")
 
 
 class _OwnLayout(NamedTuple):
-    first: str  # before the first turn's text
-    turns: list[_OwnTurn]
+    first: str  # before the first text
+    places: list[tuple[int, str]]  # the number of each text, and what follows it
     opening: str  # after the last user text when an answer is asked for
     ending: str  # after the last answer
 
 
 @lru_cache(maxsize=256)
 def _own_layout(
-    tokenizer: Any, _chat_template: str, roles: tuple[str, ...], _day: datetime.date
+    tokenizer: Any, _state: tuple, marked: tuple[tuple[str, str], ...]
 ) -> _OwnLayout:
-    """Render the chat template, which may tell the day, with marks for the texts."""
-    marked = [{"role": r, "content": _MARK.format(i)} for i, r in enumerate(roles)]
-    first, *parts = _MARKS.split(_render(tokenizer, marked))
-    fields = zip(*(parts[k::4] for k in range(4)), strict=True)
-    turns = [_OwnTurn(int(i), left, right, after) for left, i, right, after in fields]
-    if sorted(turn.index for turn in turns) != list(range(len(roles))):
+    """Render the chat template with a mark for each text of the (role, content)s."""
+    messages = [{"role": role, "content": content} for role, content in marked]
+    first, *rest = _MARKS.split(_render(tokenizer, messages))
+    places = [(int(rest[i]), rest[i + 1]) for i in range(0, len(rest), 2)]
+    shown = [number for number, _ in places]
+    whole = (_MARKS.fullmatch(content) for _, content in marked)
+    turns = {int(mark[1]) for mark in whole if mark}
+    if len(set(shown)) < len(shown) or not turns.issubset(shown):
         raise ValueError("the chat template leaves out or repeats a turn of this chat")
     user = [{"role": "user", "content": _MARK.format(0)}]
     asking = _render(tokenizer, user, add_generation_prompt=True)
-    ending = turns[-1].after
+    ending = rest[-1]
     if not ending.strip():
         raise ValueError("the chat template puts nothing after an answer to end it")
-    return _OwnLayout(first, turns, _MARKS.split(asking)[-1], ending)
+    return _OwnLayout(first, places, _MARKS.split(asking)[-1], ending)
 
 
 def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     """Pieces of the tokenizer's own chat template.
 
     What it writes between its generation prompt and an answer is learned, since the
-    model must produce that too.
+    model must produce that too. It may strip texts and set a thought its own way; a
+    chat that asks for an answer may lose earlier thoughts. What else it leaves out or
+    rewrites raises ValueError.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this tokenizer has no chat template: use 'alpaca' or 'plain'")
     turns = [] if conversation.system is None else [("system", conversation.system)]
     for exchange in conversation.exchanges:
         turns += [("user", exchange.text), ("assistant", exchange.answer)]
+    asks = turns[-1][1] is None
+    if asks:  # what stands before an answer is the same before any
+        turns[-1] = ("assistant", ".")
     messages = [{"role": role, "content": content} for role, content in turns]
-    roles = tuple(role for role, _ in turns)
-    today = datetime.date.today()
-    layout = _own_layout(tokenizer, str(tokenizer.chat_template), roles, today)
+    rendered, state = _render(tokenizer, messages), _state(tokenizer)
+    cure = "use template='plain', or 'chatml' if the tokenizer has its tokens"
+    for is_cut in (False, True):
+        texts, marked = _mark(turns, is_cut)
+        layout = _own_layout(tokenizer, state, marked)
+        shown = {number for number, _ in layout.places}
+        for number, (turn, text) in enumerate(texts):
+            if number not in shown and not asks:
+                other = (
+                    "take it out" if turn == len(turns) - 1 else "end the chat there"
+                )
+                fault = f"the chat template drops {text[:30]!r} from turn {turn + 1}"
+                raise ValueError(f"{fault}: {other}; or {cure}")
+        if fitted := _fit(rendered, layout, texts):
+            return _pieces_of(fitted, layout, turns, asks)
+    raise ValueError(
+        f"the chat template rewrites the text of this chat's turns: {cure}"
+    )
 
-    pieces, before = [], layout.first
-    for turn in layout.turns:
-        role, content = turns[turn.index]
-        is_answer, opening = role == "assistant", before
-        if is_answer and before.startswith(layout.opening):
+
+def _mark(turns: list[tuple[str, str]], is_cut: bool) -> tuple[list, tuple]:
+    """The texts as (turn, text), and the turns with marks in their place.
+
+    One text a turn; cut, an answer with a thought has several, and the tags stay.
+    """
+    texts, marked = [], []
+    for turn, (role, content) in enumerate(turns):
+        is_thought = is_cut and role == "assistant"
+        parts = _THOUGHT_TAG.split(content) if is_thought else [content]
+        for i in range(0, len(parts), 2):
+            if parts[i] or i == len(parts) - 1:
+                texts.append((turn, parts[i]))
+                parts[i] = _MARK.format(len(texts) - 1)
+        marked.append((role, "".join(parts)))
+    return texts, tuple(marked)
+
+
+def _fit(rendered: str, layout: _OwnLayout, texts: list) -> list | None:
+    """Per text: its turn, it as the rendering has it, what follows; None: it has not."""
+    at, fitted = len(layout.first), []
+    for number, after in layout.places:
+        turn, text = texts[number]
+        core = text.strip()
+        end = max(rendered.find(core, at), at) + len(core)
+        while rendered[end : end + 1].isspace() and not rendered.startswith(after, end):
+            end += 1
+        fitted.append((turn, rendered[at:end], after))
+        if fitted[-1][1].strip() != core:
+            return None
+        at = end + len(after)
+    written = "".join(text + after for _, text, after in fitted)
+    return fitted if layout.first + written == rendered else None
+
+
+def _pieces_of(
+    fitted: list, layout: _OwnLayout, turns: list, asks: bool
+) -> list[Piece]:
+    pieces, before, last_turn = [], layout.first, None
+    for i, (turn, text, after) in enumerate(fitted):
+        is_answer, opening = turns[turn][0] == "assistant", before
+        if turn == last_turn:  # between an answer's thought and its words
+            opening = ""
+        elif is_answer and before.startswith(layout.opening):
             opening = layout.opening
         pieces.append(Piece(opening))
-        if content is None:  # asked for, not given: the prompt ends here
+        if asks and turn == len(turns) - 1:
             return pieces
-        text = content if turn.keeps_left else content.lstrip()
-        text = text if turn.keeps_right else text.rstrip()
-        if is_answer and not text:
+        if is_answer and not turns[turn][1].strip() and not text:
             raise ValueError("nothing to learn: an answer is only white space")
-        end = os.path.commonprefix([turn.after, layout.ending]) if is_answer else ""
+        is_last = is_answer and turn not in [
+            other[0] for other in fitted[i + 1 : i + 2]
+        ]
+        end = os.path.commonprefix([after, layout.ending]) if is_last else ""
         pieces.append(Piece(before[len(opening) :], learned=True))
         pieces.append(Piece(text, literal=True, learned=is_answer))
         pieces.append(Piece(end, learned=True))
-        before = turn.after[len(end) :]
-    pieces.append(Piece(before))
-    if "".join(piece.text for piece in pieces) != _render(tokenizer, messages):
-        raise ValueError("the chat template rewrites the text of this chat's turns")
-    return pieces
+        before, last_turn = after[len(end) :], turn
+    return [*pieces, Piece(before)]
