@@ -306,9 +306,11 @@ def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses this chat: {error}") from error
+        fault = f"the chat template refuses this chat: {error}"
+        raise ValueError(f"{fault}: {_CURE}") from error
 
 
+_CURE = "use template='plain' ('chatml' if the tokenizer has its tokens)"
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _THOUGHT_TAG = re.compile(r"(\s*</?think>\s*)")
@@ -319,6 +321,11 @@ class _OwnLayout(NamedTuple):
     places: list[tuple[int, str]]  # the number of each text, and what follows it
     opening: str  # after the last user text when an answer is asked for
     ending: str  # after the last answer
+
+    def opening_of(self, turn: int) -> str:
+        """What stands between the text before an answer and what the model writes."""
+        before = self.places[turn - 1][1]
+        return self.opening if before.startswith(self.opening) else before
 
 
 @lru_cache(maxsize=256)
@@ -333,12 +340,14 @@ def _own_layout(
     whole = (_MARKS.fullmatch(content) for _, content in marked)
     turns = {int(mark[1]) for mark in whole if mark}
     if len(set(shown)) < len(shown) or not turns.issubset(shown):
-        raise ValueError("the chat template leaves out or repeats a turn of this chat")
+        fault = "the chat template leaves out or repeats a turn of this chat"
+        raise ValueError(f"{fault}: {_CURE}")
     user = [{"role": "user", "content": _MARK.format(0)}]
     asking = _render(tokenizer, user, add_generation_prompt=True)
     ending = rest[-1]
     if not ending.strip():
-        raise ValueError("the chat template puts nothing after an answer to end it")
+        fault = "the chat template puts nothing after an answer to end it"
+        raise ValueError(f"{fault}: {_CURE}")
     return _OwnLayout(first, places, _MARKS.split(asking)[-1], ending)
 
 
@@ -360,23 +369,20 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         turns[-1] = ("assistant", ".")
     messages = [{"role": role, "content": content} for role, content in turns]
     rendered, state = _render(tokenizer, messages), _state(tokenizer)
-    cure = "use template='plain', or 'chatml' if the tokenizer has its tokens"
+    whole = _own_layout(tokenizer, state, _mark(turns, is_cut=False)[1])
     for is_cut in (False, True):
         texts, marked = _mark(turns, is_cut)
         layout = _own_layout(tokenizer, state, marked)
         shown = {number for number, _ in layout.places}
         for number, (turn, text) in enumerate(texts):
             if number not in shown and not asks:
-                other = (
-                    "take it out" if turn == len(turns) - 1 else "end the chat there"
-                )
+                last = "" if turn == len(turns) - 1 else ", end a record with that turn"
                 fault = f"the chat template drops {text[:30]!r} from turn {turn + 1}"
-                raise ValueError(f"{fault}: {other}; or {cure}")
+                raise ValueError(f"{fault}: take it out{last}, or {_CURE}")
         if fitted := _fit(rendered, layout, texts):
-            return _pieces_of(fitted, layout, turns, asks)
-    raise ValueError(
-        f"the chat template rewrites the text of this chat's turns: {cure}"
-    )
+            return _pieces_of(fitted, layout, whole, turns, asks)
+    fault = "the chat template rewrites the text of this chat's turns"
+    raise ValueError(f"{fault}: {_CURE}")
 
 
 def _mark(turns: list[tuple[str, str]], is_cut: bool) -> tuple[list, tuple]:
@@ -397,7 +403,7 @@ def _mark(turns: list[tuple[str, str]], is_cut: bool) -> tuple[list, tuple]:
 
 
 def _fit(rendered: str, layout: _OwnLayout, texts: list) -> list | None:
-    """Per text: its turn, it as the rendering has it, what follows; None: it has not."""
+    """Turn, text as it is rendered, and what follows, of each; None: it does not fit."""
     at, fitted = len(layout.first), []
     for number, after in layout.places:
         turn, text = texts[number]
@@ -414,24 +420,29 @@ def _fit(rendered: str, layout: _OwnLayout, texts: list) -> list | None:
 
 
 def _pieces_of(
-    fitted: list, layout: _OwnLayout, turns: list, asks: bool
+    fitted: list, layout: _OwnLayout, whole: _OwnLayout, turns: list, asks: bool
 ) -> list[Piece]:
+    """What is learned of the texts, and of what the template writes around them."""
     pieces, before, last_turn = [], layout.first, None
     for i, (turn, text, after) in enumerate(fitted):
         is_answer, opening = turns[turn][0] == "assistant", before
-        if turn == last_turn:  # between an answer's thought and its words
-            opening = ""
-        elif is_answer and before.startswith(layout.opening):
-            opening = layout.opening
+        if is_answer:  # what stands between its thought and its words is learned too
+            opening = whole.opening_of(turn) if turn != last_turn else ""
+        doubled = is_answer and "</think>" in before and "</think>" in text
+        if doubled or not before.startswith(opening):
+            if not asks:
+                fault = f"the chat template has its own thought in turn {turn + 1}"
+                raise ValueError(f"{fault}: take the record's out, or {_CURE}")
+            opening = before
         pieces.append(Piece(opening))
         if asks and turn == len(turns) - 1:
             return pieces
         if is_answer and not turns[turn][1].strip() and not text:
             raise ValueError("nothing to learn: an answer is only white space")
-        is_last = is_answer and turn not in [
-            other[0] for other in fitted[i + 1 : i + 2]
-        ]
-        end = os.path.commonprefix([after, layout.ending]) if is_last else ""
+        end = os.path.commonprefix([after, layout.ending]) if is_answer else ""
+        if turn in [other[0] for other in fitted[i + 1 : i + 2]]:
+            end = ""
+        end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
         pieces.append(Piece(before[len(opening) :], learned=True))
         pieces.append(Piece(text, literal=True, learned=is_answer))
         pieces.append(Piece(end, learned=True))
