@@ -145,17 +145,19 @@ def read_example(
 ) -> Conversation:
     """Read prompt + completion, instruction + input + output, or messages.
 
-    The record's own system turn comes before `system`. A `prompt` and a `completion`
-    that are texts are the record, whatever else stands beside them. Fields that are
-    missing or no texts, and turns out of order, raise ValueError.
+    The record's own system turn, or `system` column, comes before `system`. A `prompt`
+    and a `completion` that are texts are the record, whatever else stands beside them,
+    but `messages` that end in the two hold what was said before. Fields that are
+    missing, no texts or not learned, and turns out of order, raise ValueError.
     """
     prompt, completion = example.get("prompt"), example.get("completion")
+    chat, system = example.get("messages"), example.get("system") or system
+    turns = _turns("user", prompt) + _turns("assistant", completion)
+    if isinstance(prompt, list) or isinstance(completion, list):  # as TRL has them
+        return _read_messages(turns, system)
     is_pair = isinstance(prompt, str) and isinstance(completion, str)
-    if isinstance(prompt, list):  # the conversational form of TRL
-        answers = completion if isinstance(completion, list) else []
-        return _read_messages(prompt + answers, system)
-    if example.get("messages") is not None and not is_pair:
-        return _read_messages(example["messages"], system)
+    if chat is not None and not is_pair:
+        return _read_messages(chat, system)
     text, extra, answer = prompt, "", completion
     instruction, context = example.get("instruction"), example.get("input") or ""
     joined = (instruction, f"{instruction}\n\n{context}")  # as `load_examples` joins
@@ -171,7 +173,22 @@ def read_example(
     for value in (text, extra, answer, system):
         if not isinstance(value, str | None):
             raise ValueError(f"expected text, found {type(value).__name__}: {value!r}")
-    return Conversation(system, (Exchange(text, extra, answer),))
+    last = Exchange(text, extra, answer)
+    if is_pair and isinstance(chat, list) and chat[-2:] == turns:
+        told = _read_messages(chat, system)
+        return told._replace(exchanges=(*told.exchanges[:-1], last))
+    for name in ("history", "system_prompt"):
+        if example.get(name):
+            raise ValueError(
+                f"{name!r} is not learned: write messages, or load_examples"
+            )
+    return Conversation(system, (last,))
+
+
+def _turns(role: str, value: Any) -> list:
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [{"role": role, "content": value}]
 
 
 def first_misplaced_turn(roles: Sequence[str]) -> int | None:
@@ -183,11 +200,18 @@ def first_misplaced_turn(roles: Sequence[str]) -> int | None:
 
 
 def _read_messages(messages: list, system: str | None) -> Conversation:
+    for i, message in enumerate(messages, start=1):
+        if (
+            not isinstance(message, Mapping)
+            or not {"role", "content"} <= message.keys()
+        ):
+            raise ValueError(f"turn {i} needs 'role' and 'content': {message!r}")
+        for name in message.keys() - {"role", "content"}:
+            if message[name] not in (None, "", [], {}):
+                fault = f"turn {i} has {name!r}, which is not learned"
+                raise ValueError(f"{fault}: write it into 'content', or take it out")
     roles = [message["role"] for message in messages]
-    texts = [message["content"] for message in messages]
-    for role, text in zip(roles, texts, strict=True):
-        if not isinstance(text, str):
-            raise ValueError(f"the {role} turn's content is not text: {text!r}")
+    texts = [_text_of(message) for message in messages]
     misplaced = first_misplaced_turn(roles)
     if roles and roles[0] == "system":
         roles, (system, *texts) = roles[1:], texts
@@ -195,6 +219,20 @@ def _read_messages(messages: list, system: str | None) -> Conversation:
         raise ValueError(f"turns must alternate user, assistant, user; found {roles}")
     pairs = itertools.zip_longest(texts[::2], texts[1::2])
     return Conversation(system, tuple(Exchange(ask, "", reply) for ask, reply in pairs))
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The content; of a list of parts, their texts joined."""
+    content = message["content"]
+    parts = (
+        content if isinstance(content, list) else [{"type": "text", "text": content}]
+    )
+    are_texts = all(isinstance(p, Mapping) and p.get("type") == "text" for p in parts)
+    texts = [part.get("text") for part in parts] if are_texts else [None]
+    if not all(isinstance(text, str) for text in texts):
+        role = message["role"]
+        raise ValueError(f"the {role} turn's content is not text: {content!r}")
+    return "".join(texts)
 
 
 # --- from a conversation to pieces of text ---
@@ -403,7 +441,7 @@ def _mark(turns: list[tuple[str, str]], is_cut: bool) -> tuple[list, tuple]:
 
 
 def _fit(rendered: str, layout: _OwnLayout, texts: list) -> list | None:
-    """Turn, text as it is rendered, and what follows, of each; None: it does not fit."""
+    """Turn, text as it is written, and what follows, of each; None: it does not fit."""
     at, fitted = len(layout.first), []
     for number, after in layout.places:
         turn, text = texts[number]

@@ -22,7 +22,12 @@ from typing import Any
 from course_utils import scoring
 from course_utils.data import SPLITS, DataError, load_examples
 from course_utils.evaluation import Evaluation, evaluate, free_text, stratified
-from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
+from course_utils.formatting import (
+    CompletionCollator,
+    tokenize_dataset,
+    tokenize_example,
+    with_examples,
+)
 from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.parameters import count_parameters
 from course_utils.runtime import data_folder, get_profile, set_seed
@@ -98,10 +103,10 @@ class Prompting:
         """As a record names it."""
         return "prompt:few-shot" if self.few_shot else "prompt:zero-shot"
 
-    def template(self, data: str, tokenizer: Any) -> Any:
+    def template(self, data: str, otherwise: str) -> Any:
         """The layout of a question: few-shot reads the data set's schema and shots."""
         if not self.few_shot:
-            return template_for(tokenizer)
+            return otherwise
         folder = data_folder() / data
         schema = (folder / "schema.txt").read_text(encoding="utf-8")
         shots = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
@@ -131,11 +136,14 @@ class Experiment:
     costs: bool | None = None  # measure peak bytes in a step, and the bytes to be kept
     data: str = "home_commands"
     model: str | None = None  # None is the built-in one
+    template: str | None = None  # None takes what `template_for` names
 
     def settings(self) -> dict[str, Any]:
         """All fields but label and seed, in JSON types."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         del values["label"], values["seed"]
+        if self.template is None:  # as records were made before there was one
+            del values["template"]
         if not isinstance(self.method, str | dict):
             values["method"] = self.method.stored(self.model)
         return values | {"model": model_name(self.model)}
@@ -237,7 +245,8 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         model = make_model(experiment)
         tokenizer = load_tokenizer(experiment.model)
         rows = load_examples(experiment.data, seed=experiment.seed)
-        rows = tokenize_dataset(rows, tokenizer, template=template_for(tokenizer))
+        template = experiment.template or template_for(tokenizer)
+        rows = tokenize_dataset(rows, tokenizer, template=template)
         with tempfile.TemporaryDirectory() as folder:
             run = train(experiment, model, list(rows), folder, progress=progress)
     if experiment.test_examples != 0:
@@ -294,8 +303,24 @@ def _with_adapter(experiment: Experiment) -> Any:
 
 
 def template_for(tokenizer: Any) -> str:
-    """Name the layout: ChatML where its markers are known, else the tokenizer's own."""
-    return "chatml" if "<|im_end|>" in tokenizer.get_vocab() else "tokenizer"
+    """Name the layout: ChatML where the tokenizer writes just that, else its own.
+
+    Without a chat template: ChatML where its tokens are known, else plain text.
+    """
+    own = "tokenizer" if tokenizer.chat_template else "plain"
+    turns = [
+        {"role": r, "content": "A b"} for r in ("system", *("user", "assistant") * 2)
+    ]
+    for chat in (turns[1:3], turns[1:], turns):
+        try:
+            chatml = tokenize_example({"messages": chat}, tokenizer)
+            if own == "plain":
+                return "chatml"
+            if chatml != tokenize_example({"messages": chat}, tokenizer, template=own):
+                return own
+        except ValueError:  # a layout that the tokenizer does not have
+            return own
+    return "chatml"
 
 
 def _make_trainer(
@@ -310,7 +335,7 @@ def _make_trainer(
     from trl import SFTTrainer
 
     tokenizer = load_tokenizer(experiment.model)
-    template = template_for(tokenizer)
+    template = experiment.template or template_for(tokenizer)
     validation = load_examples(experiment.data, "validation")
     validation = stratified(validation, experiment.eval_examples)
     every = experiment.eval_every
@@ -412,9 +437,9 @@ def add_test(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
     """Put a model's answers to the test set, and their scores, into its run."""
     to_dtype(model, get_profile().dtype)
     tokenizer, method = load_tokenizer(experiment.model), experiment.method
-    template = template_for(tokenizer)
+    template = experiment.template or template_for(tokenizer)
     if isinstance(method, Prompting):
-        template = method.template(experiment.data, tokenizer)
+        template = method.template(experiment.data, template)
     test = load_examples(experiment.data, "test")
     scored = evaluate(
         model,
