@@ -75,15 +75,7 @@ def tokenize_example(
             fit into `max_length` beside the template's markers.
     """
     layout, conversation = _read(example, template, system)
-    return _tokenize(conversation, layout, _reader(tokenizer), max_length)
-
-
-def _tokenize(
-    conversation: Conversation,
-    layout: Template,
-    reader: _Reader,
-    max_length: int | None,
-) -> dict[str, list[int]]:
+    reader = _reader(tokenizer)
     if not all(exchange.answer for exchange in conversation.exchanges):
         raise ValueError("nothing to learn: an answer is missing or empty")
     ids, labels = _encode(conversation, layout, reader)
@@ -109,10 +101,12 @@ def tokenize_dataset(
     rows, reader = [], _reader(tokenizer)
     for i, example in enumerate(dataset):
         try:
-            layout, conversation = _read(example, template)
-            rows.append(_tokenize(conversation, layout, reader, max_length))
+            features = tokenize_example(
+                example, reader, template=template, max_length=max_length
+            )
         except ValueError as error:
             raise ValueError(f"row {i}: {error}") from error
+        rows.append(features)
     return datasets.Dataset.from_list(rows)
 
 
@@ -301,6 +295,8 @@ class _Reader:
 
 def _reader(tokenizer: Any) -> _Reader:
     """The reader of a tokenizer, made anew where it was changed."""
+    if isinstance(tokenizer, _Reader):  # asked for once, for many records
+        return tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     steps = backend and (
         backend,

@@ -11,7 +11,7 @@ import datetime
 import itertools
 import os.path
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -152,7 +152,10 @@ def read_example(
     """
     prompt, completion = example.get("prompt"), example.get("completion")
     chat, system = example.get("messages"), example.get("system") or system
-    turns = _turns("user", prompt) + _turns("assistant", completion)
+    turns = []
+    for role, said in (("user", prompt), ("assistant", completion)):
+        turn = {"role": role, "content": said}
+        turns += said if isinstance(said, list) else [turn] * (said is not None)
     if isinstance(prompt, list) or isinstance(completion, list):  # as TRL has them
         return _read_messages(turns, system)
     is_pair = isinstance(prompt, str) and isinstance(completion, str)
@@ -177,18 +180,9 @@ def read_example(
     if is_pair and isinstance(chat, list) and chat[-2:] == turns:
         told = _read_messages(chat, system)
         return told._replace(exchanges=(*told.exchanges[:-1], last))
-    for name in ("history", "system_prompt"):
-        if example.get(name):
-            raise ValueError(
-                f"{name!r} is not learned: write messages, or load_examples"
-            )
+    if example.get("history") or example.get("system_prompt"):
+        raise ValueError("history and system_prompt: put them into messages")
     return Conversation(system, (last,))
-
-
-def _turns(role: str, value: Any) -> list:
-    if isinstance(value, list):
-        return value
-    return [] if value is None else [{"role": role, "content": value}]
 
 
 def first_misplaced_turn(roles: Sequence[str]) -> int | None:
@@ -200,16 +194,11 @@ def first_misplaced_turn(roles: Sequence[str]) -> int | None:
 
 
 def _read_messages(messages: list, system: str | None) -> Conversation:
-    for i, message in enumerate(messages, start=1):
-        if (
-            not isinstance(message, Mapping)
-            or not {"role", "content"} <= message.keys()
-        ):
-            raise ValueError(f"turn {i} needs 'role' and 'content': {message!r}")
-        for name in message.keys() - {"role", "content"}:
-            if message[name] not in (None, "", [], {}):
-                fault = f"turn {i} has {name!r}, which is not learned"
-                raise ValueError(f"{fault}: write it into 'content', or take it out")
+    for i, turn in enumerate(messages, start=1):
+        fields = {n: v for n, v in turn.items() if v not in (None, "", [], {})}
+        if unread := fields.keys() - {"role", "content"}:
+            fault = f"{', '.join(sorted(unread))} of turn {i} would not be learned"
+            raise ValueError(f"{fault}: write it into the content, or take it out")
     roles = [message["role"] for message in messages]
     texts = [_text_of(message) for message in messages]
     misplaced = first_misplaced_turn(roles)
@@ -224,11 +213,8 @@ def _read_messages(messages: list, system: str | None) -> Conversation:
 def _text_of(message: Mapping[str, Any]) -> str:
     """The content; of a list of parts, their texts joined."""
     content = message["content"]
-    parts = (
-        content if isinstance(content, list) else [{"type": "text", "text": content}]
-    )
-    are_texts = all(isinstance(p, Mapping) and p.get("type") == "text" for p in parts)
-    texts = [part.get("text") for part in parts] if are_texts else [None]
+    texts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in texts]
     if not all(isinstance(text, str) for text in texts):
         role = message["role"]
         raise ValueError(f"the {role} turn's content is not text: {content!r}")
@@ -309,7 +295,13 @@ def _system_pieces(
     if template.input is not None and conversation.exchanges[0].input:
         default = template.default_system_with_input
     if template.name == "chatml" and tokenizer:  # its model's, not the built-in one's
-        default = _own_default_system(tokenizer, _state(tokenizer))
+        try:
+            user = (("user", _MARK.format(0)),)
+            own = _own_layout(tokenizer, _state(tokenizer), user).first
+        except ValueError:  # it carries no template, or one that asks for more
+            own = ""
+        default, is_chatml, _ = own.partition("<|im_start|>user\n")
+        default = default if is_chatml else ""
         lead = default.partition("<|im_start|>")[0]
     if conversation.system is None:
         return [Piece(default)]
@@ -326,29 +318,22 @@ def _state(tokenizer: Any) -> tuple:
     return str(tokenizer.chat_template), special, datetime.date.today()
 
 
-@lru_cache(maxsize=8)
-def _own_default_system(tokenizer: Any, _state: tuple) -> str:
-    """What the tokenizer's own template, if it is ChatML, writes before the user."""
-    try:
-        rendered = _render(tokenizer, [{"role": "user", "content": "?"}])
-    except ValueError:  # it carries none, or one that asks for more
-        return ""
-    before, turn, _ = rendered.partition("<|im_start|>user\n?<|im_end|>")
-    return before if turn else ""
-
-
-def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
-    """The chat template's own text; ValueError where it refuses the chat."""
+def _render(tokenizer: Any, turns: Iterable[tuple[str, str]], **options: Any) -> str:
+    """The chat template's own text of (role, content)s; ValueError: it refuses them."""
     from jinja2.exceptions import TemplateError
 
+    chat = [{"role": role, "content": content} for role, content in turns]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except TemplateError as error:
-        fault = f"the chat template refuses this chat: {error}"
-        raise ValueError(f"{fault}: {_CURE}") from error
+        raise _refusal(f"refuses this chat: {error}; mend it") from error
 
 
-_CURE = "use template='plain' ('chatml' if the tokenizer has its tokens)"
+def _refusal(fault: str) -> ValueError:
+    cure = "use template='plain' ('chatml' if the tokenizer has its tokens)"
+    return ValueError(f"the chat template {fault}, or {cure}")
+
+
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _THOUGHT_TAG = re.compile(r"(\s*</?think>\s*)")
@@ -360,42 +345,29 @@ class _OwnLayout(NamedTuple):
     opening: str  # after the last user text when an answer is asked for
     ending: str  # after the last answer
 
-    def opening_of(self, turn: int) -> str:
-        """What stands between the text before an answer and what the model writes."""
-        before = self.places[turn - 1][1]
-        return self.opening if before.startswith(self.opening) else before
-
 
 @lru_cache(maxsize=256)
 def _own_layout(
     tokenizer: Any, _state: tuple, marked: tuple[tuple[str, str], ...]
 ) -> _OwnLayout:
     """Render the chat template with a mark for each text of the (role, content)s."""
-    messages = [{"role": role, "content": content} for role, content in marked]
-    first, *rest = _MARKS.split(_render(tokenizer, messages))
+    first, *rest = _MARKS.split(_render(tokenizer, marked))
+    if not rest or len(set(rest[::2])) < len(rest[::2]):
+        raise _refusal("leaves out or repeats a turn of this chat: mend it")
+    if not rest[-1].strip():
+        raise _refusal("puts nothing after an answer to end it: mend it")
     places = [(int(rest[i]), rest[i + 1]) for i in range(0, len(rest), 2)]
-    shown = [number for number, _ in places]
-    whole = (_MARKS.fullmatch(content) for _, content in marked)
-    turns = {int(mark[1]) for mark in whole if mark}
-    if len(set(shown)) < len(shown) or not turns.issubset(shown):
-        fault = "the chat template leaves out or repeats a turn of this chat"
-        raise ValueError(f"{fault}: {_CURE}")
-    user = [{"role": "user", "content": _MARK.format(0)}]
+    user = [("user", _MARK.format(0))]
     asking = _render(tokenizer, user, add_generation_prompt=True)
-    ending = rest[-1]
-    if not ending.strip():
-        fault = "the chat template puts nothing after an answer to end it"
-        raise ValueError(f"{fault}: {_CURE}")
-    return _OwnLayout(first, places, _MARKS.split(asking)[-1], ending)
+    return _OwnLayout(first, places, _MARKS.split(asking)[-1], rest[-1])
 
 
 def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
-    """Pieces of the tokenizer's own chat template.
+    """Pieces of the tokenizer's own chat template, which may strip texts.
 
     What it writes between its generation prompt and an answer is learned, since the
-    model must produce that too. It may strip texts and set a thought its own way; a
-    chat that asks for an answer may lose earlier thoughts. What else it leaves out or
-    rewrites raises ValueError.
+    model must produce that too, and so are the tags of a thought, wherever it sets
+    them. It may leave out earlier thoughts where an answer is asked for.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this tokenizer has no chat template: use 'alpaca' or 'plain'")
@@ -405,32 +377,56 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     asks = turns[-1][1] is None
     if asks:  # what stands before an answer is the same before any
         turns[-1] = ("assistant", ".")
-    messages = [{"role": role, "content": content} for role, content in turns]
-    rendered, state = _render(tokenizer, messages), _state(tokenizer)
-    whole = _own_layout(tokenizer, state, _mark(turns, is_cut=False)[1])
-    for is_cut in (False, True):
-        texts, marked = _mark(turns, is_cut)
-        layout = _own_layout(tokenizer, state, marked)
-        shown = {number for number, _ in layout.places}
-        for number, (turn, text) in enumerate(texts):
-            if number not in shown and not asks:
-                last = "" if turn == len(turns) - 1 else ", end a record with that turn"
-                fault = f"the chat template drops {text[:30]!r} from turn {turn + 1}"
-                raise ValueError(f"{fault}: take it out{last}, or {_CURE}")
-        if fitted := _fit(rendered, layout, texts):
-            return _pieces_of(fitted, layout, whole, turns, asks)
-    fault = "the chat template rewrites the text of this chat's turns"
-    raise ValueError(f"{fault}: {_CURE}")
+    rendered, state = _render(tokenizer, turns), _state(tokenizer)
+    texts, marked = _mark(turns)
+    layout = _own_layout(tokenizer, state, marked)
+    bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
+    without_thoughts = _own_layout(tokenizer, state, bare)
+    shown = {number for number, _ in layout.places}
+    for number, (turn, text) in enumerate(texts):
+        if number not in shown and not (asks and turns[turn][0] == "assistant"):
+            fault = f"leaves out {text[:30]!r} of turn {turn + 1}: take it out"
+            raise _refusal(f"{fault}, end a record with that turn")
+
+    pieces, before, at, last_turn = [], layout.first, len(layout.first), None
+    for i, (number, after) in enumerate(layout.places):
+        turn, text = texts[number]
+        is_answer, opening = turns[turn][0] == "assistant", before
+        if turn == last_turn:  # after the thought of the same answer
+            opening = ""
+        elif is_answer:
+            opening = without_thoughts.places[turn - 1][1]
+            if opening.startswith(layout.opening):
+                opening = layout.opening
+            if not before.startswith(opening) or before.count("<think>") > 1:
+                fault = f"has its own thought in turn {turn + 1}"
+                raise _refusal(f"{fault}: take the record's out")
+        pieces.append(Piece(opening))
+        if asks and turn == len(turns) - 1:
+            return pieces
+        text = _as_written(text, rendered, at, after)
+        at += len(text) + len(after)
+        if is_answer and not text and not turns[turn][1].strip():
+            raise ValueError("nothing to learn: an answer is only white space")
+        end = os.path.commonprefix([after, layout.ending]) if is_answer else ""
+        end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
+        if turn in [texts[other][0] for other, _ in layout.places[i + 1 : i + 2]]:
+            end = ""
+        pieces.append(Piece(before[len(opening) :], learned=True))
+        pieces.append(Piece(text, literal=True, learned=is_answer))
+        pieces.append(Piece(end, learned=True))
+        before, last_turn = after[len(end) :], turn
+    return [*pieces, Piece(before)]
 
 
-def _mark(turns: list[tuple[str, str]], is_cut: bool) -> tuple[list, tuple]:
+def _mark(turns: list[tuple[str, str]]) -> tuple[list, tuple]:
     """The texts as (turn, text), and the turns with marks in their place.
 
-    One text a turn; cut, an answer with a thought has several, and the tags stay.
+    One text a turn; an answer with a thought has several, and the tags stay.
     """
     texts, marked = [], []
     for turn, (role, content) in enumerate(turns):
-        is_thought = is_cut and role == "assistant"
+        is_thought = role == "assistant" and "</think>" in content
         parts = _THOUGHT_TAG.split(content) if is_thought else [content]
         for i in range(0, len(parts), 2):
             if parts[i] or i == len(parts) - 1:
@@ -440,49 +436,12 @@ def _mark(turns: list[tuple[str, str]], is_cut: bool) -> tuple[list, tuple]:
     return texts, tuple(marked)
 
 
-def _fit(rendered: str, layout: _OwnLayout, texts: list) -> list | None:
-    """Turn, text as it is written, and what follows, of each; None: it does not fit."""
-    at, fitted = len(layout.first), []
-    for number, after in layout.places:
-        turn, text = texts[number]
-        core = text.strip()
-        end = max(rendered.find(core, at), at) + len(core)
-        while rendered[end : end + 1].isspace() and not rendered.startswith(after, end):
-            end += 1
-        fitted.append((turn, rendered[at:end], after))
-        if fitted[-1][1].strip() != core:
-            return None
-        at = end + len(after)
-    written = "".join(text + after for _, text, after in fitted)
-    return fitted if layout.first + written == rendered else None
-
-
-def _pieces_of(
-    fitted: list, layout: _OwnLayout, whole: _OwnLayout, turns: list, asks: bool
-) -> list[Piece]:
-    """What is learned of the texts, and of what the template writes around them."""
-    pieces, before, last_turn = [], layout.first, None
-    for i, (turn, text, after) in enumerate(fitted):
-        is_answer, opening = turns[turn][0] == "assistant", before
-        if is_answer:  # what stands between its thought and its words is learned too
-            opening = whole.opening_of(turn) if turn != last_turn else ""
-        doubled = is_answer and "</think>" in before and "</think>" in text
-        if doubled or not before.startswith(opening):
-            if not asks:
-                fault = f"the chat template has its own thought in turn {turn + 1}"
-                raise ValueError(f"{fault}: take the record's out, or {_CURE}")
-            opening = before
-        pieces.append(Piece(opening))
-        if asks and turn == len(turns) - 1:
-            return pieces
-        if is_answer and not turns[turn][1].strip() and not text:
-            raise ValueError("nothing to learn: an answer is only white space")
-        end = os.path.commonprefix([after, layout.ending]) if is_answer else ""
-        if turn in [other[0] for other in fitted[i + 1 : i + 2]]:
-            end = ""
-        end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
-        pieces.append(Piece(before[len(opening) :], learned=True))
-        pieces.append(Piece(text, literal=True, learned=is_answer))
-        pieces.append(Piece(end, learned=True))
-        before, last_turn = after[len(end) :], turn
-    return [*pieces, Piece(before)]
+def _as_written(text: str, rendered: str, at: int, after: str) -> str:
+    """The text as it stands at a place of the rendering, perhaps stripped."""
+    core = text.strip()
+    end = max(rendered.find(core, at), at) + len(core)
+    while rendered[end : end + 1].isspace() and not rendered.startswith(after, end):
+        end += 1
+    if rendered[at:end].strip() != core or not rendered.startswith(after, end):
+        raise _refusal(f"rewrites {text[:30]!r} or what is around it: change that")
+    return rendered[at:end]

@@ -22,12 +22,7 @@ from typing import Any
 from course_utils import scoring
 from course_utils.data import SPLITS, DataError, load_examples
 from course_utils.evaluation import Evaluation, evaluate, free_text, stratified
-from course_utils.formatting import (
-    CompletionCollator,
-    tokenize_dataset,
-    tokenize_example,
-    with_examples,
-)
+from course_utils.formatting import CompletionCollator, tokenize_dataset, with_examples
 from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.parameters import count_parameters
 from course_utils.runtime import data_folder, get_profile, set_seed
@@ -308,59 +303,14 @@ def template_for(tokenizer: Any) -> str:
     Without a chat template: ChatML where its tokens are known, else plain text.
     """
     own = "tokenizer" if tokenizer.chat_template else "plain"
-    turns = [
-        {"role": r, "content": "A b"} for r in ("system", *("user", "assistant") * 2)
-    ]
-    for chat in (turns[1:3], turns[1:], turns):
-        try:
-            chatml = tokenize_example({"messages": chat}, tokenizer)
-            if own == "plain":
-                return "chatml"
-            if chatml != tokenize_example({"messages": chat}, tokenizer, template=own):
-                return own
-        except ValueError:  # a layout that the tokenizer does not have
-            return own
-    return "chatml"
-
-
-def _make_trainer(
-    experiment: Experiment,
-    model: Any,
-    records: Sequence[dict],
-    folder: str | os.PathLike,
-    optimizer: Any,
-    arguments: Mapping[str, Any],
-) -> Any:
-    import datasets
-    from trl import SFTTrainer
-
-    tokenizer = load_tokenizer(experiment.model)
-    template = experiment.template or template_for(tokenizer)
-    validation = load_examples(experiment.data, "validation")
-    validation = stratified(validation, experiment.eval_examples)
-    every = experiment.eval_every
-    settings = {
-        "max_steps": experiment.steps,
-        "per_device_train_batch_size": experiment.batch_size,
-        "learning_rate": experiment.learning_rate,
-        "lr_scheduler_type": experiment.schedule,
-        "warmup_steps": round(experiment.warmup * experiment.steps),
-        "eval_strategy": "steps" if every else "no",
-        "eval_steps": every or None,
-        "save_strategy": "no",
-    }
-    profile = replace(get_profile(), seed=experiment.seed)
-    trainer = SFTTrainer(
-        model=model,
-        args=sft_config(profile, folder, **settings | arguments),
-        train_dataset=datasets.Dataset.from_list(records),
-        eval_dataset=tokenize_dataset(validation, tokenizer, template=template),
-        data_collator=CompletionCollator(tokenizer),
-        processing_class=tokenizer,
-        optimizers=(optimizer, None),
-    )
-    prepare_trainer(trainer)
-    return trainer
+    roles = ("system", *("user", "assistant") * 2)
+    turns = [{"role": role, "content": "A b"} for role in roles]
+    chats, names = [{"messages": turns[i:]} for i in (0, 1, 3)], ("chatml", own)
+    try:
+        first, other = (tokenize_dataset(chats, tokenizer, template=n) for n in names)
+    except ValueError:  # one of the two it does not have
+        return own
+    return "chatml" if own == "plain" or first[:] == other[:] else own
 
 
 def train(
@@ -384,9 +334,37 @@ def train(
         resume_from: a checkpoint to go on from, `before_s` seconds of training old.
         arguments: of `sft_config`, before those of the experiment.
     """
+    import datasets
+    from trl import SFTTrainer
+
     from course_utils.training_callbacks import PeakOfStep, PlainProgress
 
-    trainer = _make_trainer(experiment, model, records, folder, optimizer, arguments)
+    tokenizer = load_tokenizer(experiment.model)
+    template = experiment.template or template_for(tokenizer)
+    validation = load_examples(experiment.data, "validation")
+    validation = stratified(validation, experiment.eval_examples)
+    every, steps = experiment.eval_every, experiment.steps
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": experiment.batch_size,
+        "learning_rate": experiment.learning_rate,
+        "lr_scheduler_type": experiment.schedule,
+        "warmup_steps": round(experiment.warmup * experiment.steps),
+        "eval_strategy": "steps" if every else "no",
+        "eval_steps": every or None,
+        "save_strategy": "no",
+    }
+    profile = replace(get_profile(), seed=experiment.seed)
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(profile, folder, **settings | arguments),
+        train_dataset=datasets.Dataset.from_list(records),
+        eval_dataset=tokenize_dataset(validation, tokenizer, template=template),
+        data_collator=CompletionCollator(tokenizer),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    prepare_trainer(trainer)
     if not progress:
         trainer.pop_callback(PlainProgress)
     peak = PeakOfStep()
@@ -395,7 +373,6 @@ def train(
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume_from)
     seconds = before_s + time.perf_counter() - clock - peak.seconds
-    every, steps = experiment.eval_every, experiment.steps
     if not every or steps % every:
         trainer.evaluate()
     # Validation inside the training is not training time; the last one may be outside.
@@ -441,14 +418,9 @@ def add_test(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
     if isinstance(method, Prompting):
         template = method.template(experiment.data, template)
     test = load_examples(experiment.data, "test")
-    scored = evaluate(
-        model,
-        tokenizer,
-        test,
-        template=template,
-        limit=experiment.test_examples,
-        as_text=free_text(test["completion"]),
-    )
+    options = {"template": template, "limit": experiment.test_examples}
+    as_text = free_text(test["completion"])
+    scored = evaluate(model, tokenizer, test, as_text=as_text, **options)
     run["measured"]["test_seconds"] = scored.seconds
     run |= answers_of(scored)
     if scored.as_text:
