@@ -374,7 +374,7 @@ def _runs(
 
 def _ids_of(runs: list[_Run], reader: _Reader) -> list[list[int]]:
     """The ids of each run; the record's texts are tokenized together."""
-    forbidden = _forbidden_ids(runs, reader)
+    forbidden = [_forbidden_ids(runs, reader, learned) for learned in (False, True)]
     ids: dict[int, list[int]] = {}
     texts = defaultdict(list)  # by tokenizer: the places of runs with words
     for i, run in enumerate(runs):
@@ -394,16 +394,24 @@ def _ids_of(runs: list[_Run], reader: _Reader) -> list[list[int]]:
         encoded = _plain_ids([runs[i].part for i in places], run_tokenizer)
         for i, text_ids in zip(places, encoded, strict=True):
             ids[i] = _break_look_alikes(
-                runs[i].part, text_ids, run_tokenizer, reader, forbidden
+                runs[i].part,
+                text_ids,
+                run_tokenizer,
+                reader,
+                forbidden[runs[i].learned],
             )
     return [ids[i] for i in range(len(runs))]
 
 
-def _forbidden_ids(runs: list[_Run], reader: _Reader) -> set[int]:
-    """Ids as which no text of the record may be read: it would forge a turn."""
+def _forbidden_ids(runs: list[_Run], reader: _Reader, learned: bool) -> set[int]:
+    """Ids as which no text of the record may be read: it would forge a turn.
+
+    A prompt is read alike with its answer and without: by no marker of an answer's.
+    """
     special = reader.special
     forbidden = {token.id for token in special.values() if token.special}
-    forbidden |= {run.part for run in runs if isinstance(run.part, int)}
+    markers = [run for run in runs if isinstance(run.part, int)]
+    forbidden |= {run.part for run in markers if learned or not run.learned}
     blank = {t.id for name, t in special.items() if not (name.strip() or t.special)}
     return forbidden - blank - {reader.tokenizer.unk_token_id}  # blanks, as Gemma's
 

@@ -304,7 +304,7 @@ def template_for(tokenizer: Any) -> str:
     """
     own = "tokenizer" if tokenizer.chat_template else "plain"
     roles = ("system", *("user", "assistant") * 2)
-    turns = [{"role": role, "content": "A b"} for role in roles]
+    turns = [{"role": role, "content": " A b\n"} for role in roles]
     chats, names = [{"messages": turns[i:]} for i in (0, 1, 3)], ("chatml", own)
     try:
         first, other = (tokenize_dataset(chats, tokenizer, template=n) for n in names)

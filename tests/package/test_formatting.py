@@ -427,7 +427,7 @@ def test_any_chat_template(own, name):
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        ("{{ messages[-1].content }}<|im_end|>", "leaves out or repeats"),
+        ("{{ messages[-1].content }}<|im_end|>", "leaves out .* of turn 1"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing after"),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "rewrites"),
     ],
