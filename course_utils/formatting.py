@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -161,8 +162,7 @@ def _cut_to(
     """Cut the fewest characters (found by halving) with which one exchange fits."""
     (exchange,) = conversation.exchanges
     texts = exchange.text + exchange.input + (conversation.system or "")
-    too_few, enough = 0, len(texts)
-    best = _encode(conversation.cut(enough), layout, reader)
+    best = _encode(conversation.cut(len(texts)), layout, reader)
     if len(best[0]) > max_length:
         learned = sum(label != IGNORE for label in best[1])
         raise ValueError(
@@ -170,14 +170,13 @@ def _cut_to(
             f"{len(best[0]) - learned}, more than max_length={max_length}: "
             "raise max_length or shorten the completion"
         )
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        trial = _encode(conversation.cut(middle), layout, reader)
-        if len(trial[0]) > max_length:
-            too_few = middle
-        else:
-            enough, best = middle, trial
-    return best
+
+    def fits(characters: int) -> bool:
+        ids, _ = _encode(conversation.cut(characters), layout, reader)
+        return len(ids) <= max_length
+
+    fewest = bisect_left(range(len(texts)), True, key=fits)
+    return _encode(conversation.cut(fewest), layout, reader)
 
 
 # --- batches: padding, and packing without a leak ---
@@ -288,6 +287,8 @@ class _Reader:
     tokenizer: Any
     special: dict[str, _Special]  # tokens beside the vocabulary, by their text
     pattern: re.Pattern  # any of them
+    forbidden: set[int]  # as which no text of a record may be read: it forges a turn
+    harmless: set[int]  # blank lines, as Gemma's, and the token for the unknown
     within_text: Any  # the tokenizer without a space of its own before a text
     first_only: bool  # it puts that space at the very start, not after special tokens
     marker_ids: dict[tuple[bool, str], list[int]]  # found so far; True: within_text's
@@ -298,13 +299,10 @@ def _reader(tokenizer: Any) -> _Reader:
     if isinstance(tokenizer, _Reader):  # asked for once, for many records
         return tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    steps = backend and (
-        backend,
-        *map(repr, (backend.normalizer, backend.pre_tokenizer)),
-    )
+    steps = backend and repr((backend.normalizer, backend.pre_tokenizer))
     ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     added = tuple(tokenizer.added_tokens_decoder.items())
-    return _make_reader(tokenizer, steps, tuple(ids), added)
+    return _make_reader(tokenizer, (backend, steps), tuple(ids), added)
 
 
 @lru_cache(maxsize=8)
@@ -318,7 +316,11 @@ def _make_reader(tokenizer: Any, _steps: tuple, ids: tuple, added: tuple) -> _Re
         tokens[text] = known._replace(special=True)
     names = sorted(tokens, key=len, reverse=True)
     pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-    return _Reader(tokenizer, tokens, pattern, *_within_text(tokenizer), {})
+    blank = {t.id for name, t in tokens.items() if not (name.strip() or t.special)}
+    blank.add(tokenizer.unk_token_id)
+    special = {token.id for token in tokens.values() if token.special} - blank
+    within = _within_text(tokenizer)
+    return _Reader(tokenizer, tokens, pattern, special, blank, *within, {})
 
 
 def _encode(
@@ -327,8 +329,8 @@ def _encode(
     """Token ids and labels of a conversation."""
     tokenizer, special = reader.tokenizer, reader.special
     pieces = lay_out(conversation, layout, tokenizer)
-    markers = {"<|im_start|>", "<|im_end|>"}
-    if "<|im_end|>" in (layout.end or "") and not markers <= special.keys():
+    has_markers = "<|im_start|>" in special and "<|im_end|>" in special
+    if not has_markers and "<|im_end|>" in (layout.end or ""):
         own = "'tokenizer' (its own), " * bool(tokenizer.chat_template)
         cure = f"use template={own}'alpaca' or 'plain'"
         raise ValueError(f"this tokenizer has no <|im_start|> and <|im_end|>: {cure}")
@@ -374,7 +376,11 @@ def _runs(
 
 def _ids_of(runs: list[_Run], reader: _Reader) -> list[list[int]]:
     """The ids of each run; the record's texts are tokenized together."""
-    forbidden = [_forbidden_ids(runs, reader, learned) for learned in (False, True)]
+    # A prompt is read alike with its answer and without: by no marker of an answer's.
+    markers = [run for run in runs if isinstance(run.part, int)]
+    asked = {run.part for run in markers if not run.learned} - reader.harmless
+    told = {run.part for run in markers if run.learned} - reader.harmless
+    forbidden = [reader.forbidden | asked, reader.forbidden | asked | told]
     ids: dict[int, list[int]] = {}
     texts = defaultdict(list)  # by tokenizer: the places of runs with words
     for i, run in enumerate(runs):
@@ -393,27 +399,9 @@ def _ids_of(runs: list[_Run], reader: _Reader) -> list[list[int]]:
     for run_tokenizer, places in texts.items():
         encoded = _plain_ids([runs[i].part for i in places], run_tokenizer)
         for i, text_ids in zip(places, encoded, strict=True):
-            ids[i] = _break_look_alikes(
-                runs[i].part,
-                text_ids,
-                run_tokenizer,
-                reader,
-                forbidden[runs[i].learned],
-            )
+            text, barred = runs[i].part, forbidden[runs[i].learned]
+            ids[i] = _break_look_alikes(text, text_ids, run_tokenizer, reader, barred)
     return [ids[i] for i in range(len(runs))]
-
-
-def _forbidden_ids(runs: list[_Run], reader: _Reader, learned: bool) -> set[int]:
-    """Ids as which no text of the record may be read: it would forge a turn.
-
-    A prompt is read alike with its answer and without: by no marker of an answer's.
-    """
-    special = reader.special
-    forbidden = {token.id for token in special.values() if token.special}
-    markers = [run for run in runs if isinstance(run.part, int)]
-    forbidden |= {run.part for run in markers if learned or not run.learned}
-    blank = {t.id for name, t in special.items() if not (name.strip() or t.special)}
-    return forbidden - blank - {reader.tokenizer.unk_token_id}  # blanks, as Gemma's
 
 
 def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -459,9 +447,7 @@ def _within_text(tokenizer: Any) -> tuple[Any, bool]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not backend:  # a tokenizer in Python
         if "".join(tokenizer.tokenize("a")).startswith("▁"):
-            raise ValueError(
-                "this tokenizer is a slow one: load it with tokenizer.json"
-            )
+            raise ValueError("a slow tokenizer: load it with a tokenizer.json")
         return tokenizer, False
     split, normalizer = backend.pre_tokenizer, backend.normalizer
     steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else []

@@ -152,13 +152,12 @@ def read_example(
     """
     prompt, completion = example.get("prompt"), example.get("completion")
     chat, system = example.get("messages"), example.get("system") or system
-    turns = []
+    is_pair, turns = isinstance(prompt, str) and isinstance(completion, str), []
     for role, said in (("user", prompt), ("assistant", completion)):
         turn = {"role": role, "content": said}
         turns += said if isinstance(said, list) else [turn] * (said is not None)
     if isinstance(prompt, list) or isinstance(completion, list):  # as TRL has them
         return _read_messages(turns, system)
-    is_pair = isinstance(prompt, str) and isinstance(completion, str)
     if chat is not None and not is_pair:
         return _read_messages(chat, system)
     text, extra, answer = prompt, "", completion
@@ -297,7 +296,7 @@ def _system_pieces(
     if template.name == "chatml" and tokenizer:  # its model's, not the built-in one's
         try:
             user = (("user", _MARK.format(0)),)
-            own = _own_layout(tokenizer, _state(tokenizer), user).first
+            own = _own_layout(tokenizer, _state(tokenizer), user)[0]
         except ValueError:  # it carries no template, or one that asks for more
             own = ""
         default, is_chatml, _ = own.partition("<|im_start|>user\n")
@@ -314,7 +313,7 @@ def _system_pieces(
 
 def _state(tokenizer: Any) -> tuple:
     """What a rendering depends on: the template, the special tokens, and the day."""
-    special = tuple(map(str, tokenizer.special_tokens_map.items()))
+    special = tuple(tokenizer.special_tokens_map.items())
     return str(tokenizer.chat_template), special, datetime.date.today()
 
 
@@ -339,18 +338,16 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 _THOUGHT_TAG = re.compile(r"(\s*</?think>\s*)")
 
 
-class _OwnLayout(NamedTuple):
-    first: str  # before the first text
-    places: list[tuple[int, str]]  # the number of each text, and what follows it
-    opening: str  # after the last user text when an answer is asked for
-    ending: str  # after the last answer
-
-
 @lru_cache(maxsize=256)
 def _own_layout(
     tokenizer: Any, _state: tuple, marked: tuple[tuple[str, str], ...]
-) -> _OwnLayout:
-    """Render the chat template with a mark for each text of the (role, content)s."""
+) -> tuple[str, list[tuple[int, str]], str, str]:
+    """Render the chat template with a mark for each text of the (role, content)s.
+
+    Returns what stands before the first text, the number of each text with what
+    follows it, what follows the last user text where an answer is asked for, and what
+    follows the last answer.
+    """
     first, *rest = _MARKS.split(_render(tokenizer, marked))
     if not rest or len(set(rest[::2])) < len(rest[::2]):
         raise _refusal("leaves out or repeats a turn of this chat: mend it")
@@ -359,7 +356,7 @@ def _own_layout(
     places = [(int(rest[i]), rest[i + 1]) for i in range(0, len(rest), 2)]
     user = [("user", _MARK.format(0))]
     asking = _render(tokenizer, user, add_generation_prompt=True)
-    return _OwnLayout(first, places, _MARKS.split(asking)[-1], rest[-1])
+    return first, places, _MARKS.split(asking)[-1], rest[-1]
 
 
 def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
@@ -379,25 +376,24 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         turns[-1] = ("assistant", ".")
     rendered, state = _render(tokenizer, turns), _state(tokenizer)
     texts, marked = _mark(turns)
-    layout = _own_layout(tokenizer, state, marked)
+    before, places, asking, ending = _own_layout(tokenizer, state, marked)
     bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
-    without_thoughts = _own_layout(tokenizer, state, bare)
-    shown = {number for number, _ in layout.places}
-    for number, (turn, text) in enumerate(texts):
-        if number not in shown and not (asks and turns[turn][0] == "assistant"):
+    around = dict(places if marked == bare else _own_layout(tokenizer, state, bare)[1])
+    for number in sorted({*range(len(texts))} - {number for number, _ in places}):
+        turn, text = texts[number]
+        if not (asks and turns[turn][0] == "assistant"):
             fault = f"leaves out {text[:30]!r} of turn {turn + 1}: take it out"
             raise _refusal(f"{fault}, end a record with that turn")
 
-    pieces, before, at, last_turn = [], layout.first, len(layout.first), None
-    for i, (number, after) in enumerate(layout.places):
+    pieces, at, last_turn = [], len(before), None
+    for i, (number, after) in enumerate(places):
         turn, text = texts[number]
         is_answer, opening = turns[turn][0] == "assistant", before
         if turn == last_turn:  # after the thought of the same answer
             opening = ""
         elif is_answer:
-            opening = without_thoughts.places[turn - 1][1]
-            if opening.startswith(layout.opening):
-                opening = layout.opening
+            opening = around[turn - 1]
+            opening = asking if opening.startswith(asking) else opening
             if not before.startswith(opening) or before.count("<think>") > 1:
                 fault = f"has its own thought in turn {turn + 1}"
                 raise _refusal(f"{fault}: take the record's out")
@@ -408,22 +404,21 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         at += len(text) + len(after)
         if is_answer and not text and not turns[turn][1].strip():
             raise ValueError("nothing to learn: an answer is only white space")
-        end = os.path.commonprefix([after, layout.ending]) if is_answer else ""
-        end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
-        if turn in [texts[other][0] for other, _ in layout.places[i + 1 : i + 2]]:
-            end = ""
+        is_last = turn not in [texts[n][0] for n, _ in places[i + 1 : i + 2]]
+        end = os.path.commonprefix([after, ending]) if is_answer and is_last else ""
+        if end != ending:
+            end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
         pieces.append(Piece(before[len(opening) :], learned=True))
         pieces.append(Piece(text, literal=True, learned=is_answer))
         pieces.append(Piece(end, learned=True))
         before, last_turn = after[len(end) :], turn
+    if at != len(rendered):
+        raise _refusal("rewrites the end of this chat: change that")
     return [*pieces, Piece(before)]
 
 
 def _mark(turns: list[tuple[str, str]]) -> tuple[list, tuple]:
-    """The texts as (turn, text), and the turns with marks in their place.
-
-    One text a turn; an answer with a thought has several, and the tags stay.
-    """
+    """The texts as (turn, text), those of a thought apart, and turns with marks."""
     texts, marked = [], []
     for turn, (role, content) in enumerate(turns):
         is_thought = role == "assistant" and "</think>" in content

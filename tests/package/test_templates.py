@@ -409,7 +409,9 @@ def test_a_tokenizer_in_python_works_or_is_refused():
     assert typed["labels"].count(tokenizer.eos_token_id) == 1
     tokenizer = Letters(eos_token="</s>")
     tokenizer.first = "▁"
-    with pytest.raises(ValueError, match="slow one: load it with tokenizer.json"):
+    with pytest.raises(
+        ValueError, match="slow tokenizer: load it with a tokenizer.json"
+    ):
         tokenize_example(GO, tokenizer, template="plain")
 
 
