@@ -193,13 +193,22 @@ def first_misplaced_turn(roles: Sequence[str]) -> int | None:
 
 
 def _read_messages(messages: list, system: str | None) -> Conversation:
-    for i, turn in enumerate(messages, start=1):
-        fields = {n: v for n, v in turn.items() if v not in (None, "", [], {})}
-        if unread := fields.keys() - {"role", "content"}:
-            fault = f"{', '.join(sorted(unread))} of turn {i} would not be learned"
+    roles, texts = [], []
+    for number, turn in enumerate(messages, start=1):
+        filled = {name for name, v in turn.items() if v not in (None, "", [], {})}
+        if unread := ", ".join(sorted(filled - {"role", "content"})):
+            fault = f"{unread} of turn {number} would not be learned"
             raise ValueError(f"{fault}: write it into the content, or take it out")
-    roles = [message["role"] for message in messages]
-    texts = [_text_of(message) for message in messages]
+        role, content, text = turn.get("role"), turn.get("content"), ""
+        parts = content if isinstance(content, list) else [content]
+        for part in parts:
+            if isinstance(part, dict) and part.get("type") == "text":
+                part = part.get("text")
+            if not isinstance(part, str):
+                raise ValueError(f"the {role} turn's content is not text: {content!r}")
+            text += part
+        roles.append(role)
+        texts.append(text)
     misplaced = first_misplaced_turn(roles)
     if roles and roles[0] == "system":
         roles, (system, *texts) = roles[1:], texts
@@ -207,17 +216,6 @@ def _read_messages(messages: list, system: str | None) -> Conversation:
         raise ValueError(f"turns must alternate user, assistant, user; found {roles}")
     pairs = itertools.zip_longest(texts[::2], texts[1::2])
     return Conversation(system, tuple(Exchange(ask, "", reply) for ask, reply in pairs))
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    """The content; of a list of parts, their texts joined."""
-    content = message["content"]
-    texts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in texts]
-    if not all(isinstance(text, str) for text in texts):
-        role = message["role"]
-        raise ValueError(f"the {role} turn's content is not text: {content!r}")
-    return "".join(texts)
 
 
 # --- from a conversation to pieces of text ---
@@ -344,9 +342,8 @@ def _own_layout(
 ) -> tuple[str, list[tuple[int, str]], str, str]:
     """Render the chat template with a mark for each text of the (role, content)s.
 
-    Returns what stands before the first text, the number of each text with what
-    follows it, what follows the last user text where an answer is asked for, and what
-    follows the last answer.
+    Returns what stands before the texts, (number, what follows) of each, and what
+    follows a user's text where an answer is asked for, and the last answer.
     """
     first, *rest = _MARKS.split(_render(tokenizer, marked))
     if not rest or len(set(rest[::2])) < len(rest[::2]):

@@ -477,7 +477,11 @@ def test_texts_in_parts_and_mixed_forms_are_the_same_record(record):
 
 
 @pytest.mark.parametrize(
-    "content", [None, 7, [{"type": "image"}], [*parts("a"), {"type": "image_url"}]]
+    "content",
+    [
+        *(None, 7, [{"type": "image"}], [*parts("a"), {"type": "image_url"}]),
+        *([{"type": "reasoning", "text": "two"}], [{"type": "text"}], [None]),
+    ],
 )
 def test_a_content_that_is_no_text_is_refused(content):
     with pytest.raises(ValueError, match="the user turn's content is not text"):
