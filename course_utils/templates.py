@@ -333,7 +333,6 @@ def _refusal(fault: str) -> ValueError:
 
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
-_THOUGHT_TAG = re.compile(r"(\s*</?think>\s*)")
 
 
 @lru_cache(maxsize=256)
@@ -359,9 +358,8 @@ def _own_layout(
 def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     """Pieces of the tokenizer's own chat template, which may strip texts.
 
-    What it writes between its generation prompt and an answer is learned, since the
-    model must produce that too, and so are the tags of a thought, wherever it sets
-    them. It may leave out earlier thoughts where an answer is asked for.
+    What it writes after its generation prompt is learned, the tags of a thought, too:
+    the model must produce that. Where an answer is asked for, it may drop thoughts.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this tokenizer has no chat template: use 'alpaca' or 'plain'")
@@ -403,8 +401,7 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
             raise ValueError("nothing to learn: an answer is only white space")
         is_last = turn not in [texts[n][0] for n, _ in places[i + 1 : i + 2]]
         end = os.path.commonprefix([after, ending]) if is_answer and is_last else ""
-        if end != ending:
-            end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
+        end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
         pieces.append(Piece(before[len(opening) :], learned=True))
         pieces.append(Piece(text, literal=True, learned=is_answer))
         pieces.append(Piece(end, learned=True))
@@ -419,7 +416,7 @@ def _mark(turns: list[tuple[str, str]]) -> tuple[list, tuple]:
     texts, marked = [], []
     for turn, (role, content) in enumerate(turns):
         is_thought = role == "assistant" and "</think>" in content
-        parts = _THOUGHT_TAG.split(content) if is_thought else [content]
+        parts = re.split(r"(\s*</?think>\s*)", content) if is_thought else [content]
         for i in range(0, len(parts), 2):
             if parts[i] or i == len(parts) - 1:
                 texts.append((turn, parts[i]))

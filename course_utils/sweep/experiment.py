@@ -298,10 +298,7 @@ def _with_adapter(experiment: Experiment) -> Any:
 
 
 def template_for(tokenizer: Any) -> str:
-    """Name the layout: ChatML where the tokenizer writes just that, else its own.
-
-    Without a chat template: ChatML where its tokens are known, else plain text.
-    """
+    """Name the layout: ChatML where the tokenizer has it, else its own, else plain."""
     own = "tokenizer" if tokenizer.chat_template else "plain"
     roles = ("system", *("user", "assistant") * 2)
     turns = [{"role": role, "content": " A b\n"} for role in roles]
