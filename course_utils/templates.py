@@ -150,6 +150,8 @@ def read_example(
     but `messages` that end in the two hold what was said before. Fields that are
     missing, no texts or not learned, and turns out of order, raise ValueError.
     """
+    if example.get("tools"):
+        raise ValueError("tools would not be learned: write them into a system text")
     prompt, completion = example.get("prompt"), example.get("completion")
     chat, system = example.get("messages"), example.get("system") or system
     is_pair, turns = isinstance(prompt, str) and isinstance(completion, str), []
@@ -372,11 +374,12 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     rendered, state = _render(tokenizer, turns), _state(tokenizer)
     texts, marked = _mark(turns)
     before, places, asking, ending = _own_layout(tokenizer, state, marked)
-    bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
-    around = dict(places if marked == bare else _own_layout(tokenizer, state, bare)[1])
-    for number in sorted({*range(len(texts))} - {number for number, _ in places}):
-        turn, text = texts[number]
-        if not (asks and turns[turn][0] == "assistant"):
+    shown = around = dict(places)
+    if any("think>" in content for _, content in marked):
+        bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
+        around = dict(_own_layout(tokenizer, state, bare)[1])  # without the thoughts
+    for number, (turn, text) in enumerate(texts):
+        if number not in shown and not (asks and turns[turn][0] == "assistant"):
             fault = f"leaves out {text[:30]!r} of turn {turn + 1}: take it out"
             raise _refusal(f"{fault}, end a record with that turn")
 
@@ -401,7 +404,8 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
             raise ValueError("nothing to learn: an answer is only white space")
         is_last = turn not in [texts[n][0] for n, _ in places[i + 1 : i + 2]]
         end = os.path.commonprefix([after, ending]) if is_answer and is_last else ""
-        end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
+        if end != ending:
+            end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
         pieces.append(Piece(before[len(opening) :], learned=True))
         pieces.append(Piece(text, literal=True, learned=is_answer))
         pieces.append(Piece(end, learned=True))

@@ -439,6 +439,8 @@ def test_a_field_of_a_turn_that_would_be_dropped_is_named(field):
                 tokenize_dataset([record], byte_tokenizer(), template=layout)
         with pytest.raises(ValueError, match=f"{field} of turn 2"):
             generation_prompt(record, byte_tokenizer())
+    with pytest.raises(ValueError, match="tools would not be learned"):
+        tokenize_example({"messages": CHATS["pair"], "tools": [{}]}, byte_tokenizer())
     for nothing in (None, "", [], {}):
         chat[1][field] = nothing
         same = tokenize_example({"messages": chat}, byte_tokenizer())
