@@ -150,12 +150,14 @@ def read_example(
     but `messages` that end in the two hold what was said before. Fields that are
     missing, no texts or not learned, and turns out of order, raise ValueError.
     """
-    if example.get("tools"):
+    if _says_something(example.get("tools")):
         raise ValueError("tools would not be learned: write them into a system text")
     prompt, completion = example.get("prompt"), example.get("completion")
-    chat, system = example.get("messages"), example.get("system") or system
+    chat = example.get("messages")
+    system = example["system"] if _says_something(example.get("system")) else system
     is_pair, turns = isinstance(prompt, str) and isinstance(completion, str), []
-    for role, said in (("user", prompt), ("assistant", completion)):
+    said_by = {"user": prompt, "assistant": completion}
+    for role, said in said_by.items() if chat or not is_pair else ():
         turn = {"role": role, "content": said}
         turns += said if isinstance(said, list) else [turn] * (said is not None)
     if isinstance(prompt, list) or isinstance(completion, list):  # as TRL has them
@@ -181,9 +183,14 @@ def read_example(
     if is_pair and isinstance(chat, list) and chat[-2:] == turns:
         told = _read_messages(chat, system)
         return told._replace(exchanges=(*told.exchanges[:-1], last))
-    if example.get("history") or example.get("system_prompt"):
+    if any(_says_something(example.get(n)) for n in ("history", "system_prompt")):
         raise ValueError("history and system_prompt: put them into messages")
     return Conversation(system, (last,))
+
+
+def _says_something(value: Any) -> bool:
+    nothing = ("", "null", "nan", "[]", "{}")
+    return value is not None and str(value).strip() not in nothing
 
 
 def first_misplaced_turn(roles: Sequence[str]) -> int | None:
@@ -197,7 +204,7 @@ def first_misplaced_turn(roles: Sequence[str]) -> int | None:
 def _read_messages(messages: list, system: str | None) -> Conversation:
     roles, texts = [], []
     for number, turn in enumerate(messages, start=1):
-        filled = {name for name, v in turn.items() if v not in (None, "", [], {})}
+        filled = {name for name, value in turn.items() if _says_something(value)}
         if unread := ", ".join(sorted(filled - {"role", "content"})):
             fault = f"{unread} of turn {number} would not be learned"
             raise ValueError(f"{fault}: write it into the content, or take it out")

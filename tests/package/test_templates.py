@@ -471,6 +471,8 @@ def parts(*texts):
         {"prompt": "2+2?", "completion": [ANSWER("4")]},
         {"prompt": "2+2?", "completion": "4", "messages": CHATS["pair"]},
         {"prompt": "2+2?", "completion": "4", "messages": None, "history": []},
+        {"prompt": "2+2?", "completion": "4", "tools": "[]", "system": " "},
+        {"messages": CHATS["pair"], "tools": None, "system": None},
     ],
 )
 def test_texts_in_parts_and_mixed_forms_are_the_same_record(record):
