@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -75,15 +76,16 @@ def tokenize_example(
             fit into `max_length` beside the template's markers.
     """
     layout, conversation = _read(example, template, system)
+    reader = _reader(tokenizer)
     if not all(exchange.answer for exchange in conversation.exchanges):
         raise ValueError("nothing to learn: an answer is missing or empty")
-    ids, labels = _encode(conversation, layout, tokenizer)
+    ids, labels = _encode(conversation, layout, reader)
     while max_length is not None and len(ids) > max_length:
         if len(conversation.exchanges) == 1:
-            ids, labels = _cut_to(conversation, layout, tokenizer, max_length)
+            ids, labels = _cut_to(conversation, layout, reader, max_length)
             break
         conversation = Conversation(conversation.system, conversation.exchanges[1:])
-        ids, labels = _encode(conversation, layout, tokenizer)
+        ids, labels = _encode(conversation, layout, reader)
     return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
 
 
@@ -97,11 +99,11 @@ def tokenize_dataset(
     """`tokenize_example` over a data set, in memory; errors begin with the row."""
     import datasets
 
-    rows = []
+    rows, reader = [], _reader(tokenizer)
     for i, example in enumerate(dataset):
         try:
             features = tokenize_example(
-                example, tokenizer, template=template, max_length=max_length
+                example, reader, template=template, max_length=max_length
             )
         except ValueError as error:
             raise ValueError(f"row {i}: {error}") from error
@@ -122,7 +124,7 @@ def generation_prompt(
     """
     example = {"prompt": user_text} if isinstance(user_text, str) else user_text
     layout, conversation = _read(example, template, system)
-    return _encode(conversation.without_last_answer(), layout, tokenizer)[0]
+    return _encode(conversation.without_last_answer(), layout, _reader(tokenizer))[0]
 
 
 def end_of_turn_ids(
@@ -138,9 +140,9 @@ def end_of_turn_ids(
 def _end_of_turn_suffix(tokenizer: Any, template: str | Template) -> list[int]:
     """The ids that end each answer in the labels, e.g. `<|im_end|>` and a newline."""
     layout, conversation = _read({"prompt": "?", "completion": "."}, template)
-    ids, labels = _encode(conversation, layout, tokenizer)
-    special, _ = _special_tokens(tokenizer, len(tokenizer))
-    ends = {token.id for token in special.values()}
+    reader = _reader(tokenizer)
+    ids, labels = _encode(conversation, layout, reader)
+    ends = {token.id for token in reader.special.values()}
     for i in range(len(ids)):
         if labels[i] in ends:
             return ids[i:]
@@ -155,13 +157,12 @@ def _read(
 
 
 def _cut_to(
-    conversation: Conversation, layout: Template, tokenizer: Any, max_length: int
+    conversation: Conversation, layout: Template, reader: _Reader, max_length: int
 ) -> tuple[list[int], list[int]]:
     """Cut the fewest characters (found by halving) with which one exchange fits."""
     (exchange,) = conversation.exchanges
     texts = exchange.text + exchange.input + (conversation.system or "")
-    too_few, enough = 0, len(texts)
-    best = _encode(conversation.cut(enough), layout, tokenizer)
+    best = _encode(conversation.cut(len(texts)), layout, reader)
     if len(best[0]) > max_length:
         learned = sum(label != IGNORE for label in best[1])
         raise ValueError(
@@ -169,14 +170,13 @@ def _cut_to(
             f"{len(best[0]) - learned}, more than max_length={max_length}: "
             "raise max_length or shorten the completion"
         )
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        trial = _encode(conversation.cut(middle), layout, tokenizer)
-        if len(trial[0]) > max_length:
-            too_few = middle
-        else:
-            enough, best = middle, trial
-    return best
+
+    def fits(characters: int) -> bool:
+        ids, _ = _encode(conversation.cut(characters), layout, reader)
+        return len(ids) <= max_length
+
+    fewest = bisect_left(range(len(texts)), True, key=fits)
+    return _encode(conversation.cut(fewest), layout, reader)
 
 
 # --- batches: padding, and packing without a leak ---
@@ -280,40 +280,70 @@ class _Run(NamedTuple):
     literal: bool  # holds words of the record
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """A tokenizer as it stands, and what is known of it."""
+
+    tokenizer: Any
+    special: dict[str, _Special]  # tokens beside the vocabulary, by their text
+    pattern: re.Pattern  # any of them
+    forbidden: set[int]  # as which no text of a record may be read: it forges a turn
+    harmless: set[int]  # blank lines, as Gemma's, and the token for the unknown
+    within_text: Any  # the tokenizer without a space of its own before a text
+    first_only: bool  # it puts that space at the very start, not after special tokens
+    marker_ids: dict[tuple[bool, str], list[int]]  # found so far; True: within_text's
+
+
+def _reader(tokenizer: Any) -> _Reader:
+    """The reader of a tokenizer, made anew where it was changed."""
+    if isinstance(tokenizer, _Reader):  # asked for once, for many records
+        return tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = backend and repr((backend.normalizer, backend.pre_tokenizer))
+    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    added = tuple(tokenizer.added_tokens_decoder.items())
+    return _make_reader(tokenizer, (backend, steps), tuple(ids), added)
+
+
+@lru_cache(maxsize=8)
+def _make_reader(tokenizer: Any, _steps: tuple, ids: tuple, added: tuple) -> _Reader:
+    tokens = {
+        token.content: _Special(i, token.special, token.lstrip, token.rstrip)
+        for i, token in added
+    }
+    for text, i in ids:
+        known = tokens.get(text, _Special(i, True, False, False))
+        tokens[text] = known._replace(special=True)
+    names = sorted(tokens, key=len, reverse=True)
+    pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+    blank = {t.id for name, t in tokens.items() if not (name.strip() or t.special)}
+    blank.add(tokenizer.unk_token_id)
+    special = {token.id for token in tokens.values() if token.special} - blank
+    within = _within_text(tokenizer)
+    return _Reader(tokenizer, tokens, pattern, special, blank, *within, {})
+
+
 def _encode(
-    conversation: Conversation, layout: Template, tokenizer: Any
+    conversation: Conversation, layout: Template, reader: _Reader
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation."""
-    special, pattern = _special_tokens(tokenizer, len(tokenizer))
+    tokenizer, special = reader.tokenizer, reader.special
     pieces = lay_out(conversation, layout, tokenizer)
-    if layout.name == "chatml" and "<|im_end|>" not in special:
-        cure = "use template='tokenizer' (its own), 'alpaca' or 'plain'"
+    has_markers = "<|im_start|>" in special and "<|im_end|>" in special
+    if not has_markers and "<|im_end|>" in (layout.end or ""):
+        own = "'tokenizer' (its own), " * bool(tokenizer.chat_template)
+        cure = f"use template={own}'alpaca' or 'plain'"
         raise ValueError(f"this tokenizer has no <|im_start|> and <|im_end|>: {cure}")
-    runs = _runs(pieces, special, pattern)
+    runs = _runs(pieces, special, reader.pattern)
     bos = None if layout.end or layout.name == "tokenizer" else leading_bos(tokenizer)
     ids: list[int] = [special[bos].id] if bos else []
     labels = [IGNORE] * len(ids)
-    for run, new in zip(runs, _ids_of(runs, special, tokenizer), strict=True):
+    for run, new in zip(runs, _ids_of(runs, reader), strict=True):
         if run.literal and run.learned and not new:
             raise ValueError(f"nothing to learn: no token stands for {run.part!r}")
         ids += new
         labels += new if run.learned else [IGNORE] * len(new)
     return ids, labels
-
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any, size: int) -> tuple[dict, re.Pattern]:
-    """Tokens beside the vocabulary, a pattern of them; `size` is a key of the cache."""
-    tokens = {
-        token.content: _Special(i, token.special, token.lstrip, token.rstrip)
-        for i, token in tokenizer.added_tokens_decoder.items()
-    }
-    ids = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    for text, i in ids:
-        known = tokens.get(text, _Special(i, True, False, False))
-        tokens[text] = known._replace(special=True)
-    names = sorted(tokens, key=len, reverse=True)
-    return tokens, re.compile("(" + "|".join(map(re.escape, names)) + ")")
 
 
 def _runs(
@@ -344,46 +374,34 @@ def _runs(
     return runs
 
 
-def _ids_of(
-    runs: list[_Run], special: dict[str, _Special], tokenizer: Any
-) -> list[list[int]]:
+def _ids_of(runs: list[_Run], reader: _Reader) -> list[list[int]]:
     """The ids of each run; the record's texts are tokenized together."""
-    forbidden = _forbidden_ids(runs, special, tokenizer)
-    within_text, first_only = _within_text(tokenizer)
+    # A prompt is read alike with its answer and without: by no marker of an answer's.
+    markers = [run for run in runs if isinstance(run.part, int)]
+    asked = {run.part for run in markers if not run.learned} - reader.harmless
+    told = {run.part for run in markers if run.learned} - reader.harmless
+    forbidden = [reader.forbidden | asked, reader.forbidden | asked | told]
     ids: dict[int, list[int]] = {}
     texts = defaultdict(list)  # by tokenizer: the places of runs with words
     for i, run in enumerate(runs):
         after_token = i > 0 and isinstance(runs[i - 1].part, int)
-        at_start = i == 0 or (after_token and not first_only)
-        run_tokenizer = tokenizer if at_start else within_text
+        is_within = i > 0 and (reader.first_only or not after_token)
+        run_tokenizer = reader.within_text if is_within else reader.tokenizer
         if isinstance(run.part, int):
             ids[i] = [run.part]
         elif run.literal:
             texts[run_tokenizer].append(i)
         else:
-            ids[i] = _marker_ids(run_tokenizer, run.part)
+            key = is_within, run.part
+            if key not in reader.marker_ids:
+                reader.marker_ids[key] = _plain_ids([run.part], run_tokenizer)[0]
+            ids[i] = reader.marker_ids[key]
     for run_tokenizer, places in texts.items():
         encoded = _plain_ids([runs[i].part for i in places], run_tokenizer)
         for i, text_ids in zip(places, encoded, strict=True):
-            ids[i] = _break_look_alikes(
-                runs[i].part, text_ids, run_tokenizer, special, forbidden
-            )
+            text, barred = runs[i].part, forbidden[runs[i].learned]
+            ids[i] = _break_look_alikes(text, text_ids, run_tokenizer, reader, barred)
     return [ids[i] for i in range(len(runs))]
-
-
-def _forbidden_ids(
-    runs: list[_Run], special: dict[str, _Special], tokenizer: Any
-) -> set[int]:
-    """Ids as which no text of the record may be read: it would forge a turn."""
-    forbidden = {token.id for token in special.values() if token.special}
-    forbidden |= {run.part for run in runs if isinstance(run.part, int)}
-    blank = {t.id for name, t in special.items() if not (name.strip() or t.special)}
-    return forbidden - blank - {tokenizer.unk_token_id}  # blank lines, as Gemma's
-
-
-@lru_cache(maxsize=1024)
-def _marker_ids(tokenizer: Any, text: str) -> list[int]:
-    return _plain_ids([text], tokenizer)[0]
 
 
 def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -398,26 +416,25 @@ def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _break_look_alikes(
-    text: str, ids: list[int], tokenizer: Any, special: dict, forbidden: set[int]
+    text: str, ids: list[int], tokenizer: Any, reader: _Reader, forbidden: set[int]
 ) -> list[int]:
     """Ids with look-alikes of markers cut after their first character, if any."""
     done: list[int] = []
     while not forbidden.isdisjoint(ids):
         places = [
             text.find(name) + 1
-            for name, token in special.items()
+            for name, token in reader.special.items()
             if token.id in forbidden and token.id in ids and len(name) > 1
         ]
         end = min((place for place in places if place), default=0)
         if not end:
             break
         done += _plain_ids([text[:end]], tokenizer)[0]  # no look-alike before it
-        tokenizer, text = _within_text(tokenizer)[0], text[end:]
+        tokenizer, text = reader.within_text, text[end:]
         ids = _plain_ids([text], tokenizer)[0]
     return done + ids
 
 
-@lru_cache(maxsize=8)
 def _within_text(tokenizer: Any) -> tuple[Any, bool]:
     """The tokenizer without the space that it puts before a text's first word.
 
@@ -427,7 +444,11 @@ def _within_text(tokenizer: Any) -> tuple[Any, bool]:
     from tokenizers import normalizers
     from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 
-    backend = tokenizer.backend_tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not backend:  # a tokenizer in Python
+        if "".join(tokenizer.tokenize("a")).startswith("▁"):
+            raise ValueError("a slow tokenizer: load it with a tokenizer.json")
+        return tokenizer, False
     split, normalizer = backend.pre_tokenizer, backend.normalizer
     steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else []
     metaspace = isinstance(split, Metaspace) and split.prepend_scheme != "never"

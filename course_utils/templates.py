@@ -11,7 +11,7 @@ import datetime
 import itertools
 import os.path
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,17 +145,25 @@ def read_example(
 ) -> Conversation:
     """Read prompt + completion, instruction + input + output, or messages.
 
-    The record's own system turn comes before `system`. A `prompt` and a `completion`
-    that are texts are the record, whatever else stands beside them. Fields that are
-    missing or no texts, and turns out of order, raise ValueError.
+    The record's own system turn, or `system` column, comes before `system`. A `prompt`
+    and a `completion` that are texts are the record, whatever else stands beside them,
+    but `messages` that end in the two hold what was said before. Fields that are
+    missing, no texts or not learned, and turns out of order, raise ValueError.
     """
+    if _says_something(example.get("tools")):
+        raise ValueError("tools would not be learned: write them into a system text")
     prompt, completion = example.get("prompt"), example.get("completion")
-    is_pair = isinstance(prompt, str) and isinstance(completion, str)
-    if isinstance(prompt, list):  # the conversational form of TRL
-        answers = completion if isinstance(completion, list) else []
-        return _read_messages(prompt + answers, system)
-    if example.get("messages") is not None and not is_pair:
-        return _read_messages(example["messages"], system)
+    chat = example.get("messages")
+    system = example["system"] if _says_something(example.get("system")) else system
+    is_pair, turns = isinstance(prompt, str) and isinstance(completion, str), []
+    said_by = {"user": prompt, "assistant": completion}
+    for role, said in said_by.items() if chat or not is_pair else ():
+        turn = {"role": role, "content": said}
+        turns += said if isinstance(said, list) else [turn] * (said is not None)
+    if isinstance(prompt, list) or isinstance(completion, list):  # as TRL has them
+        return _read_messages(turns, system)
+    if chat is not None and not is_pair:
+        return _read_messages(chat, system)
     text, extra, answer = prompt, "", completion
     instruction, context = example.get("instruction"), example.get("input") or ""
     joined = (instruction, f"{instruction}\n\n{context}")  # as `load_examples` joins
@@ -171,7 +179,18 @@ def read_example(
     for value in (text, extra, answer, system):
         if not isinstance(value, str | None):
             raise ValueError(f"expected text, found {type(value).__name__}: {value!r}")
-    return Conversation(system, (Exchange(text, extra, answer),))
+    last = Exchange(text, extra, answer)
+    if is_pair and isinstance(chat, list) and chat[-2:] == turns:
+        told = _read_messages(chat, system)
+        return told._replace(exchanges=(*told.exchanges[:-1], last))
+    if any(_says_something(example.get(n)) for n in ("history", "system_prompt")):
+        raise ValueError("history and system_prompt: put them into messages")
+    return Conversation(system, (last,))
+
+
+def _says_something(value: Any) -> bool:
+    nothing = ("", "null", "nan", "[]", "{}")
+    return value is not None and str(value).strip() not in nothing
 
 
 def first_misplaced_turn(roles: Sequence[str]) -> int | None:
@@ -183,11 +202,22 @@ def first_misplaced_turn(roles: Sequence[str]) -> int | None:
 
 
 def _read_messages(messages: list, system: str | None) -> Conversation:
-    roles = [message["role"] for message in messages]
-    texts = [message["content"] for message in messages]
-    for role, text in zip(roles, texts, strict=True):
-        if not isinstance(text, str):
-            raise ValueError(f"the {role} turn's content is not text: {text!r}")
+    roles, texts = [], []
+    for number, turn in enumerate(messages, start=1):
+        filled = {name for name, value in turn.items() if _says_something(value)}
+        if unread := ", ".join(sorted(filled - {"role", "content"})):
+            fault = f"{unread} of turn {number} would not be learned"
+            raise ValueError(f"{fault}: write it into the content, or take it out")
+        role, content, text = turn.get("role"), turn.get("content"), ""
+        parts = content if isinstance(content, list) else [content]
+        for part in parts:
+            if isinstance(part, dict) and part.get("type") == "text":
+                part = part.get("text")
+            if not isinstance(part, str):
+                raise ValueError(f"the {role} turn's content is not text: {content!r}")
+            text += part
+        roles.append(role)
+        texts.append(text)
     misplaced = first_misplaced_turn(roles)
     if roles and roles[0] == "system":
         roles, (system, *texts) = roles[1:], texts
@@ -270,110 +300,148 @@ def _system_pieces(
     lead, default = "", template.default_system
     if template.input is not None and conversation.exchanges[0].input:
         default = template.default_system_with_input
-    if template.name == "chatml" and getattr(tokenizer, "chat_template", None):
-        own = _own_default_system(tokenizer, str(tokenizer.chat_template))
-        if own is not None:
-            lead, default = own.partition("<|im_start|>")[0], own
+    if template.name == "chatml" and tokenizer:  # its model's, not the built-in one's
+        try:
+            user = (("user", _MARK.format(0)),)
+            own = _own_layout(tokenizer, _state(tokenizer), user)[0]
+        except ValueError:  # it carries no template, or one that asks for more
+            own = ""
+        default, is_chatml, _ = own.partition("<|im_start|>user\n")
+        default = default if is_chatml else ""
+        lead = default.partition("<|im_start|>")[0]
     if conversation.system is None:
         return [Piece(default)]
     return [Piece(lead), *_fill(template.system, conversation.system)]
 
 
 # --- the chat template that a tokenizer carries ---
-# The caches have its text as a key: it may be replaced.
+# What a template reads is a key of the caches, beside the tokenizer: it may change.
 
 
-@lru_cache(maxsize=8)
-def _own_default_system(tokenizer: Any, _chat_template: str) -> str | None:
-    """What the tokenizer's own template writes first, if it is ChatML; else None."""
-    user = [{"role": "user", "content": "?"}]
-    rendered = tokenizer.apply_chat_template(user, tokenize=False)
-    before, turn, _ = rendered.partition("<|im_start|>user\n?<|im_end|>")
-    return before if turn else None
+def _state(tokenizer: Any) -> tuple:
+    """What a rendering depends on: the template, the special tokens, and the day."""
+    special = tuple(tokenizer.special_tokens_map.items())
+    return str(tokenizer.chat_template), special, datetime.date.today()
 
 
-def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
-    """The chat template's own text; ValueError where it refuses the chat."""
+def _render(tokenizer: Any, turns: Iterable[tuple[str, str]], **options: Any) -> str:
+    """The chat template's own text of (role, content)s; ValueError: it refuses them."""
     from jinja2.exceptions import TemplateError
 
+    chat = [{"role": role, "content": content} for role, content in turns]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses this chat: {error}") from error
+        raise _refusal(f"refuses this chat: {error}; mend it") from error
 
 
-_MARK = "\t\ue000{}\ue001\t"  # the tabs show whether the template strips what it gets
-_MARKS = re.compile("(\t?)\ue000(\\d+)\ue001(\t?)")
+def _refusal(fault: str) -> ValueError:
+    cure = "use template='plain' ('chatml' if the tokenizer has its tokens)"
+    return ValueError(f"the chat template {fault}, or {cure}")
 
 
-class _OwnTurn(NamedTuple):
-    index: int  # among the messages
-    keeps_left: str  # empty where the template strips the text on this side
-    keeps_right: str
-    after: str  # what follows the text
-
-
-class _OwnLayout(NamedTuple):
-    first: str  # before the first turn's text
-    turns: list[_OwnTurn]
-    opening: str  # after the last user text when an answer is asked for
-    ending: str  # after the last answer
+_MARK = "\ue000{}\ue001"
+_MARKS = re.compile("\ue000(\\d+)\ue001")
 
 
 @lru_cache(maxsize=256)
 def _own_layout(
-    tokenizer: Any, _chat_template: str, roles: tuple[str, ...], _day: datetime.date
-) -> _OwnLayout:
-    """Render the chat template, which may tell the day, with marks for the texts."""
-    marked = [{"role": r, "content": _MARK.format(i)} for i, r in enumerate(roles)]
-    first, *parts = _MARKS.split(_render(tokenizer, marked))
-    fields = zip(*(parts[k::4] for k in range(4)), strict=True)
-    turns = [_OwnTurn(int(i), left, right, after) for left, i, right, after in fields]
-    if sorted(turn.index for turn in turns) != list(range(len(roles))):
-        raise ValueError("the chat template leaves out or repeats a turn of this chat")
-    user = [{"role": "user", "content": _MARK.format(0)}]
+    tokenizer: Any, _state: tuple, marked: tuple[tuple[str, str], ...]
+) -> tuple[str, list[tuple[int, str]], str, str]:
+    """Render the chat template with a mark for each text of the (role, content)s.
+
+    Returns what stands before the texts, (number, what follows) of each, and what
+    follows a user's text where an answer is asked for, and the last answer.
+    """
+    first, *rest = _MARKS.split(_render(tokenizer, marked))
+    if not rest or len(set(rest[::2])) < len(rest[::2]):
+        raise _refusal("leaves out or repeats a turn of this chat: mend it")
+    if not rest[-1].strip():
+        raise _refusal("puts nothing after an answer to end it: mend it")
+    places = [(int(rest[i]), rest[i + 1]) for i in range(0, len(rest), 2)]
+    user = [("user", _MARK.format(0))]
     asking = _render(tokenizer, user, add_generation_prompt=True)
-    ending = turns[-1].after
-    if not ending.strip():
-        raise ValueError("the chat template puts nothing after an answer to end it")
-    return _OwnLayout(first, turns, _MARKS.split(asking)[-1], ending)
+    return first, places, _MARKS.split(asking)[-1], rest[-1]
 
 
 def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
-    """Pieces of the tokenizer's own chat template.
+    """Pieces of the tokenizer's own chat template, which may strip texts.
 
-    What it writes between its generation prompt and an answer is learned, since the
-    model must produce that too.
+    What it writes after its generation prompt is learned, the tags of a thought, too:
+    the model must produce that. Where an answer is asked for, it may drop thoughts.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this tokenizer has no chat template: use 'alpaca' or 'plain'")
     turns = [] if conversation.system is None else [("system", conversation.system)]
     for exchange in conversation.exchanges:
         turns += [("user", exchange.text), ("assistant", exchange.answer)]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    roles = tuple(role for role, _ in turns)
-    today = datetime.date.today()
-    layout = _own_layout(tokenizer, str(tokenizer.chat_template), roles, today)
+    asks = turns[-1][1] is None
+    if asks:  # what stands before an answer is the same before any
+        turns[-1] = ("assistant", ".")
+    rendered, state = _render(tokenizer, turns), _state(tokenizer)
+    texts, marked = _mark(turns)
+    before, places, asking, ending = _own_layout(tokenizer, state, marked)
+    shown = around = dict(places)
+    if any("think>" in content for _, content in marked):
+        bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
+        around = dict(_own_layout(tokenizer, state, bare)[1])  # without the thoughts
+    for number, (turn, text) in enumerate(texts):
+        if number not in shown and not (asks and turns[turn][0] == "assistant"):
+            fault = f"leaves out {text[:30]!r} of turn {turn + 1}: take it out"
+            raise _refusal(f"{fault}, end a record with that turn")
 
-    pieces, before = [], layout.first
-    for turn in layout.turns:
-        role, content = turns[turn.index]
-        is_answer, opening = role == "assistant", before
-        if is_answer and before.startswith(layout.opening):
-            opening = layout.opening
+    pieces, at, last_turn = [], len(before), None
+    for i, (number, after) in enumerate(places):
+        turn, text = texts[number]
+        is_answer, opening = turns[turn][0] == "assistant", before
+        if turn == last_turn:  # after the thought of the same answer
+            opening = ""
+        elif is_answer:
+            opening = around[turn - 1]
+            opening = asking if opening.startswith(asking) else opening
+            if not before.startswith(opening) or before.count("<think>") > 1:
+                fault = f"has its own thought in turn {turn + 1}"
+                raise _refusal(f"{fault}: take the record's out")
         pieces.append(Piece(opening))
-        if content is None:  # asked for, not given: the prompt ends here
+        if asks and turn == len(turns) - 1:
             return pieces
-        text = content if turn.keeps_left else content.lstrip()
-        text = text if turn.keeps_right else text.rstrip()
-        if is_answer and not text:
+        text = _as_written(text, rendered, at, after)
+        at += len(text) + len(after)
+        if is_answer and not text and not turns[turn][1].strip():
             raise ValueError("nothing to learn: an answer is only white space")
-        end = os.path.commonprefix([turn.after, layout.ending]) if is_answer else ""
+        is_last = turn not in [texts[n][0] for n, _ in places[i + 1 : i + 2]]
+        end = os.path.commonprefix([after, ending]) if is_answer and is_last else ""
+        if end != ending:
+            end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
         pieces.append(Piece(before[len(opening) :], learned=True))
         pieces.append(Piece(text, literal=True, learned=is_answer))
         pieces.append(Piece(end, learned=True))
-        before = turn.after[len(end) :]
-    pieces.append(Piece(before))
-    if "".join(piece.text for piece in pieces) != _render(tokenizer, messages):
-        raise ValueError("the chat template rewrites the text of this chat's turns")
-    return pieces
+        before, last_turn = after[len(end) :], turn
+    if at != len(rendered):
+        raise _refusal("rewrites the end of this chat: change that")
+    return [*pieces, Piece(before)]
+
+
+def _mark(turns: list[tuple[str, str]]) -> tuple[list, tuple]:
+    """The texts as (turn, text), those of a thought apart, and turns with marks."""
+    texts, marked = [], []
+    for turn, (role, content) in enumerate(turns):
+        is_thought = role == "assistant" and "</think>" in content
+        parts = re.split(r"(\s*</?think>\s*)", content) if is_thought else [content]
+        for i in range(0, len(parts), 2):
+            if parts[i] or i == len(parts) - 1:
+                texts.append((turn, parts[i]))
+                parts[i] = _MARK.format(len(texts) - 1)
+        marked.append((role, "".join(parts)))
+    return texts, tuple(marked)
+
+
+def _as_written(text: str, rendered: str, at: int, after: str) -> str:
+    """The text as it stands at a place of the rendering, perhaps stripped."""
+    core = text.strip()
+    end = max(rendered.find(core, at), at) + len(core)
+    while rendered[end : end + 1].isspace() and not rendered.startswith(after, end):
+        end += 1
+    if rendered[at:end].strip() != core or not rendered.startswith(after, end):
+        raise _refusal(f"rewrites {text[:30]!r} or what is around it: change that")
+    return rendered[at:end]

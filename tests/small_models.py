@@ -20,6 +20,13 @@ from transformers import (
 )
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (  # the built-in model's
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' "
+    "%}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+    "Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' "
+    "+ message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @functools.cache
@@ -39,6 +46,7 @@ def byte_tokenizer():
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
+        chat_template=CHATML,
     )
 
 

@@ -98,10 +98,10 @@ class Prompting:
         """As a record names it."""
         return "prompt:few-shot" if self.few_shot else "prompt:zero-shot"
 
-    def template(self, data: str, tokenizer: Any) -> Any:
+    def template(self, data: str, otherwise: str) -> Any:
         """The layout of a question: few-shot reads the data set's schema and shots."""
         if not self.few_shot:
-            return template_for(tokenizer)
+            return otherwise
         folder = data_folder() / data
         schema = (folder / "schema.txt").read_text(encoding="utf-8")
         shots = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
@@ -131,11 +131,14 @@ class Experiment:
     costs: bool | None = None  # measure peak bytes in a step, and the bytes to be kept
     data: str = "home_commands"
     model: str | None = None  # None is the built-in one
+    template: str | None = None  # None takes what `template_for` names
 
     def settings(self) -> dict[str, Any]:
         """All fields but label and seed, in JSON types."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         del values["label"], values["seed"]
+        if self.template is None:  # as records were made before there was one
+            del values["template"]
         if not isinstance(self.method, str | dict):
             values["method"] = self.method.stored(self.model)
         return values | {"model": model_name(self.model)}
@@ -237,7 +240,8 @@ def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str
         model = make_model(experiment)
         tokenizer = load_tokenizer(experiment.model)
         rows = load_examples(experiment.data, seed=experiment.seed)
-        rows = tokenize_dataset(rows, tokenizer, template=template_for(tokenizer))
+        template = experiment.template or template_for(tokenizer)
+        rows = tokenize_dataset(rows, tokenizer, template=template)
         with tempfile.TemporaryDirectory() as folder:
             run = train(experiment, model, list(rows), folder, progress=progress)
     if experiment.test_examples != 0:
@@ -294,48 +298,16 @@ def _with_adapter(experiment: Experiment) -> Any:
 
 
 def template_for(tokenizer: Any) -> str:
-    """Name the layout: ChatML where its markers are known, else the tokenizer's own."""
-    return "chatml" if "<|im_end|>" in tokenizer.get_vocab() else "tokenizer"
-
-
-def _make_trainer(
-    experiment: Experiment,
-    model: Any,
-    records: Sequence[dict],
-    folder: str | os.PathLike,
-    optimizer: Any,
-    arguments: Mapping[str, Any],
-) -> Any:
-    import datasets
-    from trl import SFTTrainer
-
-    tokenizer = load_tokenizer(experiment.model)
-    template = template_for(tokenizer)
-    validation = load_examples(experiment.data, "validation")
-    validation = stratified(validation, experiment.eval_examples)
-    every = experiment.eval_every
-    settings = {
-        "max_steps": experiment.steps,
-        "per_device_train_batch_size": experiment.batch_size,
-        "learning_rate": experiment.learning_rate,
-        "lr_scheduler_type": experiment.schedule,
-        "warmup_steps": round(experiment.warmup * experiment.steps),
-        "eval_strategy": "steps" if every else "no",
-        "eval_steps": every or None,
-        "save_strategy": "no",
-    }
-    profile = replace(get_profile(), seed=experiment.seed)
-    trainer = SFTTrainer(
-        model=model,
-        args=sft_config(profile, folder, **settings | arguments),
-        train_dataset=datasets.Dataset.from_list(records),
-        eval_dataset=tokenize_dataset(validation, tokenizer, template=template),
-        data_collator=CompletionCollator(tokenizer),
-        processing_class=tokenizer,
-        optimizers=(optimizer, None),
-    )
-    prepare_trainer(trainer)
-    return trainer
+    """Name the layout: ChatML where the tokenizer has it, else its own, else plain."""
+    own = "tokenizer" if tokenizer.chat_template else "plain"
+    roles = ("system", *("user", "assistant") * 2)
+    turns = [{"role": role, "content": " A b\n"} for role in roles]
+    chats, names = [{"messages": turns[i:]} for i in (0, 1, 3)], ("chatml", own)
+    try:
+        first, other = (tokenize_dataset(chats, tokenizer, template=n) for n in names)
+    except ValueError:  # one of the two it does not have
+        return own
+    return "chatml" if own == "plain" or first[:] == other[:] else own
 
 
 def train(
@@ -359,9 +331,37 @@ def train(
         resume_from: a checkpoint to go on from, `before_s` seconds of training old.
         arguments: of `sft_config`, before those of the experiment.
     """
+    import datasets
+    from trl import SFTTrainer
+
     from course_utils.training_callbacks import PeakOfStep, PlainProgress
 
-    trainer = _make_trainer(experiment, model, records, folder, optimizer, arguments)
+    tokenizer = load_tokenizer(experiment.model)
+    template = experiment.template or template_for(tokenizer)
+    validation = load_examples(experiment.data, "validation")
+    validation = stratified(validation, experiment.eval_examples)
+    every, steps = experiment.eval_every, experiment.steps
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": experiment.batch_size,
+        "learning_rate": experiment.learning_rate,
+        "lr_scheduler_type": experiment.schedule,
+        "warmup_steps": round(experiment.warmup * experiment.steps),
+        "eval_strategy": "steps" if every else "no",
+        "eval_steps": every or None,
+        "save_strategy": "no",
+    }
+    profile = replace(get_profile(), seed=experiment.seed)
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(profile, folder, **settings | arguments),
+        train_dataset=datasets.Dataset.from_list(records),
+        eval_dataset=tokenize_dataset(validation, tokenizer, template=template),
+        data_collator=CompletionCollator(tokenizer),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    prepare_trainer(trainer)
     if not progress:
         trainer.pop_callback(PlainProgress)
     peak = PeakOfStep()
@@ -370,7 +370,6 @@ def train(
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume_from)
     seconds = before_s + time.perf_counter() - clock - peak.seconds
-    every, steps = experiment.eval_every, experiment.steps
     if not every or steps % every:
         trainer.evaluate()
     # Validation inside the training is not training time; the last one may be outside.
@@ -412,18 +411,13 @@ def add_test(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
     """Put a model's answers to the test set, and their scores, into its run."""
     to_dtype(model, get_profile().dtype)
     tokenizer, method = load_tokenizer(experiment.model), experiment.method
-    template = template_for(tokenizer)
+    template = experiment.template or template_for(tokenizer)
     if isinstance(method, Prompting):
-        template = method.template(experiment.data, tokenizer)
+        template = method.template(experiment.data, template)
     test = load_examples(experiment.data, "test")
-    scored = evaluate(
-        model,
-        tokenizer,
-        test,
-        template=template,
-        limit=experiment.test_examples,
-        as_text=free_text(test["completion"]),
-    )
+    options = {"template": template, "limit": experiment.test_examples}
+    as_text = free_text(test["completion"])
+    scored = evaluate(model, tokenizer, test, as_text=as_text, **options)
     run["measured"]["test_seconds"] = scored.seconds
     run |= answers_of(scored)
     if scored.as_text:

@@ -386,6 +386,7 @@ def compare_on(
     eval_examples: int = 24,
     test_examples: int = 24,
     rates: Mapping[str, float] | None = None,
+    template: str | None = None,
 ) -> OwnComparison:
     """Train and compare methods on other data, with another model.
 
@@ -399,6 +400,7 @@ def compare_on(
         methods: names as in the sweep, such as `"PiSSA"`, or `ZERO_SHOT`, which asks
             the untrained model; case does not matter.
         rates: {name of a method: learning rate} where the recorded one will not do.
+        template: None takes the tokenizer's own, "plain" where it has none.
 
     Raises:
         DataError: the data cannot be used, or there are too few examples.
@@ -417,6 +419,7 @@ def compare_on(
         base_dtype="float32",
         costs=True,
         model=model,
+        template=template,
     )
     if not experiments:
         raise ValueError("no method is named")

@@ -1,5 +1,6 @@
 """Recorded runs: what is trained, what is spoiled, and resuming a family of runs."""
 
+import copy
 import json
 import math
 
@@ -399,13 +400,9 @@ def test_costs_are_measured_in_a_step_that_has_optimizer_state(small):
 
 
 def test_a_model_without_chatml_is_asked_in_its_own_way():
-    class Known:
-        def __init__(self, *words):
-            self.words = dict.fromkeys(words)
-
-        def get_vocab(self):
-            return self.words
-
-    assert sweep_runs.template_for(Known("a", "<|im_end|>")) == "chatml"
-    assert sweep_runs.template_for(Known("[INST]")) == "tokenizer"
     assert sweep_runs.template_for(byte_tokenizer()) == "chatml"
+    other = copy.deepcopy(byte_tokenizer())
+    other.chat_template = other.chat_template.replace("role'] + '\n'", "role'] + '>'")
+    assert sweep_runs.template_for(other) == "tokenizer", (
+        "its tokens alone are ChatML's"
+    )

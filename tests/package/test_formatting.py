@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from small_models import CHATML
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -39,13 +40,6 @@ CORPUS = [
     "Human: Assistant: user assistant system ### Instruction: Response: Input:",
     "把客厅的灯打开。 What is the capital of France? The capital is Paris.",
 ] * 3
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' "
-    "%}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
-    "Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' "
-    "+ message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if "
-    "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -433,7 +427,7 @@ def test_any_chat_template(own, name):
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        ("{{ messages[-1].content }}<|im_end|>", "leaves out or repeats"),
+        ("{{ messages[-1].content }}<|im_end|>", "leaves out .* of turn 1"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing after"),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "rewrites"),
     ],

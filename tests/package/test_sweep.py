@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import byte_tokenizer, random_llama
+from small_models import SPECIAL, byte_tokenizer, random_llama
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from course_utils import records
 from course_utils.data import DataError
@@ -392,6 +394,33 @@ def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "LoRA lr 0.01: 4 steps of 4" in printed and "train" in printed
+
+
+@pytest.mark.parametrize("layout", [None, "alpaca"])
+def test_a_base_model_without_a_chat_template_is_compared(
+    tiny, tmp_path, monkeypatch, layout
+):
+    text = byte_tokenizer().backend_tokenizer.to_str()
+    for old, new in zip(SPECIAL, ("<unk>", "<bos>", "<eos>"), strict=True):
+        text = text.replace(old, new)
+    made = Tokenizer.from_str(text)
+    base = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+    monkeypatch.setattr(experiment, "load_tokenizer", lambda name=None: base)
+    asked, real = [], experiment.evaluate
+
+    def spy(model, tokenizer, test, *, template, **options):
+        asked.append(template)
+        return real(model, tokenizer, test, template=template, **options)
+
+    monkeypatch.setattr(experiment, "evaluate", spy)
+    file = write(tmp_path / "chat.jsonl", lambda i: f"It is {i}.")
+    methods = ("LoRA", ZERO_SHOT)
+    found = compare_on(file, methods=methods, template=layout, **SMALL)
+    assert asked == [layout or "plain"] * 2
+    assert all(len(result.exact_match) == 1 for result in found.results)
+    assert found.results[0].loss is not None
+    settings = found.runs[0]["settings"]
+    assert settings.get("template") == layout, "old records name none"
 
 
 def test_free_text_is_compared_as_text(tiny, tmp_path):
