@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from course_utils.inference import inference_state
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,19 +69,13 @@ def predict(
     """Name the likeliest class of each text; the model's mode stays as it was."""
     import torch
 
-    modes = [(module, module.training) for module in model.modules()]
     predictions: list[str] = []
-    try:
-        model.eval()
+    with torch.no_grad(), inference_state(model):
         for start in range(0, len(texts), batch_size):
             part = list(texts[start : start + batch_size])
             batch = tokenizer(part, padding=True, return_tensors="pt", **_TOKENIZING)
-            with torch.no_grad():
-                best = model(**batch.to(model.device)).logits.argmax(-1)  # (B,)
+            best = model(**batch.to(model.device)).logits.argmax(-1)  # (B,)
             predictions += [names[i] for i in best.tolist()]
-    finally:
-        for module, training in modes:
-            module.training = training
     return predictions
 
 
