@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from course_utils import runtime
-from course_utils.training_speed import refuse_virtual_tokens, set_attention
+from course_utils.training_speed import refuse_packed, set_attention
 
 MANIFEST = "complete.json"
 
@@ -54,9 +54,12 @@ class CheckBeforeTraining(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **more: Any) -> None:
         _check_trainable(model, fp16=args.fp16)
         _check_prefixes(model, args.gradient_checkpointing)
-        data = getattr(more.get("train_dataloader"), "dataset", None)
-        if "position_ids" in (getattr(data, "column_names", None) or ()):
-            refuse_virtual_tokens(model)
+        loader = more.get("train_dataloader")
+        columns = getattr(getattr(loader, "dataset", None), "column_names", None) or ()
+        collate = getattr(loader, "collate_fn", None)  # TRL's may join the rows
+        padding_free = getattr(collate, "padding_free", False)
+        if {"position_ids", "seq_lengths"} & set(columns) or padding_free:
+            refuse_packed(model)
 
 
 def _check_trainable(model: Any, *, fp16: bool) -> None:
