@@ -9,7 +9,7 @@ a LoRA layer's input to float32 that autocast would undo.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ from course_utils.inference import base_model, inference_state, router_configs
 if TYPE_CHECKING:
     import torch
 
-# By model and by the attention it was asked with: what `keeps_packed_apart` found.
+# By model and by the attention it was asked with: what `_keeps_packed_apart` found.
 _KEPT_APART: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 WIDEST = 256  # tokens, unless an example is longer: attention costs their square
 SHARED_AT_LEAST = 8  # tokens: fewer are not worth a mask of their own
@@ -30,7 +30,6 @@ def completion_loss(
     model: Any,
     batch: Mapping[str, torch.Tensor],
     learned_tokens: Any = None,
-    *,
     router_weight: float | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the learned tokens, from logits at those positions only.
@@ -64,16 +63,12 @@ def completion_loss(
     balance = getattr(output, "aux_loss", None)
     if balance is None:
         return total / count
-    weight = _router_weight(model) if router_weight is None else router_weight
-    return total / count + weight * balance
-
-
-def _router_weight(model: Any) -> float:
-    base = base_model(model)
-    names = ("router_aux_loss_coef", "aux_loss_coef")  # JetMoe's is the second
-    places = (base, base.config.get_text_config())
-    found = [getattr(place, name, None) for place in places for name in names]
-    return next((weight for weight in found if weight is not None), 0.0)
+    if router_weight is None:
+        places = base_model(model), model.config.get_text_config()
+        names = "router_aux_loss_coef", "aux_loss_coef"  # JetMoe's is the second
+        known = [getattr(place, name, None) for place in places for name in names]
+        router_weight = next((weight for weight in known if weight is not None), 0.0)
+    return total / count + router_weight * balance
 
 
 @contextmanager
@@ -95,7 +90,7 @@ def refuse_packed(model: Any) -> None:
     """Raise a ValueError if a model would not keep the examples of a row apart."""
     if _has_virtual_tokens(model):
         why = "virtual tokens do not go together: one prompt would stand before the row"
-    elif not keeps_packed_apart(model):
+    elif not _keeps_packed_apart(model):
         kind = type(base_model(model)).__name__
         why = f"{kind} do not go together: an example would read those before it"
     else:
@@ -111,21 +106,21 @@ def _has_virtual_tokens(model: Any) -> bool:
     return any(getattr(config, "is_prompt_learning", False) for config in configs)
 
 
-def keeps_packed_apart(model: Any) -> bool:
+def _keeps_packed_apart(model: Any) -> bool:
     """Whether examples side by side, each with positions from 0, are read as if alone.
 
     The model itself is asked, once for each kind of attention, with two examples of
-    eight tokens: the logits of the second have no gradient at what was read of the
-    first, not the least one, and are those that it gets alone, up to rounding.
+    eight tokens. The logits of the second have no gradient at what was read of the
+    first, not the least one: in 16 bits, too, that is exact. And they are near those
+    that it gets alone, its positions too; 30 layers in bfloat16 differ by 6 %.
     """
     base = base_model(model)
     answers = _KEPT_APART.setdefault(base, {})
     attention = getattr(base.config, "_attn_implementation", None)
     if attention not in answers:
-        try:
+        answers[attention] = False
+        with suppress(Exception):  # its own code's: it takes no positions, say
             answers[attention] = _read_apart(base)
-        except Exception:  # its own code's: it takes no positions, or no such row
-            answers[attention] = False
     return answers[attention]
 
 
@@ -152,7 +147,7 @@ def _read_apart(model: Any, size: int = 8) -> bool:
         )
         [gradient] = torch.autograd.grad(packed.float().norm(), read[0])
     apart = not gradient[:, :size].any() and gradient[:, size:].any()
-    return bool(apart and (packed - alone).norm() < 0.05 * alone.norm())
+    return bool(apart and (packed - alone).norm() < 0.25 * alone.norm())
 
 
 def without_padding(
@@ -203,17 +198,14 @@ def _can_be_packed(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
         and not router_configs(model)
         and bool(batch["attention_mask"].any(dim=1).all())
         and not _draws(model.config.get_text_config())
-        and keeps_packed_apart(model)
+        and _keeps_packed_apart(model)
     )
 
 
 def _draws(config: Any) -> bool:
     """Whether the model's own code draws in training, and otherwise in other rows."""
-    return any(
-        isinstance(value, float) and value > 0
-        for name, value in vars(config).items()
-        if "drop" in name or "jitter" in name
-    )
+    fields = [v for k, v in vars(config).items() if "drop" in k or "jitter" in k]
+    return any(isinstance(value, float) and value > 0 for value in fields)
 
 
 def _all_attend_to_all(config: Any) -> bool:
@@ -383,9 +375,7 @@ def use_completion_loss(trainer: Any) -> None:
             weight = getattr(trainer, "router_aux_loss_coef", None)
             if weight and num_items_in_batch is not None:  # TRL's mean over an update
                 weight = weight / trainer.current_gradient_accumulation_steps
-            loss = completion_loss(
-                model, inputs, num_items_in_batch, router_weight=weight
-            )
+            loss = completion_loss(model, inputs, num_items_in_batch, weight)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     trainer.compute_loss = compute_loss

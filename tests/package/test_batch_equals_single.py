@@ -211,3 +211,21 @@ def test_completion_loss_holds_what_the_models_own_does(kind):
     has_loss = kind not in ("dots1", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe")
     if kind not in ("llama4_text", "dots1") and has_loss:
         assert ours > without
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_prefixes_on_experts_are_refused_before_step_1_with_the_routers_loss(
+    fast, tmp_path
+):
+    for weight in (None, 0.0):
+        model = get_peft_model(make("mixtral"), copy.deepcopy(PEFT["prefix"]))
+        settings = {"max_steps": 1, "router_aux_loss_coef": weight}
+        trainer = build(SFTTrainer, tmp_path, model, **settings)
+        prepare_trainer(trainer, fast=fast)
+        if weight is None:
+            with pytest.raises(ValueError, match="router_aux_loss_coef=0.0 to SFT"):
+                trainer.train()
+            assert trainer.state.global_step == 0
+        else:
+            trainer.train()
+            assert trainer.state.global_step == 1

@@ -17,8 +17,8 @@ from course_utils import training_speed
 from course_utils.formatting import CompletionCollator, pack_examples
 from course_utils.training import LossHistory, prepare_trainer
 from course_utils.training_speed import (
+    _keeps_packed_apart,
     completion_loss,
-    keeps_packed_apart,
     refuse_packed,
     without_padding,
 )
@@ -77,7 +77,7 @@ def test_the_verdict_on_each_family_is_the_truth(kind):
             apart = packed_against_apart(model, rows) < 1e-3
         except TypeError:
             apart = False  # it takes no positions
-        assert keeps_packed_apart(model) == apart
+        assert _keeps_packed_apart(model) == apart
         seen[attention] = apart
         if not apart:
             print(f"{kind} ({attention}) lets packed examples see each other")
@@ -108,20 +108,21 @@ def test_the_verdict_on_each_family_is_the_truth(kind):
 @pytest.mark.parametrize("kind", sorted(LEAK | APART))
 @pytest.mark.parametrize("std", [0.2, 0.02])
 def test_the_verdict_does_not_hang_on_the_number_format(kind, dtype, std):
-    assert keeps_packed_apart(make(kind, std=std).to(dtype)) == (kind in APART)
+    assert _keeps_packed_apart(make(kind, std=std).to(dtype)) == (kind in APART)
 
 
-def test_positions_alone_may_leak(monkeypatch):
+@pytest.mark.parametrize("std", [0.2, 0.02])
+def test_positions_alone_may_leak(std, monkeypatch):
     """Examples that do not see each other, but of which the second begins at 8."""
-    model = make("gpt2")
-    assert keeps_packed_apart(model)
+    model = make("gpt2", std=std)
+    assert _keeps_packed_apart(model)
     monkeypatch.setattr(
         model.transformer.wpe,
         "forward",
         lambda ids: model.transformer.wpe.weight[torch.arange(ids.shape[-1])][None],
     )
     training_speed._KEPT_APART.clear()
-    assert not keeps_packed_apart(model)
+    assert not _keeps_packed_apart(model)
 
 
 def test_a_model_is_asked_once_and_left_as_it_was():
@@ -147,14 +148,32 @@ def test_a_model_is_asked_once_and_left_as_it_was():
 
     before = state()
     with torch.no_grad():
-        assert keeps_packed_apart(model)
+        assert _keeps_packed_apart(model)
     assert state() == before and len(calls) == 2  # packed, and alone
-    assert keeps_packed_apart(model) and len(calls) == 2
+    assert _keeps_packed_apart(model) and len(calls) == 2
     model.get_base_model().set_attn_implementation("eager")
-    assert keeps_packed_apart(model) and len(calls) == 4
+    assert _keeps_packed_apart(model) and len(calls) == 4
     other = random_llama()
     with torch.inference_mode():
-        assert keeps_packed_apart(other)
+        assert _keeps_packed_apart(other)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_built_in_model_keeps_examples_apart(dtype, attention):
+    from course_utils.models import load_model
+
+    model = load_model(dtype=dtype)
+    model.set_attn_implementation(attention)
+    assert _keeps_packed_apart(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", sorted(LEAK | APART))
+def test_a_card_gives_the_same_verdict(kind, dtype):
+    assert _keeps_packed_apart(make(kind).to("cuda", dtype)) == (kind in APART)
 
 
 def packed_rows(count=8):
