@@ -104,6 +104,17 @@ def test_the_verdict_on_each_family_is_the_truth(kind):
     assert not (kind in APART and False in seen.values())
 
 
+@pytest.mark.parametrize(
+    "kind", ["mistral", "gemma2", "gemma3_text", "olmo3", "cohere2"]
+)
+def test_a_window_smaller_than_an_example_is_kept_in_packed_rows(kind):
+    model, data = make(kind, sliding_window=6), batch(9, beginning=12)
+    unpadded = without_padding(model, data)
+    assert set(unpadded) == {"input_ids", "labels", "position_ids"}
+    expected = completion_loss(model, data).item()
+    assert completion_loss(model, unpadded).item() == pytest.approx(expected, abs=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", sorted(LEAK | APART))
 @pytest.mark.parametrize("std", [0.2, 0.02])
