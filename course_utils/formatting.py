@@ -189,7 +189,8 @@ class CompletionCollator:
     Padding is known by its position, never by its id: it has attention mask 0 and
     label -100, and an end-of-turn token keeps its label where pad = eos. Examples
     from `pack_examples` give `position_ids` in place of an attention mask; their
-    padding is a document of its own, which nothing else attends to.
+    padding is a document of its own, which nothing else attends to, if the model keeps
+    examples apart.
     """
 
     tokenizer: PreTrainedTokenizerBase  # pads with its pad token, else eos, else 0
@@ -235,7 +236,8 @@ def pack_examples(
     First-fit decreasing: longest first (ties in the given order), each into the first
     row with room. Positions begin again at 0 with each example, by which transformers
     keeps examples from seeing each other: pass `position_ids` and no attention mask,
-    in training or with `use_cache=False`. The first label of each example is -100, as
+    in training or with `use_cache=False`. What sees the model (`completion_loss`,
+    `prepare_trainer`) asks whether it does. The first label of each example is -100, as
     it would be predicted from the example before. An example that is empty or longer
     than `max_length` raises ValueError.
 

@@ -13,8 +13,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from course_utils.formatting import end_of_turn_ids, generation_prompt
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Pick = Callable[["torch.Tensor"], "torch.Tensor"]  # logits (B, V) -> tokens (B,)
 Rows = Sequence[Sequence[int]]  # token ids of each prompt
+
+_READS_PADDED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by model
 
 
 def generate(
@@ -76,14 +79,14 @@ def generate(
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
 
     own_loop = decodes(model)
-    longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in rows]
     fork = torch.random.fork_rng(enabled=seed is not None and not own_loop)
     with torch.no_grad(), inference_state(model), fork:
         if seed is not None and not own_loop:
             torch.manual_seed(seed)  # once: each batch draws anew
-        for start in range(0, len(rows), batch_size):
-            places = longest_first[start : start + batch_size]
+        uneven = len(set(map(len, rows))) > 1
+        alike = uneven and not own_loop and not _reads_padded(model)
+        for places in _batches(rows, batch_size, alike):
             batch = [rows[i] for i in places]
             if own_loop:
                 for pairs in _decode_rows(model, batch, pick=pick, **settings):
@@ -127,6 +130,15 @@ def stream(
     stop = _stop_ids(model, tokenizer, template)
     pick = _picker(model, **sampling)
     return _pieces(model, tokenizer, rows, stop, max_new_tokens, pick)
+
+
+def _batches(rows: Rows, batch_size: int, alike: bool) -> Iterator[list[int]]:
+    """Places of rows, the longest first; each batch of one length, if `alike`."""
+    longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for _, group in groupby(longest_first, lambda i: alike and len(rows[i])):
+        places = list(group)
+        for start in range(0, len(places), batch_size):
+            yield places[start : start + batch_size]
 
 
 def _pieces(model, tokenizer, rows, stop, max_new_tokens, pick) -> Iterator[str]:
@@ -231,7 +243,8 @@ def base_model(model: Any) -> Any:
 def inference_state(model: Any) -> Iterator[None]:
     """Put every module into evaluation mode, and back as found, also on an error.
 
-    The generation settings are put back, too, which ``_library_rows`` sets. The output
+    The generation settings are put back, too, which ``_library_rows`` sets. Routers of
+    experts report nothing: their loss is for training, and fails on a cache. The output
     layer gets the states of the last positions as one block of memory: they come as a
     view into all B·T of them, and PyTorch multiplies such a view with frozen weights by
     making B copies of these, which took longer than all the rest of an evaluation.
@@ -239,9 +252,12 @@ def inference_state(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     base = base_model(model)
     settings = getattr(base, "generation_config", None)
+    routed = router_configs(model)
     head = base.get_output_embeddings()
     try:
         model.eval()
+        for config in routed:
+            config.output_router_logits = False
         if head is None:
             yield
         else:
@@ -250,7 +266,16 @@ def inference_state(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for config in routed:
+            config.output_router_logits = True
         base.generation_config = settings
+
+
+def router_configs(model: Any) -> list[Any]:
+    """The configurations by which a model adds its routers' loss to its own."""
+    found = [vars(module).get("config") for module in model.modules()]
+    found = {id(c): c for c in found if getattr(c, "output_router_logits", False)}
+    return list(found.values())
 
 
 def _one_block(module: Any, args: tuple) -> tuple:
@@ -328,6 +353,28 @@ def _left_batch(
     return network, inputs
 
 
+def _reads_padded(model: Any) -> bool:
+    """Whether ``model.generate`` reads a row behind padding as alone: asked once.
+
+    Virtual tokens are not read so: PEFT puts them before the padding.
+    """
+    import torch
+
+    base = base_model(model)
+    if _prompt_method(model) is not None:
+        return False
+    if base not in _READS_PADDED:
+        short, long = range(8), range(16)
+        alone, padded = (
+            torch.stack(_library_run(model, r, 3, set(), output_logits=True).logits)
+            for r in ([short], [short, long])
+        )
+        alone, padded = alone[:, 0].float(), padded[:, 0].float()
+        near = 1e-3 if base.dtype == torch.float32 else 0.25  # rounding of 30 layers
+        _READS_PADDED[base] = bool((padded - alone).norm() < near * alone.norm())
+    return _READS_PADDED[base]
+
+
 def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
     """What to call, and a cache of one row that holds the virtual tokens, if any."""
     from transformers import DynamicCache
@@ -374,7 +421,8 @@ def last_logits(
         network, inputs = _left_batch(model, rows, share_at_most=share_at_most)
         return network(**inputs, logits_to_keep=keep).logits
     ids = torch.tensor(rows, device=base_model(model).device)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -keep:]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return model(**inputs, use_cache=False).logits[:, -keep:]  # as in training
 
 
 def _decode_rows(
@@ -420,24 +468,33 @@ def _library_rows(
     model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int, sampling: dict
 ) -> list[list[int]]:
     """The same through ``model.generate``, for models that ``decodes`` refuses."""
-    from transformers import GenerationConfig
+    written = _library_run(model, rows, max_new_tokens, stop, **sampling).sequences
+    new = written[:, max(map(len, rows)) :].tolist()
+    return [list(takewhile(lambda token: token not in stop, row)) for row in new]
+
+
+def _library_run(
+    model: Any, rows: Rows, max_new_tokens: int, stop: set[int], **options: Any
+) -> Any:
+    from transformers import DynamicCache, GenerationConfig
+    from transformers.cache_utils import DynamicLayer
 
     base = base_model(model)
     base.generation_config = GenerationConfig()  # no repetition penalty of its own
     pad = min(stop, default=0)
     input_ids, mask = _pad_left(rows, pad)
     device = base.get_input_embeddings().weight.device
-    ends = {"eos_token_id": sorted(stop) or None, "pad_token_id": pad}
-    library_options = (
-        sampling | ends | {"max_new_tokens": max_new_tokens, "use_cache": True}
-    )
-    written = model.generate(
+    layers = DynamicCache(config=base.config).layers
+    # In another state than keys and values PEFT does not find its virtual tokens again.
+    caches = all(isinstance(layer, DynamicLayer) for layer in layers)
+    options |= {"use_cache": caches or _prompt_method(model) is None}
+    options |= {"eos_token_id": sorted(stop) or None, "pad_token_id": pad}
+    options |= {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+    return model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
-        generation_config=GenerationConfig(**library_options),
+        generation_config=GenerationConfig(**options),
     )
-    new = written[:, input_ids.shape[1] :].tolist()
-    return [list(takewhile(lambda token: token not in stop, row)) for row in new]
 
 
 def _token_rows(
@@ -464,7 +521,7 @@ def _token_rows(
             row = generation_prompt(prompt, tokenizer, template=template, system=system)
         if not row:
             raise ValueError(f"prompt {i} has no tokens")
-        if longest and virtual + len(row) + new > longest:
+        if 0 < longest < virtual + len(row) + new:
             more = f" and {virtual} virtual ones" if virtual else ""
             raise ValueError(
                 f"prompt {i} has {len(row)} tokens{more}; with {new} new ones it "

@@ -16,7 +16,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from course_utils import runtime
-from course_utils.training_speed import refuse_virtual_tokens, set_attention
+from course_utils.inference import router_configs
+from course_utils.training_speed import refuse_packed, set_attention
 
 MANIFEST = "complete.json"
 
@@ -54,9 +55,11 @@ class CheckBeforeTraining(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **more: Any) -> None:
         _check_trainable(model, fp16=args.fp16)
         _check_prefixes(model, args.gradient_checkpointing)
-        data = getattr(more.get("train_dataloader"), "dataset", None)
-        if "position_ids" in (getattr(data, "column_names", None) or ()):
-            refuse_virtual_tokens(model)
+        loader = more.get("train_dataloader")
+        columns = getattr(getattr(loader, "dataset", None), "column_names", None) or ()
+        joined = getattr(getattr(loader, "collate_fn", None), "padding_free", False)
+        if joined or {"position_ids", "seq_lengths"} & set(columns):  # TRL's, or ours
+            refuse_packed(model)
 
 
 def _check_trainable(model: Any, *, fp16: bool) -> None:
@@ -96,7 +99,7 @@ def fix_trainable_dtype(model: Any) -> int:
 
 
 def _check_prefixes(model: Any, gradient_checkpointing: bool) -> None:
-    """Raise if prefix tuning meets gradient checkpointing.
+    """Raise if prefix tuning meets gradient checkpointing, or a routers' loss.
 
     Prefixes lie in a cache, which checkpointing drops; shapes would not match then.
     """
@@ -109,6 +112,12 @@ def _check_prefixes(model: Any, gradient_checkpointing: bool) -> None:
             f"{methods.pop()} does not work with gradient checkpointing: pass "
             "gradient_checkpointing=False to the trainer's arguments, and call "
             "model.get_base_model().gradient_checkpointing_disable()."
+        )
+    if methods and router_configs(model):
+        raise ValueError(
+            f"{methods.pop()} does not work with the loss of a model's routers, which "
+            "counts no prefix: pass router_aux_loss_coef=0.0 to SFTConfig, or set "
+            "output_router_logits=False in the model's configuration."
         )
 
 

@@ -487,6 +487,7 @@ def test_the_built_in_model_answers_in_a_batch_as_alone(dtype, margin, monkeypat
     assert worst(lacking(model, tokenizer, GENERAL, answers, batch_size=1)) < margin
     forward = type(model).forward
 
+    @functools.wraps(forward)  # by whose signature the loop is chosen
     def without_mask(self, *args, **kwargs):  # padding is read as text
         kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])
         return forward(self, *args, **kwargs)
