@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from course_utils.templates import Template
 
-Pick = Callable[["torch.Tensor"], "torch.Tensor"]  # logits (B, V) -> tokens (B,)
 Rows = Sequence[Sequence[int]]  # token ids of each prompt
 
 _READS_PADDED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by model
@@ -40,10 +39,6 @@ def generate(
     system: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
 ) -> list[str]:
     """Answer each prompt; greedy, so the same answers every time.
 
@@ -57,8 +52,6 @@ def generate(
             out; or texts that are laid out already (``template=None``).
         system: None takes the template's default.
         batch_size: None means 128 on a CPU, 32 elsewhere.
-        do_sample: draw from softmax(logits / `temperature`), among the likeliest tokens
-            that reach the probability `top_p`; a `seed` of None continues torch's own.
 
     Raises:
         TypeError: `prompts` is one string, or holds neither strings nor records.
@@ -68,32 +61,25 @@ def generate(
 
     rows = _token_rows(model, tokenizer, prompts, template, system, max_new_tokens)
     stop = _stop_ids(model, tokenizer, template)
-    pick = _picker(model, do_sample, temperature, top_p, seed)
     if batch_size is None:
         batch_size = 128 if base_model(model).device.type == "cpu" else 32
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     settings = {"stop": stop, "max_new_tokens": max_new_tokens}
-    sampling = {"do_sample": do_sample}
-    if do_sample:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
 
     own_loop = decodes(model)
     answers: list[list[int]] = [[] for _ in rows]
-    fork = torch.random.fork_rng(enabled=seed is not None and not own_loop)
-    with torch.no_grad(), inference_state(model), fork:
-        if seed is not None and not own_loop:
-            torch.manual_seed(seed)  # once: each batch draws anew
+    with torch.no_grad(), inference_state(model):
         uneven = len(set(map(len, rows))) > 1
         alike = uneven and not own_loop and not _reads_padded(model)
         for places in _batches(rows, batch_size, alike):
             batch = [rows[i] for i in places]
             if own_loop:
-                for pairs in _decode_rows(model, batch, pick=pick, **settings):
+                for pairs in _decode_rows(model, batch, **settings):
                     for row, token in pairs:
                         answers[places[row]].append(token)
             else:
-                written = _library_rows(model, batch, sampling=sampling, **settings)
+                written = _library_rows(model, batch, **settings)
                 for i, tokens in zip(places, written, strict=True):
                     answers[i] = tokens
     return [_text(tokenizer, tokens) for tokens in answers]
@@ -107,10 +93,6 @@ def stream(
     template: str | Template | None = "chatml",
     system: str | None = None,
     max_new_tokens: int = 256,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
 ) -> Iterator[str]:
     """Answer one prompt, piece by piece as it is written; no piece is empty.
 
@@ -121,15 +103,12 @@ def stream(
     """
     if not isinstance(prompt, str):
         raise TypeError(f"the prompt is a string, not {type(prompt).__name__}")
-    sampling = {"do_sample": do_sample, "temperature": temperature}
-    sampling |= {"top_p": top_p, "seed": seed}
     layout = {"template": template, "system": system, "max_new_tokens": max_new_tokens}
     if not decodes(model):
-        return iter(generate(model, tokenizer, [prompt], **layout, **sampling))
+        return iter(generate(model, tokenizer, [prompt], **layout))
     rows = _token_rows(model, tokenizer, [prompt], template, system, max_new_tokens)
     stop = _stop_ids(model, tokenizer, template)
-    pick = _picker(model, **sampling)
-    return _pieces(model, tokenizer, rows, stop, max_new_tokens, pick)
+    return _pieces(model, tokenizer, rows, stop, max_new_tokens)
 
 
 def _batches(rows: Rows, batch_size: int, alike: bool) -> Iterator[list[int]]:
@@ -141,14 +120,13 @@ def _batches(rows: Rows, batch_size: int, alike: bool) -> Iterator[list[int]]:
             yield places[start : start + batch_size]
 
 
-def _pieces(model, tokenizer, rows, stop, max_new_tokens, pick) -> Iterator[str]:
+def _pieces(model, tokenizer, rows, stop, max_new_tokens) -> Iterator[str]:
     import torch
 
     tokens: list[int] = []
     sent = ""
-    settings = {"stop": stop, "max_new_tokens": max_new_tokens, "pick": pick}
     with inference_state(model):
-        steps = _decode_rows(model, rows, **settings)
+        steps = _decode_rows(model, rows, stop=stop, max_new_tokens=max_new_tokens)
         while True:
             with torch.no_grad():  # not around the yield: it would reach the caller
                 pairs = next(steps, [])
@@ -426,7 +404,7 @@ def last_logits(
 
 
 def _decode_rows(
-    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int, pick: Pick
+    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Generate for B rows at once; yield the (row, token) pairs of each step.
 
@@ -440,7 +418,7 @@ def _decode_rows(
     row_at: list[int | None] = list(range(len(rows)))  # by place; None: ended
     for step in range(max_new_tokens):
         logits = network(**inputs, logits_to_keep=1).logits[:, -1]
-        tokens = pick(logits)
+        tokens = logits.max(-1).indices  # twice as fast as argmax
         pairs = []
         for place, token in enumerate(tokens.tolist()):
             if row_at[place] is not None and token in stop:
@@ -465,10 +443,10 @@ def _decode_rows(
 
 
 def _library_rows(
-    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int, sampling: dict
+    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int
 ) -> list[list[int]]:
     """The same through ``model.generate``, for models that ``decodes`` refuses."""
-    written = _library_run(model, rows, max_new_tokens, stop, **sampling).sequences
+    written = _library_run(model, rows, max_new_tokens, stop).sequences
     new = written[:, max(map(len, rows)) :].tolist()
     return [list(takewhile(lambda token: token not in stop, row)) for row in new]
 
@@ -538,29 +516,6 @@ def _stop_ids(model: Any, tokenizer: Any, template: Any) -> set[int]:
     eos = getattr(settings, "eos_token_id", None)
     stop |= set(eos) if isinstance(eos, list | tuple) else {eos}
     return (stop | {tokenizer.eos_token_id}) - {None}
-
-
-def _picker(
-    model: Any, do_sample: bool, temperature: float, top_p: float, seed: int | None
-) -> Pick:
-    import torch
-
-    if not do_sample:
-        return lambda logits: logits.max(-1).indices  # twice as fast as argmax
-    if not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError("sampling needs temperature > 0 and 0 < top_p <= 1")
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(base_model(model).device).manual_seed(seed)
-
-    def draw(logits: torch.Tensor) -> torch.Tensor:
-        chances = (logits.float() / temperature).softmax(-1)
-        chances, tokens = chances.sort(-1, descending=True)
-        chances[chances.cumsum(-1) - chances >= top_p] = 0  # the likeliest one stays
-        drawn = torch.multinomial(chances, 1, generator=generator)
-        return tokens.gather(-1, drawn)[:, 0]
-
-    return draw
 
 
 def _text(tokenizer: Any, tokens: list[int]) -> str:

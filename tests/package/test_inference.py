@@ -22,8 +22,6 @@ from transformers import (
 
 from course_utils.formatting import end_of_turn_ids, generation_prompt
 from course_utils.inference import (
-    _decode_rows,
-    _picker,
     base_model,
     compare_generations,
     decodes,
@@ -200,19 +198,6 @@ def test_other_architectures_answer_as_alone_too(name):
     assert "".join(pieces) == got[0]
 
 
-def test_the_librarys_sampling_draws_anew_in_each_batch():
-    make, _ = OTHERS["sliding window"]
-    torch.manual_seed(0)
-    model, tokenizer = make().eval(), byte_tokenizer()
-    assert not decodes(model)
-    options = {"template": "plain", "max_new_tokens": 8, "do_sample": True, "seed": 0}
-    before = torch.random.get_rng_state()
-    answers = generate(model, tokenizer, ["Tell"] * 4, batch_size=1, **options)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert len(set(answers)) > 1
-    assert generate(model, tokenizer, ["Tell"] * 4, batch_size=1, **options) == answers
-
-
 def state(model, tokenizer):
     base = base_model(model)
     return (
@@ -387,42 +372,6 @@ def test_wrong_prompts_are_named():
     for option in ({"max_new_tokens": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="must be 1 or more"):
             generate(model, tokenizer, ["a"], **option)
-    with pytest.raises(ValueError, match="temperature > 0"):
-        generate(model, tokenizer, ["a"], do_sample=True, temperature=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_greedy_takes_the_first_of_the_largest_logits(dtype):
-    torch.manual_seed(0)
-    logits = torch.randn(40, 49152).to(dtype)
-    logits[:20] = logits[:20].round()  # many ties
-    pick = _picker(None, False, 1.0, 1.0, None)
-    first = [row.index(max(row)) for row in logits.tolist()]
-    assert pick(logits).tolist() == first
-
-
-def test_sampling_draws_from_the_models_distribution():
-    model, tokenizer = small(initializer_range=0.2), byte_tokenizer()
-    ids = torch.tensor([generation_prompt("Hello", tokenizer)])
-    with torch.no_grad():
-        chances = model(ids).logits[0, -1].softmax(-1)
-    options = {"do_sample": True, "max_new_tokens": 1}
-    batch = ids.tolist() * 4000
-    with torch.no_grad():
-        pick = _picker(model, True, 1.0, 1.0, 0)
-        [pairs] = _decode_rows(model, batch, stop=set(), max_new_tokens=1, pick=pick)
-    share = torch.bincount(torch.tensor([t for _, t in pairs]), minlength=259) / 4000
-    assert (share - chances).abs().max() < 0.03
-    same = [generate(model, tokenizer, PROMPTS, seed=3, **options) for _ in range(2)]
-    assert same[0] == same[1]
-    seeds = {
-        tuple(generate(model, tokenizer, PROMPTS, seed=s, **options)) for s in range(5)
-    }
-    assert len(seeds) > 1
-    greedy = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
-    options = {"do_sample": True, "max_new_tokens": 6}
-    assert generate(model, tokenizer, PROMPTS, top_p=1e-6, **options) == greedy
-    assert generate(model, tokenizer, PROMPTS, temperature=1e-4, **options) == greedy
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -159,10 +159,6 @@ BROKEN = {
         lambda: generate(max_new_tokens=10**6),
         *(ValueError, ["prompt 0", "1000000 new ones", "exceeds the 512"]),
     ),
-    "a temperature of 0": (
-        lambda: generate(do_sample=True, temperature=0),
-        *(ValueError, ["temperature > 0", "top_p"]),
-    ),
     "an evaluation of nothing": (
         lambda: evaluate(limit=0),
         *(ValueError, ["limit must be 1 or more", "0"]),
