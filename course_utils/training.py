@@ -154,9 +154,10 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
     Transformers' `on_train_end` comes only where a run does: after an error the model
     would keep plain attention, the training mode and autocast.
     """
-    from course_utils.training_callbacks import load_finished_run
+    from course_utils.training_callbacks import load_finished_run, load_trained_state
 
     library_train, library_evaluate = trainer.train, trainer.evaluate
+    library_load, library_best = trainer._load_from_checkpoint, trainer._load_best_model
     own_optimizer = trainer.optimizer is not None  # of which the plan knows nothing
 
     def train(resume_from_checkpoint: Any = None, **options: Any) -> Any:
@@ -168,6 +169,8 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
                 finished = load_finished_run(trainer, resume_from_checkpoint)
                 if finished is not None:
                     return finished
+            if resume_from_checkpoint:
+                _refuse_schedules(trainer.model)
             plan = _trainer_estimate(trainer)
             room = _free_bytes(trainer.args.device.type) + _held_bytes(trainer)
             _warn_of_short_memory(trainer, plan, room, own_optimizer)
@@ -184,7 +187,24 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
         with _advised(lambda: smaller):
             return library_evaluate(*args, **options)
 
+    def load(folder: Any, model: Any = None) -> None:
+        load_trained_state(trainer, folder, lambda: library_load(folder, model))
+
+    def load_best() -> None:
+        load_trained_state(trainer, trainer.state.best_model_checkpoint, library_best)
+
     trainer.train, trainer.evaluate = train, evaluate
+    trainer._load_from_checkpoint, trainer._load_best_model = load, load_best
+
+
+def _refuse_schedules(model: Any) -> None:
+    """Raise where an adapter keeps a schedule beside its tensors, as AdaLoRA does."""
+    if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
+        method = model.active_peft_config.peft_type.value
+        raise ValueError(
+            f"{method} cannot be resumed: what it has learned about the importance of "
+            "its ranks is in no checkpoint. Train it in one go."
+        )
 
 
 def _make_ready_to_generate(trainer: Any) -> None:

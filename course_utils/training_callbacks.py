@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from course_utils import runtime
 from course_utils.training_speed import refuse_virtual_tokens, set_attention
 
 MANIFEST = "complete.json"
+TRAINED_STATE = "trained_state.safetensors"  # where the library's own files lack some
 
 
 class PlainProgress(TrainerCallback):
@@ -138,15 +140,105 @@ class BoundedMemory(TrainerCallback):
             runtime.give_back_memory()
 
 
+def _trained_state(model: Any) -> dict[str, Any]:
+    """Parameters that train, and all tensors of adapters: some are drawn at random."""
+    adapters = set(getattr(model, "peft_config", {}))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {
+        name: tensor.detach()
+        for name, tensor in tensors.items()
+        if tensor.requires_grad or adapters.intersection(name.split("."))
+    }
+
+
+def _not_in_files(model: Any, folder: Path) -> list[str]:
+    """Names of the trained state that the library's files in a checkpoint lack.
+
+    PEFT saves the vectors that P-tuning's encoder makes, for one, and no encoder.
+    """
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    tensors: list[Any] = []
+    if isinstance(model, PeftModel):
+        for name in model.peft_config:
+            options = {"adapter_name": name, "save_embedding_layers": False}
+            with torch.random.fork_rng():  # an encoder's dropout draws, too
+                tensors += get_peft_model_state_dict(model, **options).values()
+    else:
+        names: set[str] = set()
+        for path in folder.glob("model*.safetensors"):
+            with safe_open(path, "pt") as file:
+                names.update(file.keys())
+        tensors = [t for name, t in model.state_dict().items() if name in names]
+    saved = {(t.data_ptr(), t.shape) for t in tensors}
+    lacking = {
+        name: tensor
+        for name, tensor in _trained_state(model).items()
+        if (tensor.data_ptr(), tensor.shape) not in saved
+    }
+    if _virtual_tokens(model):  # PEFT saves a copy of them
+        copies = {t.shape: t for t in tensors}
+        same = (torch.equal(t, copies.get(t.shape, t[:0])) for t in lacking.values())
+        return [name for name, known in zip(lacking, same, strict=True) if not known]
+    return list(lacking)
+
+
+def _virtual_tokens(model: Any) -> int:
+    """How many virtual tokens stand before each record."""
+    configs = getattr(model, "peft_config", {}).values()
+    learned = [c for c in configs if getattr(c, "is_prompt_learning", False)]
+    return max((c.num_virtual_tokens for c in learned), default=0)
+
+
+def load_trained_state(
+    trainer: Any, checkpoint: str | os.PathLike, library_load: Callable[[], Any]
+) -> None:
+    """Load a checkpoint's weights: its trained state, or what the library saved.
+
+    Raises ValueError: neither holds all that trains, or it is of another model.
+    """
+    from safetensors.torch import load_file
+
+    folder, model = Path(checkpoint), trainer.model
+    if not (folder / TRAINED_STATE).is_file():
+        lacking = _not_in_files(model, folder)
+        if lacking:
+            raise ValueError(
+                f"{folder} does not hold {len(lacking)} tensors of this training "
+                f"({lacking[0]}, for one), so it cannot go on from there: begin anew, "
+                "with prepare_trainer before train; its checkpoints hold them."
+            )
+        library_load()
+        return
+    state, saved = _trained_state(model), load_file(folder / TRAINED_STATE)
+    ours, theirs = ({n: t.shape for n, t in s.items()} for s in (state, saved))
+    if ours != theirs:
+        other = sorted(dict(ours.items() ^ theirs.items()))
+        raise ValueError(
+            f"{folder} is of another model or adapter: {other[0]} differs. Build both "
+            "as they were, or begin in a new output_dir."
+        )
+    for name, tensor in state.items():
+        tensor.copy_(saved[name])
+
+
 class MarkCheckpoints(TrainerCallback):
-    """Write a manifest as the last file of each checkpoint: names and sizes.
+    """Complete each checkpoint, and write a manifest as its last file: names and sizes.
 
     A checkpoint without it, or that differs from it, was being written (or deleted)
     when the process ended, or is not from this course.
     """
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args, state, control, model=None, **_: Any) -> None:
+        from safetensors.torch import save_file
+
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if _not_in_files(model, folder):
+            own = {n: t.cpu().contiguous() for n, t in _trained_state(model).items()}
+            own = {name: tensor.clone() for name, tensor in own.items()}
+            save_file(own, folder / TRAINED_STATE)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
