@@ -6,6 +6,7 @@ arguments, and makes it ready with `prepare_trainer`.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,7 +155,7 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
     Transformers' `on_train_end` comes only where a run does: after an error the model
     would keep plain attention, the training mode and autocast.
     """
-    from course_utils.training_callbacks import load_finished_run, load_trained_state
+    from course_utils import training_callbacks as callbacks
 
     library_train, library_evaluate = trainer.train, trainer.evaluate
     library_load, library_best = trainer._load_from_checkpoint, trainer._load_best_model
@@ -166,11 +167,12 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
         try:
             if isinstance(resume_from_checkpoint, str | os.PathLike):
                 resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-                finished = load_finished_run(trainer, resume_from_checkpoint)
+                finished = callbacks.load_finished_run(trainer, resume_from_checkpoint)
                 if finished is not None:
                     return finished
             if resume_from_checkpoint:
                 _refuse_schedules(trainer.model)
+            callbacks.check_data(trainer)
             plan = _trainer_estimate(trainer)
             room = _free_bytes(trainer.args.device.type) + _held_bytes(trainer)
             _warn_of_short_memory(trainer, plan, room, own_optimizer)
@@ -188,10 +190,12 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
             return library_evaluate(*args, **options)
 
     def load(folder: Any, model: Any = None) -> None:
-        load_trained_state(trainer, folder, lambda: library_load(folder, model))
+        library = functools.partial(library_load, folder, model)
+        callbacks.load_trained_state(trainer, folder, library)
 
     def load_best() -> None:
-        load_trained_state(trainer, trainer.state.best_model_checkpoint, library_best)
+        best = trainer.state.best_model_checkpoint
+        callbacks.load_trained_state(trainer, best, library_best)
 
     trainer.train, trainer.evaluate = train, evaluate
     trainer._load_from_checkpoint, trainer._load_best_model = load, load_best
@@ -307,8 +311,11 @@ def plan_settings(
 
 def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     """The peak of a trainer's steps, by its longest record; None without a formula."""
-    args, model, data = trainer.args, trainer.model, trainer.train_dataset
-    if "input_ids" not in (getattr(data, "column_names", None) or ()):
+    from course_utils.training_callbacks import column
+
+    args, model = trainer.args, trainer.model
+    tokens = column(trainer.train_dataset, "input_ids")
+    if tokens is None:
         return None
     base = base_model(model)
     four_bit = getattr(base.config, "quantization_config", None)
@@ -324,7 +331,7 @@ def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
             base.config,
             adapters[0] if adapters else "full",
             batch_size=args.per_device_train_batch_size,
-            sequence_length=max(map(len, data["input_ids"])),
+            sequence_length=int(tokens[1].max()),
             dtype=(frozen or weights)[0].dtype,
             autocast="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
             optimizer=OPTIMIZERS[args.optim],

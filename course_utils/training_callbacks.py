@@ -17,6 +17,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from course_utils import runtime
+from course_utils.formatting import IGNORE
+from course_utils.inference import base_model
 from course_utils.training_speed import refuse_virtual_tokens, set_attention
 
 MANIFEST = "complete.json"
@@ -78,6 +80,105 @@ def _check_trainable(model: Any, *, fp16: bool) -> None:
         raise ValueError(
             f"{name} is trainable in {dtype}: {reason}. Call training_callbacks."
             "fix_trainable_dtype(model), or load the model with dtype=torch.float32."
+        )
+
+
+def column(data: Any, name: str) -> tuple[Any, Any] | None:
+    """All whole numbers in a column of records, and how many each record has.
+
+    Two NumPy arrays; None where there is no such column, or nothing to count in it.
+    """
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import compute as pc
+
+    if isinstance(data, list | tuple) and name in data[0]:
+        rows = [np.asarray(row[name]).tolist() for row in data]
+        values = pa.chunked_array([pa.array(rows)])
+    elif hasattr(data, "__len__") and name in (getattr(data, "column_names", 0) or ()):
+        values = data.select_columns([name]).with_format("arrow")[:][name]
+    else:
+        return None
+    lengths = np.ones(len(values), dtype=int)
+    if hasattr(values.type, "value_field"):
+        lengths = pc.list_value_length(values).to_numpy()
+    while hasattr(values.type, "value_field"):
+        values = pc.list_flatten(values)
+    return (values.to_numpy(), lengths) if pa.types.is_integer(values.type) else None
+
+
+def check_data(trainer: Any) -> None:
+    """Raise a ValueError for records that the model cannot read, or learn from.
+
+    Sets that are not tokenized, or are read as they come, are left to the trainer.
+    """
+    more = trainer.eval_dataset
+    more = more if isinstance(more, dict) else {"evaluation": more}
+    for name, data in ({"training": trainer.train_dataset} | more).items():
+        if hasattr(data, "__len__") and not len(data):
+            raise ValueError(f"the {name} set is empty: give it records, or None.")
+        _check_numbers(trainer.model, data, name)
+        _check_lengths(trainer.model, data, name)
+
+
+def _check_numbers(model: Any, data: Any, place: str) -> None:
+    """Raise if the model has no row, or no class, for a number in the records."""
+    base = base_model(model)
+    text = column(data, "input_ids")
+    table, head = text and base.get_input_embeddings(), base.get_output_embeddings()
+    tokens, out = (len(getattr(layer, "weight", ())) for layer in (table, head))
+    classes = getattr(base, "num_labels", 0)  # a classifier's
+    if classes == 1 or "single" not in (base.config.problem_type or "single"):
+        classes = 0  # its labels are amounts, or vectors
+    resize = "call model.resize_token_embeddings(len(tokenizer)) before an adapter and "
+    resize += "the trainer are made, or take the model's own tokenizer"
+    more = "count labels from 0, and load the model with as many num_labels"
+    types = getattr(base.config, "type_vocab_size", 0)
+    for name, rows, what, cure in (
+        ("input_ids", tokens, "embeddings", resize),
+        ("labels", out, "outputs", resize),
+        ("labels", classes, "labels", more),
+        ("label", classes, "labels", more),
+        ("token_type_ids", types, "types of token", "remove that column"),
+    ):
+        found = column(data, name) if rows else None
+        if found is None:
+            continue
+        numbers = found[0][found[0] != IGNORE] if "label" in name else found[0]
+        if not len(numbers):
+            raise ValueError(f"no record of the {place} set has {name} to learn.")
+        wrong = numbers.max() if numbers.max() >= rows else numbers.min()
+        if not 0 <= wrong < rows:
+            raise ValueError(
+                f"{name} of the {place} set: {wrong} is beyond the model's {rows} "
+                f"{what} (0 to {rows - 1}): {cure}."
+            )
+
+
+def _check_lengths(model: Any, data: Any, place: str) -> None:
+    """Raise if a record is longer than what the model has positions for.
+
+    Where positions are learned it would crash; where they are computed it would be
+    trained, without a word, on what it was never meant to read.
+    """
+    base, virtual = base_model(model), _virtual_tokens(model)
+    plain = column(data, "input_ids")
+    most = getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 0
+    if most <= 0 or plain is None or not len(plain[1]):
+        return
+    tokens = base.get_input_embeddings()
+    for layer in base.modules():  # RoBERTa's positions begin after that of padding
+        if getattr(layer, "num_embeddings", 0) == most and layer is not tokens:
+            most -= 0 if layer.padding_idx is None else layer.padding_idx + 1
+    packed = column(data, "position_ids"), column(data, "seq_lengths")
+    longest = int(plain[1].max())
+    if packed[0] or packed[1]:  # each example begins at position 0
+        longest = packed[0][0].max() + 1 if packed[0] else packed[1][0].max()
+    if virtual + longest > most:
+        beside = f", beside {virtual} virtual ones" if virtual else ""
+        raise ValueError(
+            f"the longest record of the {place} set has {longest} tokens{beside}; the "
+            f"model has {most} positions: cut records with max_length={most - virtual}."
         )
 
 

@@ -1,4 +1,4 @@
-"""A resumed run ends like one in one go, whatever is trained, or is refused in words."""
+"""A resumed run ends like one in one go, whatever is trained, or is refused."""
 
 import contextlib
 import shutil
@@ -124,7 +124,7 @@ def trainer_of(kind, folder, model, tasks=False, **more):
 
 
 def goes_on(make, folder, kind=SFTTrainer, **more):
-    """Four steps in one go; then from checkpoint 2 and from 4, by a model built anew."""
+    """Four steps in one go; then from checkpoint 4 and 2, by models built anew."""
     whole = trainer_of(kind, folder, make(1), **more)
     whole.add_callback(keep := Keep())
     whole.train()
