@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from course_utils.inference import base_model
 from course_utils.training_speed import refuse_virtual_tokens, set_attention
 
 MANIFEST = "complete.json"
-TRAINED_STATE = "trained_state.safetensors"  # where the library's own files lack some
+TRAINED_STATE = "trained_state.safetensors"
 
 
 class PlainProgress(TrainerCallback):
@@ -86,22 +85,23 @@ def _check_trainable(model: Any, *, fp16: bool) -> None:
 def column(data: Any, name: str) -> tuple[Any, Any] | None:
     """All whole numbers in a column of records, and how many each record has.
 
-    Two NumPy arrays; None where there is no such column, or nothing to count in it.
+    Two NumPy arrays; None where there is no such column, or no length.
     """
     import numpy as np
     import pyarrow as pa
     from pyarrow import compute as pc
 
-    if isinstance(data, list | tuple) and name in data[0]:
+    if isinstance(data, list) and name in data[0]:
         rows = [np.asarray(row[name]).tolist() for row in data]
-        values = pa.chunked_array([pa.array(rows)])
+        values = pa.chunked_array([rows])
     elif hasattr(data, "__len__") and name in (getattr(data, "column_names", 0) or ()):
         values = data.select_columns([name]).with_format("arrow")[:][name]
     else:
         return None
-    lengths = np.ones(len(values), dtype=int)
-    if hasattr(values.type, "value_field"):
-        lengths = pc.list_value_length(values).to_numpy()
+    nested = hasattr(values.type, "value_field")
+    lengths = (
+        pc.list_value_length(values).to_numpy() if nested else np.ones(len(values))
+    )
     while hasattr(values.type, "value_field"):
         values = pc.list_flatten(values)
     return (values.to_numpy(), lengths) if pa.types.is_integer(values.type) else None
@@ -130,16 +130,15 @@ def _check_numbers(model: Any, data: Any, place: str) -> None:
     classes = getattr(base, "num_labels", 0)  # a classifier's
     if classes == 1 or "single" not in (base.config.problem_type or "single"):
         classes = 0  # its labels are amounts, or vectors
-    resize = "call model.resize_token_embeddings(len(tokenizer)) before an adapter and "
-    resize += "the trainer are made, or take the model's own tokenizer"
+    resize = "model.resize_token_embeddings(len(tokenizer)) before adapter and trainer"
     more = "count labels from 0, and load the model with as many num_labels"
     types = getattr(base.config, "type_vocab_size", 0)
-    for name, rows, what, cure in (
-        ("input_ids", tokens, "embeddings", resize),
-        ("labels", out, "outputs", resize),
-        ("labels", classes, "labels", more),
-        ("label", classes, "labels", more),
-        ("token_type_ids", types, "types of token", "remove that column"),
+    for name, rows, cure in (
+        ("input_ids", tokens, f"embeddings: call {resize}"),
+        ("labels", out, f"outputs: call {resize}"),
+        ("labels", classes, f"labels: {more}"),
+        ("label", classes, f"labels: {more}"),
+        ("token_type_ids", types, "types of token: remove that column"),
     ):
         found = column(data, name) if rows else None
         if found is None:
@@ -149,36 +148,31 @@ def _check_numbers(model: Any, data: Any, place: str) -> None:
             raise ValueError(f"no record of the {place} set has {name} to learn.")
         wrong = numbers.max() if numbers.max() >= rows else numbers.min()
         if not 0 <= wrong < rows:
-            raise ValueError(
-                f"{name} of the {place} set: {wrong} is beyond the model's {rows} "
-                f"{what} (0 to {rows - 1}): {cure}."
-            )
+            where = f"{name} of the {place} set: {wrong}"
+            raise ValueError(f"{where} is beyond the model's {rows} {cure}.")
 
 
 def _check_lengths(model: Any, data: Any, place: str) -> None:
-    """Raise if a record is longer than what the model has positions for.
-
-    Where positions are learned it would crash; where they are computed it would be
-    trained, without a word, on what it was never meant to read.
-    """
-    base, virtual = base_model(model), _virtual_tokens(model)
-    plain = column(data, "input_ids")
+    """Raise if a record is longer than the model's positions, learned or computed."""
+    base, text = base_model(model), column(data, "input_ids")
     most = getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 0
-    if most <= 0 or plain is None or not len(plain[1]):
+    if most <= 0 or text is None:
         return
-    tokens = base.get_input_embeddings()
-    for layer in base.modules():  # RoBERTa's positions begin after that of padding
-        if getattr(layer, "num_embeddings", 0) == most and layer is not tokens:
-            most -= 0 if layer.padding_idx is None else layer.padding_idx + 1
-    packed = column(data, "position_ids"), column(data, "seq_lengths")
-    longest = int(plain[1].max())
-    if packed[0] or packed[1]:  # each example begins at position 0
-        longest = packed[0][0].max() + 1 if packed[0] else packed[1][0].max()
-    if virtual + longest > most:
-        beside = f", beside {virtual} virtual ones" if virtual else ""
+    for name, layer in base.named_modules():  # RoBERTa's begin after that of padding
+        if "position" in name and getattr(layer, "padding_idx", None) is not None:
+            most -= layer.padding_idx + 1
+    adapters = getattr(model, "peft_config", {}).values()
+    virtual = [c.num_virtual_tokens for c in adapters if c.is_prompt_learning]
+    most -= max(virtual, default=0)
+    longest = int(max(text[1], default=0))
+    for name, extra in (("position_ids", 1), ("seq_lengths", 0)):
+        if packed := column(data, name):  # each example begins at position 0
+            longest = packed[0].max() + extra
+    if longest > most:
+        beside = f" beside {max(virtual)} virtual ones" if virtual else ""
         raise ValueError(
-            f"the longest record of the {place} set has {longest} tokens{beside}; the "
-            f"model has {most} positions: cut records with max_length={most - virtual}."
+            f"the longest record of the {place} set has {longest} tokens; the model "
+            f"has {most} positions{beside}: cut records with max_length={most}."
         )
 
 
@@ -244,89 +238,56 @@ class BoundedMemory(TrainerCallback):
 def _trained_state(model: Any) -> dict[str, Any]:
     """Parameters that train, and all tensors of adapters: some are drawn at random."""
     adapters = set(getattr(model, "peft_config", {}))
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return {
         name: tensor.detach()
-        for name, tensor in tensors.items()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if tensor.requires_grad or adapters.intersection(name.split("."))
     }
 
 
-def _not_in_files(model: Any, folder: Path) -> list[str]:
-    """Names of the trained state that the library's files in a checkpoint lack.
+def _library_keeps(model: Any, folder: Path) -> bool:
+    """Whether a checkpoint holds all that trains, by names that are read again.
 
-    PEFT saves the vectors that P-tuning's encoder makes, for one, and no encoder.
+    PEFT's files lack P-tuning's encoder, and others rename the experts of a mixture.
     """
-    import torch
-    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    tensors: list[Any] = []
-    if isinstance(model, PeftModel):
-        for name in model.peft_config:
-            options = {"adapter_name": name, "save_embedding_layers": False}
-            with torch.random.fork_rng():  # an encoder's dropout draws, too
-                tensors += get_peft_model_state_dict(model, **options).values()
-    else:
-        names: set[str] = set()
-        for path in folder.glob("model*.safetensors"):
-            with safe_open(path, "pt") as file:
-                names.update(file.keys())
-        tensors = [t for name, t in model.state_dict().items() if name in names]
-    saved = {(t.data_ptr(), t.shape) for t in tensors}
-    lacking = {
-        name: tensor
-        for name, tensor in _trained_state(model).items()
-        if (tensor.data_ptr(), tensor.shape) not in saved
-    }
-    if _virtual_tokens(model):  # PEFT saves a copy of them
-        copies = {t.shape: t for t in tensors}
-        same = (torch.equal(t, copies.get(t.shape, t[:0])) for t in lacking.values())
-        return [name for name, known in zip(lacking, same, strict=True) if not known]
-    return list(lacking)
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    kept = {t.data_ptr() for name, t in model.state_dict().items() if name in names}
+    return all(t.data_ptr() in kept for t in _trained_state(model).values())
 
 
-def _virtual_tokens(model: Any) -> int:
-    """How many virtual tokens stand before each record."""
-    configs = getattr(model, "peft_config", {}).values()
-    learned = [c for c in configs if getattr(c, "is_prompt_learning", False)]
-    return max((c.num_virtual_tokens for c in learned), default=0)
+def load_trained_state(trainer: Any, checkpoint: str, library_load: Any) -> None:
+    """Load a checkpoint's trained state, or call `library_load` where that is all.
 
-
-def load_trained_state(
-    trainer: Any, checkpoint: str | os.PathLike, library_load: Callable[[], Any]
-) -> None:
-    """Load a checkpoint's weights: its trained state, or what the library saved.
-
-    Raises ValueError: neither holds all that trains, or it is of another model.
+    Raises ValueError: it lacks something, or is of another model.
     """
     from safetensors.torch import load_file
 
-    folder, model = Path(checkpoint), trainer.model
-    if not (folder / TRAINED_STATE).is_file():
-        lacking = _not_in_files(model, folder)
-        if lacking:
-            raise ValueError(
-                f"{folder} does not hold {len(lacking)} tensors of this training "
-                f"({lacking[0]}, for one), so it cannot go on from there: begin anew, "
-                "with prepare_trainer before train; its checkpoints hold them."
-            )
-        library_load()
-        return
-    state, saved = _trained_state(model), load_file(folder / TRAINED_STATE)
-    ours, theirs = ({n: t.shape for n, t in s.items()} for s in (state, saved))
-    if ours != theirs:
-        other = sorted(dict(ours.items() ^ theirs.items()))
+    path, state = Path(checkpoint, TRAINED_STATE), _trained_state(trainer.model)
+    if not path.is_file():
+        if _library_keeps(trainer.model, path.parent):
+            return library_load()
         raise ValueError(
-            f"{folder} is of another model or adapter: {other[0]} differs. Build both "
-            "as they were, or begin in a new output_dir."
+            f"{path} is not there, and the other files lack what this run needs to go "
+            "on: begin anew; prepare_trainer(trainer) before train writes it."
+        )
+    saved = load_file(path)
+    ours, theirs = ({(n, t.shape) for n, t in s.items()} for s in (state, saved))
+    if ours != theirs:
+        raise ValueError(
+            f"{path} is of another model or adapter: {min(ours ^ theirs)[0]} differs. "
+            "Build both as they were, or begin in a new output_dir."
         )
     for name, tensor in state.items():
         tensor.copy_(saved[name])
 
 
 class MarkCheckpoints(TrainerCallback):
-    """Complete each checkpoint, and write a manifest as its last file: names and sizes.
+    """Complete each checkpoint; the last file is a manifest of names and sizes.
 
     A checkpoint without it, or that differs from it, was being written (or deleted)
     when the process ended, or is not from this course.
@@ -336,9 +297,8 @@ class MarkCheckpoints(TrainerCallback):
         from safetensors.torch import save_file
 
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if _not_in_files(model, folder):
-            own = {n: t.cpu().contiguous() for n, t in _trained_state(model).items()}
-            own = {name: tensor.clone() for name, tensor in own.items()}
+        if not _library_keeps(model, folder):
+            own = {n: t.contiguous().clone() for n, t in _trained_state(model).items()}
             save_file(own, folder / TRAINED_STATE)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size

@@ -143,7 +143,7 @@ def test_virtual_tokens_take_positions_too(method, tmp_path):
         config = method(num_virtual_tokens=4, task_type="CAUSAL_LM")
         return get_peft_model(random_llama(max_position_embeddings=24), config)
 
-    words = "has 21 tokens, beside 4 virtual ones; .* max_length=20"
+    words = "has 21 tokens; .* 20 positions beside 4 virtual.* max_length=20"
     refused(words, model(), rows([5] * 21), folder=tmp_path)
     trainer = build(SFTTrainer, tmp_path, model(), max_steps=1)
     trainer.train_dataset, trainer.eval_dataset = rows([5] * 20, count=4), None
