@@ -464,6 +464,11 @@ def _token_rows(
             row = generation_prompt(prompt, tokenizer, template=template, system=system)
         if not row:
             raise ValueError(f"prompt {i} has no tokens")
+        if max(row) >= len(base_model(model).get_input_embeddings().weight):
+            cure = (
+                "beyond the embeddings: model.resize_token_embeddings(len(tokenizer))"
+            )
+            raise ValueError(f"prompt {i}: token {max(row)} is {cure}")
         if longest and virtual + len(row) + new > longest:
             more = f" and {virtual} virtual ones" if virtual else ""
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers import (
 from trl import SFTTrainer
 
 from course_utils import training_callbacks as callbacks
+from course_utils.inference import generate
 from course_utils.runtime import Profile
 from course_utils.training import prepare_trainer, sft_config, training_arguments
 
@@ -248,3 +249,13 @@ def test_texts_are_checked_as_the_trainer_has_tokenized_them(tmp_path):
     prepare_trainer(trainer)
     with pytest.raises(ValueError, match="is beyond the model's 100 embeddings"):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", [None, *ADAPTERS])
+def test_a_prompt_beyond_the_embeddings(name):
+    model = random_llama(vocab_size=70)
+    model = get_peft_model(model, ADAPTERS[name]) if name else model
+    with pytest.raises(
+        ValueError, match=r"prompt 1: token \d+ is beyond.*resize_token"
+    ):
+        generate(model, byte_tokenizer(), ["!", "~"], template=None)
