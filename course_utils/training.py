@@ -6,6 +6,7 @@ arguments, and makes it ready with `prepare_trainer`.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,9 +155,10 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
     Transformers' `on_train_end` comes only where a run does: after an error the model
     would keep plain attention, the training mode and autocast.
     """
-    from course_utils.training_callbacks import load_finished_run
+    from course_utils import training_callbacks as callbacks
 
     library_train, library_evaluate = trainer.train, trainer.evaluate
+    library_load, library_best = trainer._load_from_checkpoint, trainer._load_best_model
     own_optimizer = trainer.optimizer is not None  # of which the plan knows nothing
 
     def train(resume_from_checkpoint: Any = None, **options: Any) -> Any:
@@ -165,9 +167,12 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
         try:
             if isinstance(resume_from_checkpoint, str | os.PathLike):
                 resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-                finished = load_finished_run(trainer, resume_from_checkpoint)
+                finished = callbacks.load_finished_run(trainer, resume_from_checkpoint)
                 if finished is not None:
                     return finished
+            if resume_from_checkpoint:
+                _refuse_schedules(trainer.model)
+            callbacks.check_data(trainer)
             plan = _trainer_estimate(trainer)
             room = _free_bytes(trainer.args.device.type) + _held_bytes(trainer)
             _warn_of_short_memory(trainer, plan, room, own_optimizer)
@@ -184,7 +189,26 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
         with _advised(lambda: smaller):
             return library_evaluate(*args, **options)
 
+    def load(folder: Any, model: Any = None) -> None:
+        library = functools.partial(library_load, folder, model)
+        callbacks.load_trained_state(trainer, folder, library)
+
+    def load_best() -> None:
+        best = trainer.state.best_model_checkpoint
+        callbacks.load_trained_state(trainer, best, library_best)
+
     trainer.train, trainer.evaluate = train, evaluate
+    trainer._load_from_checkpoint, trainer._load_best_model = load, load_best
+
+
+def _refuse_schedules(model: Any) -> None:
+    """Raise where an adapter keeps a schedule beside its tensors, as AdaLoRA does."""
+    if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
+        method = model.active_peft_config.peft_type.value
+        raise ValueError(
+            f"{method} cannot be resumed: what it has learned about the importance of "
+            "its ranks is in no checkpoint. Train it in one go."
+        )
 
 
 def _make_ready_to_generate(trainer: Any) -> None:
@@ -287,8 +311,11 @@ def plan_settings(
 
 def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     """The peak of a trainer's steps, by its longest record; None without a formula."""
-    args, model, data = trainer.args, trainer.model, trainer.train_dataset
-    if "input_ids" not in (getattr(data, "column_names", None) or ()):
+    from course_utils.training_callbacks import column
+
+    args, model = trainer.args, trainer.model
+    tokens = column(trainer.train_dataset, "input_ids")
+    if tokens is None:
         return None
     base = base_model(model)
     four_bit = getattr(base.config, "quantization_config", None)
@@ -304,7 +331,7 @@ def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
             base.config,
             adapters[0] if adapters else "full",
             batch_size=args.per_device_train_batch_size,
-            sequence_length=max(map(len, data["input_ids"])),
+            sequence_length=int(tokens[1].max()),
             dtype=(frozen or weights)[0].dtype,
             autocast="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
             optimizer=OPTIMIZERS[args.optim],

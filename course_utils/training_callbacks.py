@@ -16,10 +16,12 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from course_utils import runtime
-from course_utils.inference import router_configs
+from course_utils.formatting import IGNORE
+from course_utils.inference import base_model, router_configs
 from course_utils.training_speed import refuse_packed, set_attention
 
 MANIFEST = "complete.json"
+TRAINED_STATE = "trained_state.safetensors"
 
 
 class PlainProgress(TrainerCallback):
@@ -79,6 +81,100 @@ def _check_trainable(model: Any, *, fp16: bool) -> None:
         raise ValueError(
             f"{name} is trainable in {dtype}: {reason}. Call training_callbacks."
             "fix_trainable_dtype(model), or load the model with dtype=torch.float32."
+        )
+
+
+def column(data: Any, name: str) -> tuple[Any, Any] | None:
+    """All whole numbers in a column of records, and how many each record has.
+
+    Two NumPy arrays; None where there is no such column, or no length.
+    """
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import compute as pc
+
+    if isinstance(data, list) and name in data[0]:
+        rows = [np.asarray(row[name]).tolist() for row in data]
+        values = pa.chunked_array([rows])
+    elif hasattr(data, "__len__") and name in (getattr(data, "column_names", 0) or ()):
+        values = data.select_columns([name]).with_format("arrow")[:][name]
+    else:
+        return None
+    nested = hasattr(values.type, "value_field")
+    lengths = (
+        pc.list_value_length(values).to_numpy() if nested else np.ones(len(values))
+    )
+    while hasattr(values.type, "value_field"):
+        values = pc.list_flatten(values)
+    return (values.to_numpy(), lengths) if pa.types.is_integer(values.type) else None
+
+
+def check_data(trainer: Any) -> None:
+    """Raise a ValueError for records that the model cannot read, or learn from.
+
+    Sets that are not tokenized, or are read as they come, are left to the trainer.
+    """
+    more = trainer.eval_dataset
+    more = more if isinstance(more, dict) else {"evaluation": more}
+    for name, data in ({"training": trainer.train_dataset} | more).items():
+        if hasattr(data, "__len__") and not len(data):
+            raise ValueError(f"the {name} set is empty: give it records, or None.")
+        _check_numbers(trainer.model, data, name)
+        _check_lengths(trainer.model, data, name)
+
+
+def _check_numbers(model: Any, data: Any, place: str) -> None:
+    """Raise if the model has no row, or no class, for a number in the records."""
+    base = base_model(model)
+    text = column(data, "input_ids")
+    table, head = text and base.get_input_embeddings(), base.get_output_embeddings()
+    tokens, out = (len(getattr(layer, "weight", ())) for layer in (table, head))
+    classes = getattr(base, "num_labels", 0)  # a classifier's
+    if classes == 1 or "single" not in (base.config.problem_type or "single"):
+        classes = 0  # its labels are amounts, or vectors
+    resize = "model.resize_token_embeddings(len(tokenizer)) before adapter and trainer"
+    more = "count labels from 0, and load the model with as many num_labels"
+    types = getattr(base.config, "type_vocab_size", 0)
+    for name, rows, cure in (
+        ("input_ids", tokens, f"embeddings: call {resize}"),
+        ("labels", out, f"outputs: call {resize}"),
+        ("labels", classes, f"labels: {more}"),
+        ("label", classes, f"labels: {more}"),
+        ("token_type_ids", types, "types of token: remove that column"),
+    ):
+        found = column(data, name) if rows else None
+        if found is None:
+            continue
+        numbers = found[0][found[0] != IGNORE] if "label" in name else found[0]
+        if not len(numbers):
+            raise ValueError(f"no record of the {place} set has {name} to learn.")
+        wrong = numbers.max() if numbers.max() >= rows else numbers.min()
+        if not 0 <= wrong < rows:
+            where = f"{name} of the {place} set: {wrong}"
+            raise ValueError(f"{where} is beyond the model's {rows} {cure}.")
+
+
+def _check_lengths(model: Any, data: Any, place: str) -> None:
+    """Raise if a record is longer than the model's positions, learned or computed."""
+    base, text = base_model(model), column(data, "input_ids")
+    most = getattr(base.config.get_text_config(), "max_position_embeddings", 0) or 0
+    if most <= 0 or text is None:
+        return
+    for name, layer in base.named_modules():  # RoBERTa's begin after that of padding
+        if "position" in name and getattr(layer, "padding_idx", None) is not None:
+            most -= layer.padding_idx + 1
+    adapters = getattr(model, "peft_config", {}).values()
+    virtual = [c.num_virtual_tokens for c in adapters if c.is_prompt_learning]
+    most -= max(virtual, default=0)
+    longest = int(max(text[1], default=0))
+    for name, extra in (("position_ids", 1), ("seq_lengths", 0)):
+        if packed := column(data, name):  # each example begins at position 0
+            longest = packed[0].max() + extra
+    if longest > most:
+        beside = f" beside {max(virtual)} virtual ones" if virtual else ""
+        raise ValueError(
+            f"the longest record of the {place} set has {longest} tokens; the model "
+            f"has {most} positions{beside}: cut records with max_length={most}."
         )
 
 
@@ -147,15 +243,71 @@ class BoundedMemory(TrainerCallback):
             runtime.give_back_memory()
 
 
+def _trained_state(model: Any) -> dict[str, Any]:
+    """Parameters that train, and all tensors of adapters: some are drawn at random."""
+    adapters = set(getattr(model, "peft_config", {}))
+    return {
+        name: tensor.detach()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.requires_grad or adapters.intersection(name.split("."))
+    }
+
+
+def _library_keeps(model: Any, folder: Path) -> bool:
+    """Whether a checkpoint holds all that trains, by names that are read again.
+
+    PEFT's files lack P-tuning's encoder, and others rename the experts of a mixture.
+    """
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    kept = {t.data_ptr() for name, t in model.state_dict().items() if name in names}
+    return all(t.data_ptr() in kept for t in _trained_state(model).values())
+
+
+def load_trained_state(trainer: Any, checkpoint: str, library_load: Any) -> None:
+    """Load a checkpoint's trained state, or call `library_load` where that is all.
+
+    Raises ValueError: it lacks something, or is of another model.
+    """
+    from safetensors.torch import load_file
+
+    path, state = Path(checkpoint, TRAINED_STATE), _trained_state(trainer.model)
+    if not path.is_file():
+        if _library_keeps(trainer.model, path.parent):
+            return library_load()
+        raise ValueError(
+            f"{path} is not there, and the other files lack what this run needs to go "
+            "on: begin anew; prepare_trainer(trainer) before train writes it."
+        )
+    saved = load_file(path)
+    ours, theirs = ({(n, t.shape) for n, t in s.items()} for s in (state, saved))
+    if ours != theirs:
+        raise ValueError(
+            f"{path} is of another model or adapter: {min(ours ^ theirs)[0]} differs. "
+            "Build both as they were, or begin in a new output_dir."
+        )
+    for name, tensor in state.items():
+        tensor.copy_(saved[name])
+
+
 class MarkCheckpoints(TrainerCallback):
-    """Write a manifest as the last file of each checkpoint: names and sizes.
+    """Complete each checkpoint; the last file is a manifest of names and sizes.
 
     A checkpoint without it, or that differs from it, was being written (or deleted)
     when the process ended, or is not from this course.
     """
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args, state, control, model=None, **_: Any) -> None:
+        from safetensors.torch import save_file
+
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not _library_keeps(model, folder):
+            own = {n: t.contiguous().clone() for n, t in _trained_state(model).items()}
+            save_file(own, folder / TRAINED_STATE)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))

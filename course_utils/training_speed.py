@@ -382,9 +382,11 @@ def use_completion_loss(trainer: Any) -> None:
 
 
 def _has_own_loss(trainer: Any) -> bool:
+    head = getattr(base_model(trainer.model), "get_output_embeddings", lambda: None)()
     written_in = type(trainer).compute_loss.__module__.partition(".")[0]
     return (
-        written_in not in ("transformers", "trl")
+        head is None  # a classifier of tokens, or of several classes at once
+        or written_in not in ("transformers", "trl")
         or trainer.compute_loss_func is not None
         or trainer.label_smoother is not None
         or getattr(trainer.args, "loss_type", "nll") != "nll"

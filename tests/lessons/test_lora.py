@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import random_llama
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from course_utils.models import load_model
 from course_utils.parameters import count_parameters
 
 lesson = cells("03_lora", "imports", "scratch", "inject")
@@ -189,3 +191,68 @@ def test_layers_that_are_no_targets_stay():
     model = inject_lora(random_llama(), ["q_proj"], r=2, alpha=2)
     assert {n.split(".")[-1] for n in lora_layers(model)} == {"q_proj"}
     assert len(lora_layers(model)) == 2
+
+
+# --- targets ---
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (
+            ["query"],
+            r"no nn.Linear is named \['query'\]; there are \['down_proj', .*q_p",
+        ),
+        (["q_proj", "value"], r"named \['value'\]"),
+        (["layers"], r"named \['layers'\]"),
+        (["norm", "embed_tokens"], r"named \['embed_tokens', 'norm'\]"),
+        ("q_proj", "no nn.Linear is named"),
+        ("all-linear", "no nn.Linear is named"),
+        ([], "no nn.Linear is named"),
+    ],
+    ids=str,
+)
+def test_targets_that_no_layer_bears_are_an_error_and_change_nothing(targets, words):
+    model = random_llama()
+    with pytest.raises(ValueError, match=words):
+        inject_lora(model, targets, r=4, alpha=8)
+    assert not lora_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_layers_of_gpt2_are_no_linear_layers():
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **config))
+    with pytest.raises(ValueError, match=r"\['c_attn'\]; there are \['lm_head'\]"):
+        inject_lora(model, ["c_attn"], r=4, alpha=8)
+
+
+def test_a_second_time_gives_fresh_adapters_that_train():
+    model = inject_lora(random_llama(), TARGETS, r=4, alpha=8)
+    before = count_parameters(model)
+    again = inject_lora(randomise(model), ["q_proj", *TARGETS], r=4, alpha=8)
+    assert count_parameters(again) == before
+    assert torch.equal(logits(again), logits(random_llama()))
+    assert not any("base.base" in name for name, _ in again.named_modules())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_a_quantized_model_gets_adapters_of_the_right_shapes(quantization, tmp_path):
+    random_llama().save_pretrained(tmp_path)
+    options = {"quantization": quantization, "dtype": torch.float32}
+    model = load_model(tmp_path, **options)
+    before = logits(model)
+    inject_lora(model, TARGETS, r=4, alpha=8)
+    for name, layer in lora_layers(model).items():
+        plain = random_llama().get_submodule(name)
+        assert layer.A.shape == (4, plain.in_features)
+        assert layer.B.shape == (plain.out_features, 4)
+        with pytest.raises(ValueError, match="dequantize the weight"):
+            layer.to_linear()
+    assert torch.equal(logits(model), before)
+    randomise(model)(IDS, labels=IDS).loss.backward()
+    assert all(layer.A.grad.any() for layer in lora_layers(model).values())
+    config = LoraConfig(target_modules=TARGETS, r=4, lora_alpha=8)
+    theirs = get_peft_model(load_model(tmp_path, **options), config).eval()
+    copy_to_peft(model, theirs)
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-4)
