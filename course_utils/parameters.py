@@ -13,7 +13,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _skeletons: dict[str, Module] = {}
-_counts: dict[str, _Count] = {}
+_counts: dict[str, tuple[int, int]] = {}
 
 
 def _key(config: PretrainedConfig, task_type: Any, **options: Any) -> str:
@@ -79,9 +79,8 @@ def _key(config: PretrainedConfig, task_type: Any, **options: Any) -> str:
 def skeleton(config: PretrainedConfig, task_type: Any = None, **options: Any) -> Module:
     """Build the model of a configuration without weights, on the meta device.
 
-    The last few are kept, as a slider asks for the same one many times: copy what you
-    change. `task_type` is PEFT's, None a causal language model; `options` are those of
-    transformers' `from_config`.
+    The last few are kept: copy what you change. `task_type` is PEFT's, None a causal
+    language model; `options` are those of transformers' `from_config`.
 
     Raises ValueError: transformers builds no such model from this configuration.
     """
@@ -93,16 +92,15 @@ def skeleton(config: PretrainedConfig, task_type: Any = None, **options: Any) ->
         auto_class = _AUTO_CLASSES[key.split()[0]]
         config = copy.deepcopy(config)
         config.name_or_path = ""  # or PEFT asks the hub about it
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)
         build = getattr(transformers, auto_class).from_config
         try:
             with torch.device("meta"):
                 model = build(config, **options)
         except Exception as error:  # of whatever class: each family has its own
-            where = f"{auto_class} builds no model of {config.model_type!r}"
+            where = f"{auto_class} builds no {config.model_type!r}: {reason_of(error)}"
             advice = "complete the configuration, or choose another task_type"
-            raise ValueError(f"{where}: {reason_of(error)}; {advice}") from error
+            raise ValueError(f"{where}; {advice}") from error
         if len(_skeletons) > 15:
             _skeletons.clear()
         _skeletons[key] = model
@@ -111,8 +109,8 @@ def skeleton(config: PretrainedConfig, task_type: Any = None, **options: Any) ->
 
 def reason_of(error: Exception) -> str:
     """The first line of a library's error."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")[:300]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:300]
 
 
 def attach(model: Module, config: PeftConfig) -> PeftModel:
@@ -150,9 +148,9 @@ def attach(model: Module, config: PeftConfig) -> PeftModel:
 def lora_target_names(model: Module) -> list[str]:
     """Short names of all linear layers but the output head, sorted: what to give LoRA.
 
-    They are what `target_modules="all-linear"` finds on plain, 4-bit and 8-bit models.
-    Where transformers has fused a family's experts into one tensor, PEFT takes the
-    names that their layers had before (`gate_proj`), and so they are here, too.
+    They are what `target_modules="all-linear"` finds on plain, 4-bit and 8-bit models,
+    as long as they must be to match nothing else. Experts that transformers has fused
+    go by the names that their layers had before (`gate_proj`): PEFT takes those.
     """
     from peft import LoraConfig
     from peft.tuners import tuners_utils
@@ -163,16 +161,12 @@ def lora_target_names(model: Module) -> list[str]:
     found = tuners_utils._maybe_include_all_linear_layers(config, model).target_modules
     family = fused._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
     experts = fused._MOE_TARGET_MODULE_MAPPING.get(family, {})
-    return sorted({name.split(".")[-1] for name in found} | set(experts))
+    others = [name for name, _ in model.named_modules() if name not in found]
+    return sorted(tuners_utils._find_minimal_target_modules(found, others) | {*experts})
 
 
-class _Count(NamedTuple):
-    trained: int  # elements
-    saved: int  # elements of floating point in the saved file
-    other_bytes: int  # bytes of the file's other tensors, such as indices
-
-
-def _count(config: PretrainedConfig, method: PeftConfig) -> _Count:
+def _count(config: PretrainedConfig, method: PeftConfig) -> tuple[int, int]:
+    """Elements that are trained, and elements in the saved file."""
     key = f"{_key(config, method.task_type)} {method.to_dict()}"
     if key not in _counts:
         import torch
@@ -181,44 +175,25 @@ def _count(config: PretrainedConfig, method: PeftConfig) -> _Count:
         model = attach(skeleton(config, method.task_type), method)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         # PEFT moves virtual tokens to the CPU, which has no place for those of meta
-        with patch.object(torch.Tensor, "cpu", lambda tensor: tensor):
-            with warnings.catch_warnings(action="ignore"):
-                file = list(get_peft_model_state_dict(model).values())
-        saved = sum(t.numel() for t in file if t.is_floating_point())
-        other = sum(t.nbytes for t in file if not t.is_floating_point())
+        stay = patch.object(torch.Tensor, "cpu", lambda tensor: tensor)
+        with stay, warnings.catch_warnings(action="ignore"):
+            file = get_peft_model_state_dict(model)
         if len(_counts) > 1000:
             _counts.clear()
-        _counts[key] = _Count(trained, saved, other)
+        _counts[key] = trained, sum(tensor.numel() for tensor in file.values())
     return _counts[key]
 
 
 def adapter_parameters(config: PretrainedConfig, method: Method, **options: Any) -> int:
     """Count what a method trains, as `print_trainable_parameters`, without weights.
 
-    PEFT itself wraps a model of that shape. For the plain cases this is, with `r` the
-    rank, `(d_out, d_in)` a target's shape, `n` virtual tokens, `d` the width, `L` the
-    layers, `k` = KV heads x head size and `h` the encoder's width:
-
-    | method | parameters |
-    |---|---|
-    | lora, pissa, qlora | sum of r (d_in + d_out) over the targets |
-    | dora | the same, and d_out for each target's magnitudes |
-    | ia3 | sum of d_out, of d_in for feedforward targets |
-    | prompt_tuning | n d |
-    | prefix_tuning | n 2 L k |
-    | ... with projection | n k + k h + h + (h + 1) 2 L k |
-    | p_tuning (MLP) | n d + (d h + h) + (h h + h) + (h d + d) |
-    | full | all of the model |
-
-    The method may be any PEFT config; options are PEFT's fields, with PEFT's defaults.
+    PEFT itself wraps a model of that shape; the lessons derive its count by formula.
+    The method is `"full"`, a key of `METHODS` or any PEFT config; options are PEFT's
+    fields, with PEFT's defaults.
 
     Raises:
         ValueError: unknown method, or PEFT cannot adapt this model so: its reason.
         TypeError: PEFT has no option of that name.
-
-    Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; IA3, arXiv:2205.05638;
-    prompt tuning, arXiv:2104.08691; prefix tuning, arXiv:2101.00190; P-tuning,
-    arXiv:2103.10385.
 
     >>> from transformers import LlamaConfig
     >>> adapter_parameters(LlamaConfig(), "lora", r=64)  # Llama-2-7B, q and v
@@ -228,7 +203,7 @@ def adapter_parameters(config: PretrainedConfig, method: Method, **options: Any)
         if options:
             raise ValueError(f"full fine-tuning takes no options: {options}")
         return sum(parameter.numel() for parameter in skeleton(config).parameters())
-    return _count(config, peft_config(method, **options)).trained
+    return _count(config, peft_config(method, **options))[0]
 
 
 def adapter_bytes(
@@ -246,8 +221,7 @@ def adapter_bytes(
     itemsize = getattr(torch, dtype).itemsize
     if method == "full":
         return itemsize * adapter_parameters(config, "full", **options)
-    count = _count(config, peft_config(method, **options))
-    return itemsize * count.saved + count.other_bytes
+    return itemsize * _count(config, peft_config(method, **options))[1]
 
 
 # --- a model in memory -----------------------------------------------------------

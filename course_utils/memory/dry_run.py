@@ -32,7 +32,6 @@ from course_utils.memory.formula import (
     optimizer_state_bytes,
     quantization_constants,
 )
-
 from course_utils.parameters import attach, reason_of, skeleton
 
 if TYPE_CHECKING:
@@ -62,20 +61,17 @@ def _linear4bit_class() -> type:
     class Linear4bit(bitsandbytes.nn.Linear4bit):
         def __init__(self, linear, request):
             nn.Module.__init__(self)
-            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.in_features = linear.in_features
+            self.out_features = linear.out_features
             self.compute_dtype = getattr(torch, request.autocast or request.dtype)
             self.bias = linear.bias
             if self.bias is not None:
                 self.bias.data = self.bias.data.to(getattr(torch, request.dtype))
             size = self.in_features * self.out_features
             packed = torch.empty(((size + 1) // 2, 1), dtype=torch.uint8)
-            self.weight = bitsandbytes.nn.Params4bit(
-                packed,
-                requires_grad=False,
-                compress_statistics=request.double_quant,
-                quant_type=request.quantization,
-                bnb_quantized=True,
-            )
+            self.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False)
+            self.weight.compress_statistics = request.double_quant
+            self.weight.quant_type = request.quantization
             constants = quantization_constants(size, request.double_quant)
             for name, length, dtype in constants:
                 tensor = torch.empty(length, dtype=getattr(torch, dtype))
@@ -126,11 +122,7 @@ def _tile(ctx, hidden, weight):
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """One product for all experts (E, d_in, d_out): torch's fake one is for bfloat16."""
-
-    @staticmethod
-    def run(x, weight, offs):
-        return _GroupedMatmul.apply(x, weight)
+    """The product of all experts (E, d_in, d_out): torch's fake one is for bfloat16."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -215,11 +207,9 @@ def _quantize(model: nn.Module, request: Request) -> None:
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
-    left = HfQuantizer.get_modules_to_not_convert(
-        model, keep_in_fp32_modules=model._keep_in_fp32_modules
-    )
-    settings = BitsAndBytesConfig(load_in_4bit=True)
-    replace_with_bnb_linear(model, left, settings)
+    kept = model._keep_in_fp32_modules
+    left = HfQuantizer.get_modules_to_not_convert(model, keep_in_fp32_modules=kept)
+    replace_with_bnb_linear(model, left, BitsAndBytesConfig(load_in_4bit=True))
     packed = _linear4bit_class()
     _swap(model, Linear4bit, lambda module: packed(module, request))
     model.is_loaded_in_4bit = True
@@ -229,15 +219,17 @@ def _build(request: Request) -> nn.Module:
     """The model of the request on the meta device, adapters attached."""
     config = copy.deepcopy(request.config)
     config.get_text_config().use_cache = request.method == "prefix_tuning"
-    options = {"dtype": getattr(torch, request.dtype), "attn_implementation": "eager"}
+    dtype = getattr(torch, request.dtype)
+    attention = "eager" if request.attention == "eager" else "sdpa"
     try:
-        if request.attention == "eager":
-            model = skeleton(config, **options)
-        else:
-            model = skeleton(config, **(options | {"attn_implementation": "sdpa"}))
+        model = skeleton(config, dtype=dtype, attn_implementation=attention)
     except ValueError:  # some families have no fused attention
-        model = skeleton(config, **options)
+        model = skeleton(config, dtype=dtype, attn_implementation="eager")
     model = copy.deepcopy(model)
+    kept = model._get_dtype_plan(dtype)  # in float32
+    for name, parameter in model.named_parameters():
+        if kept.keys() & name.split("."):
+            parameter.data = parameter.data.to(torch.float32)
     if request.quantization:
         with torch.device("meta"):
             _quantize(model, request)
@@ -333,8 +325,8 @@ def _without_data(request: Request) -> contextlib.ExitStack:
     # experts: cards that compute in float16 have no kernel, but transformers' loop
     name = library + "integrations.moe._can_use_grouped_mm"
     stack.enter_context(patch(name, lambda *_: request.autocast != "float16"))
-    name = "torch.nn.functional.grouped_mm"
-    stack.enter_context(patch(name, _GroupedMatmul.run, create=True))
+    product = {"grouped_mm": lambda x, w, offs: _GroupedMatmul.apply(x, w)}
+    stack.enter_context(patch.multiple(nn.functional, create=True, **product))
     # what fails is said once, without a page of torch's own
     log = logging.getLogger("torch._subclasses.fake_tensor")
     stack.enter_context(patch.object(log, "disabled", True))

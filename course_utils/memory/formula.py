@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_utils.parameters import adapter_parameters, lora_target_names, skeleton
+from course_utils.parameters import adapter_parameters, skeleton
 
 if TYPE_CHECKING:
     from course_utils.memory.estimate import Request
@@ -195,7 +195,7 @@ def _no_form(subject: str) -> ValueError:
     return ValueError(f"no closed form for {subject}: use engine='exact'")
 
 
-# LoraConfig's fields that this form knows, or that change no tensor's size.
+#: LoraConfig's fields that the form knows, or that change no tensor's size.
 _LORA_FIELDS = {
     *("r", "rank_pattern", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "use_rslora"),
@@ -218,20 +218,19 @@ def _lora_layers(model: Any, peft: Any):
     if peft.target_modules is None:
         table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         peft.target_modules = table[model.config.model_type]
-    targets = peft.target_modules
-    peft, found = tuners_utils._maybe_include_all_linear_layers(peft, model), False
-    for path, module in model.named_modules():
-        if not path or not tuners_utils.check_target_module_exists(peft, path):
-            continue
+    peft = tuners_utils._maybe_include_all_linear_layers(peft, model)
+    exists = tuners_utils.check_target_module_exists
+    paths = [path for path, _ in model.named_modules() if path and exists(peft, path)]
+    for path in paths:
         place = re.search(r"layers\.(\d+)\..*?(\w+)$", path)
         if not place or place[2] not in _SOURCES:
             raise _no_form(f"LoRA on {path}")
+        module = model.get_submodule(path)
         rank = other.get_pattern_key(peft.rank_pattern, path)
-        rank, found = peft.rank_pattern.get(rank, peft.r), True
+        rank = peft.rank_pattern.get(rank, peft.r)
         yield int(place[1]), place[2], rank, module.in_features, module.out_features
-    if not found:
-        names = ", ".join(lora_target_names(model))
-        raise ValueError(f"no module matches target_modules={targets!r}, only {names}")
+    if not paths:
+        adapter_parameters(model.config, peft)  # refused, with PEFT's own reason
 
 
 def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int]:
