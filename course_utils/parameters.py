@@ -109,8 +109,7 @@ def skeleton(config: PretrainedConfig, task_type: Any = None, **options: Any) ->
 
 def reason_of(error: Exception) -> str:
     """The first line of a library's error."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]
+    return (str(error).strip(" .\n") or type(error).__name__).splitlines()[0][:300]
 
 
 def attach(model: Module, config: PeftConfig) -> PeftModel:
@@ -124,11 +123,10 @@ def attach(model: Module, config: PeftConfig) -> PeftModel:
     config = copy.deepcopy(config)
     config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
     kind = config.peft_type.value
-    if config.is_prompt_learning:
-        if not config.num_virtual_tokens:
-            raise ValueError(f"{kind} needs num_virtual_tokens=<a number>")
-        if hasattr(config, "prompt_tuning_init"):
-            config.prompt_tuning_init = "RANDOM"  # other starts read a tokenizer
+    if config.is_prompt_learning and not config.num_virtual_tokens:
+        raise ValueError(f"{kind} needs num_virtual_tokens=<a number>")
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = "RANDOM"  # other starts read a tokenizer
     # Where PEFT needs numbers, the second round gives it adapters that have some.
     for place in (torch.device("meta"), contextlib.nullcontext()):
         try:

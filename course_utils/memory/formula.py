@@ -210,9 +210,8 @@ def _lora_layers(model: Any, peft: Any):
     from peft.tuners import tuners_utils
     from peft.utils import constants, other
 
-    usual = LoraConfig().to_dict()
-    changed = {k for k, value in peft.to_dict().items() if value != usual.get(k)}
-    if unknown := sorted(changed - _LORA_FIELDS):
+    usual, own = vars(LoraConfig()), vars(peft)
+    if unknown := sorted(k for k in own.keys() - _LORA_FIELDS if own[k] != usual[k]):
         raise _no_form(", ".join(unknown))
     peft = copy.copy(peft)
     if peft.target_modules is None:
@@ -220,12 +219,13 @@ def _lora_layers(model: Any, peft: Any):
         peft.target_modules = table[model.config.model_type]
     peft = tuners_utils._maybe_include_all_linear_layers(peft, model)
     exists = tuners_utils.check_target_module_exists
-    paths = [path for path, _ in model.named_modules() if path and exists(peft, path)]
+    modules = dict(model.named_modules())
+    paths = [path for path in modules if path and exists(peft, path)]
     for path in paths:
         place = re.search(r"layers\.(\d+)\..*?(\w+)$", path)
         if not place or place[2] not in _SOURCES:
             raise _no_form(f"LoRA on {path}")
-        module = model.get_submodule(path)
+        module = modules[path]
         rank = other.get_pattern_key(peft.rank_pattern, path)
         rank = peft.rank_pattern.get(rank, peft.r)
         yield int(place[1]), place[2], rank, module.in_features, module.out_features

@@ -135,6 +135,17 @@ OTHERS = {
     ),
     "tied": tiny("qwen3", head_dim=16, tie_word_embeddings=True),
 }
+T5 = transformers.T5Config(
+    vocab_size=512, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+)
+BERT = transformers.BertConfig(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_labels=3,
+)
 ALL_LINEAR = {"r": 4, "target_modules": "all-linear"}
 
 # --- every family, by a configuration that is made small without knowing it -------
@@ -348,6 +359,43 @@ def test_every_method_of_peft_is_counted_and_weighed(config, tmp_path):
     file = (tmp_path / "adapter_model.safetensors").read_bytes()
     header = 8 + int.from_bytes(file[:8], "little")
     assert adapter_bytes(base, config) == len(file) - header
+
+
+def test_a_text_to_start_virtual_tokens_from_needs_no_tokenizer():
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=4,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="Be brief.",
+        tokenizer_name_or_path="no/where",
+    )
+    assert adapter_parameters(tiny("llama"), config) == 4 * 32
+
+
+@pytest.mark.parametrize(
+    ("task", "auto_class", "base"),
+    [
+        ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", T5),
+        ("FEATURE_EXTRACTION", "AutoModel", BERT),
+        ("TOKEN_CLS", "AutoModelForTokenClassification", BERT),
+        ("QUESTION_ANS", "AutoModelForQuestionAnswering", BERT),
+        ("SEQ_CLS", "AutoModelForSequenceClassification", tiny("llama", num_labels=3)),
+        ("SEQ_CLS", "AutoModelForSequenceClassification", GPT2),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "ia3", "prefix_tuning", "p_tuning"])
+def test_other_tasks_count_with_their_heads(method, task, auto_class, base):
+    options = {"num_virtual_tokens": 3} if "tuning" in method else {}
+    wish = peft_config(method, task_type=task, **options)
+    model = getattr(transformers, auto_class).from_config(copy.deepcopy(base))
+    assert adapter_parameters(base, wish) == trained(get_peft_model(model, wish))
+
+
+def test_a_configuration_without_a_model_for_the_task_is_refused_by_name():
+    with pytest.raises(ValueError, match="CausalLM builds no 'llava'"):
+        adapter_parameters(transformers.LlavaConfig(), "lora")
+    with pytest.raises(ValueError, match="'hunyuan_v1_dense'.*complete the config"):
+        adapter_parameters(AutoConfig.for_model("hunyuan_v1_dense"), "full")
 
 
 def test_a_method_that_reads_the_weights_is_refused():
