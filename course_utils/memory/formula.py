@@ -210,8 +210,8 @@ def _lora_layers(model: Any, peft: Any):
     from peft.tuners import tuners_utils
     from peft.utils import constants, other
 
-    usual, own = vars(LoraConfig()), vars(peft)
-    if unknown := sorted(k for k in own.keys() - _LORA_FIELDS if own[k] != usual[k]):
+    own, new = vars(peft), vars(LoraConfig())
+    if unknown := sorted(k for k in own.keys() - _LORA_FIELDS if own[k] != new.get(k)):
         raise _no_form(", ".join(unknown))
     peft = copy.copy(peft)
     if peft.target_modules is None:
