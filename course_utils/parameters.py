@@ -1,22 +1,24 @@
 """Count parameters: of a model in memory, or of a method before any model exists.
 
 `adapter_parameters` and `adapter_bytes` need only a configuration: a model of that
-shape is built on torch's meta device, which holds no weights (7B takes 0.1 s), PEFT's
-own rules say which of its modules are adapted, and arithmetic does the rest.
+shape is built on torch's meta device, which holds no weights (7B takes half a second),
+and PEFT itself puts the adapters on it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from torch.nn import Module
     from transformers import PretrainedConfig
 
@@ -59,257 +61,137 @@ def peft_config(method: Method, **options: Any) -> PeftConfig:
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 _skeletons: dict[str, Module] = {}
+_counts: dict[str, tuple[int, int]] = {}
 
 
-def skeleton(config: PretrainedConfig, task_type: Any = None) -> Module:
+def _key(config: PretrainedConfig, task_type: Any, **options: Any) -> str:
+    task = getattr(task_type, "value", task_type) or "CAUSAL_LM"
+    fields = config.to_json_string(use_diff=False)  # it lacks num_labels
+    return f"{task} {options} {config.num_labels} {fields}"
+
+
+def skeleton(config: PretrainedConfig, task_type: Any = None, **options: Any) -> Module:
     """Build the model of a configuration without weights, on the meta device.
 
-    The last few are kept, as a slider asks for the same one many times.
+    The last few are kept: copy what you change. `task_type` is PEFT's, None a causal
+    language model; `options` are those of transformers' `from_config`.
 
-    Raises:
-        ValueError: a task other than PEFT's `"CAUSAL_LM"` (also None) and `"SEQ_CLS"`.
+    Raises ValueError: transformers builds no such model from this configuration.
     """
-    task = getattr(task_type, "value", task_type) or "CAUSAL_LM"
-    if task not in _AUTO_CLASSES:
-        raise ValueError(f"task_type is CAUSAL_LM or SEQ_CLS, not {task!r}")
-    # the JSON lacks num_labels
-    key = f"{task} {config.num_labels} {config.to_json_string(use_diff=False)}"
+    key = _key(config, task_type, **options)
     if key not in _skeletons:
         import torch
         import transformers
 
+        auto_class = _AUTO_CLASSES[key.split()[0]]
         config = copy.deepcopy(config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = getattr(transformers, _AUTO_CLASSES[task]).from_config(config)
+        config.name_or_path = ""  # or PEFT asks the hub about it
+        vars(config).pop("quantization_config", None)
+        build = getattr(transformers, auto_class).from_config
+        try:
+            with torch.device("meta"):
+                model = build(config, **options)
+        except Exception as error:  # of whatever class: each family has its own
+            where = f"{auto_class} builds no {config.model_type!r}: {reason_of(error)}"
+            advice = "complete the configuration, or choose another task_type"
+            raise ValueError(f"{where}; {advice}") from error
         if len(_skeletons) > 15:
             _skeletons.clear()
         _skeletons[key] = model
     return _skeletons[key]
 
 
-def _numel(module: Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def reason_of(error: Exception) -> str:
+    """The first line of a library's error."""
+    return (str(error).strip(" .\n") or type(error).__name__).splitlines()[0][:300]
 
 
-def target_modules(model: Module, config: PeftConfig) -> list[tuple[str, Module]]:
-    """Find (name, module) of each base module that a PEFT config adapts.
+def attach(model: Module, config: PeftConfig) -> PeftModel:
+    """Wrap a copy of a model on the meta device; both arguments stay as they were.
 
-    Raises ValueError: no module matches, or PEFT has no default for this model type.
+    Raises ValueError: PEFT cannot adapt this model; its reason, and what to do.
     """
-    from peft.tuners import tuners_utils
+    import torch
+    from peft import get_peft_model
 
-    config = copy.copy(config)
-    if config.target_modules is None:
-        role = f"{config.peft_type.value}_TARGET"
-        config.target_modules = _default_targets(role, model)
-    targets = config.target_modules
-    config = tuners_utils._maybe_include_all_linear_layers(config, model)
-    matches = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and tuners_utils.check_target_module_exists(config, name)
-    ]
-    if not matches:
-        raise ValueError(f"no module matches target_modules={targets!r}")
-    return matches
-
-
-def _default_targets(role: str, model: Module) -> list[str]:
-    """PEFT's own choice of modules, such as q_proj and v_proj for LoRA on Llama."""
-    from peft.utils import constants
-
-    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{role}_MODULES_MAPPING")
-    model_type = model.config.model_type
-    if model_type not in table:
-        raise ValueError(f"PEFT has no default for {model_type}: name target_modules")
-    return table[model_type]
+    config = copy.deepcopy(config)
+    config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
+    kind = config.peft_type.value
+    if config.is_prompt_learning and not config.num_virtual_tokens:
+        raise ValueError(f"{kind} needs num_virtual_tokens=<a number>")
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = "RANDOM"  # other starts read a tokenizer
+    # Where PEFT needs numbers, the second round gives it adapters that have some.
+    for place in (torch.device("meta"), contextlib.nullcontext()):
+        try:
+            with place, warnings.catch_warnings(action="ignore"):
+                return get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+        except Exception as error:  # of whatever class: each method has its own
+            reason = error
+            if not isinstance(error, RuntimeError):
+                break
+    advice = "choose other options or another method"
+    if hasattr(config, "target_modules"):
+        advice = f"choose target_modules among {', '.join(lora_target_names(model))}"
+    where = f"PEFT puts no {kind} on {model.config.model_type!r}"
+    raise ValueError(f"{where}: {reason_of(reason)}; {advice}") from reason
 
 
 def lora_target_names(model: Module) -> list[str]:
     """Short names of all linear layers but the output head, sorted: what to give LoRA.
 
-    They are what `target_modules="all-linear"` finds on plain, 4-bit and 8-bit models.
+    They are what `target_modules="all-linear"` finds on plain, 4-bit and 8-bit models,
+    as long as they must be to match nothing else. Experts that transformers has fused
+    go by the names that their layers had before (`gate_proj`): PEFT takes those.
     """
     from peft import LoraConfig
+    from peft.tuners import tuners_utils
+    from peft.utils import transformers_weight_conversion as fused
 
     # the task leaves out a classifier's head, too
     config = LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
-    return sorted({name.split(".")[-1] for name, _ in target_modules(model, config)})
+    found = tuners_utils._maybe_include_all_linear_layers(config, model).target_modules
+    family = fused._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    experts = fused._MOE_TARGET_MODULE_MAPPING.get(family, {})
+    others = [name for name, _ in model.named_modules() if name not in found]
+    return sorted(tuners_utils._find_minimal_target_modules(found, others) | {*experts})
 
 
-def features(name: str, module: Module) -> tuple[int, int]:
-    """Input and output width of a Linear, an Embedding or GPT-2's Conv1D.
+def _count(config: PretrainedConfig, method: PeftConfig) -> tuple[int, int]:
+    """Elements that are trained, and elements in the saved file."""
+    key = f"{_key(config, method.task_type)} {method.to_dict()}"
+    if key not in _counts:
+        import torch
+        from peft import get_peft_model_state_dict
 
-    Raises ValueError: another kind of module, which has no formula.
-    """
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    if hasattr(module, "num_embeddings"):
-        return module.num_embeddings, module.embedding_dim
-    layer_type = type(module).__name__
-    if layer_type == "Conv1D":
-        return tuple(module.weight.shape)
-    raise ValueError(f"no formula for {name}, a {layer_type}: choose linear layers")
-
-
-def lora_rank(name: str, config: PeftConfig) -> int:
-    """The rank of one module's adapter: `r`, unless `rank_pattern` has another."""
-    from peft.utils.other import get_pattern_key
-
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-
-
-# LoraConfig's fields that add or change parameters in ways not counted here.
-_NOT_COUNTED = (
-    *("layer_replication", "target_parameters", "trainable_token_indices"),
-    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-    *("monteclora_config", "velora_config"),
-)
-
-
-def _saved_names(model: Module, config: PeftConfig) -> list[str]:
-    """Modules that train as copies: `modules_to_save`, and the head of a classifier."""
-    ends = tuple(getattr(config, "modules_to_save", None) or ())
-    if getattr(config.task_type, "value", config.task_type) == "SEQ_CLS":
-        ends += ("classifier", "score")
-    names: list[str] = []
-    for name, _ in model.named_modules():
-        inside = name.startswith(tuple(f"{outer}." for outer in names))
-        if name.endswith(ends) and not inside:
-            names.append(name)
-    return names
-
-
-def _lora(model: Module, config: PeftConfig) -> int:
-    unknown = [field for field in _NOT_COUNTED if getattr(config, field, None)]
-    if unknown:
-        raise ValueError(f"no formula for a LoraConfig with {', '.join(unknown)}")
-    total = 0
-    for name, module in target_modules(model, config):
-        d_in, d_out = features(name, module)
-        r = lora_rank(name, config)
-        total += r * d_in + d_out * r  # A is (r, d_in), B is (d_out, r)
-        total += d_out * bool(config.use_dora) + d_out * bool(config.lora_bias)
-        if config.bias == "lora_only" and getattr(module, "bias", None) is not None:
-            total += module.bias.numel()
-    if config.bias == "all":  # but for the frozen originals of saved modules
-        saved = tuple(f"{name}." for name in _saved_names(model, config))
-        total += sum(
-            parameter.numel()
-            for name, parameter in model.named_parameters()
-            if name.endswith("bias") and not name.startswith(saved)
-        )
-    return total
-
-
-def _ia3(model: Module, config: PeftConfig) -> int:
-    from peft import IA3Model
-
-    if config.feedforward_modules is None:
-        config.feedforward_modules = _default_targets("IA3_FEEDFORWARD", model)
-    total = 0
-    for name, module in target_modules(model, config):
-        d_in, d_out = features(name, module)
-        # one factor per output; per input where the module is a feedforward one
-        feedforward = IA3Model._check_target_module_feedforward(config, name)
-        total += d_in if feedforward else d_out
-    return total
-
-
-def _virtual_shape(model: Module, config: PeftConfig) -> tuple[int, int]:
-    """Number and width of the virtual tokens."""
-    if not config.num_virtual_tokens:
-        raise ValueError(f"{config.peft_type.value} needs num_virtual_tokens=")
-    tokens = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
-    return tokens, config.token_dim or model.config.get_text_config().hidden_size
-
-
-def _prompt_tuning(model: Module, config: PeftConfig) -> int:
-    return math.prod(_virtual_shape(model, config))
-
-
-def _prefix_tuning(model: Module, config: PeftConfig) -> int:
-    base = model.config.get_text_config()
-    n, width = _virtual_shape(model, config)
-    layers = config.num_layers or base.num_hidden_layers
-    kv_heads = getattr(base, "num_key_value_heads", None)
-    if kv_heads:
-        heads = config.num_attention_heads or base.num_attention_heads
-        width = (getattr(base, "head_dim", None) or width // heads) * kv_heads
-    if not config.prefix_projection:
-        return n * layers * 2 * width  # keys and values
-    h = config.encoder_hidden_size or width
-    return n * width + (width * h + h) + (h + 1) * layers * 2 * width
-
-
-def _p_tuning(model: Module, config: PeftConfig) -> int:
-    n, d = _virtual_shape(model, config)
-    h = config.encoder_hidden_size or d
-    encoder = config.encoder_reparameterization_type
-    if getattr(encoder, "value", encoder) == "MLP":
-        return n * d + (d * h + h) + (h * h + h) + (h * d + d)
-    # two directions of 4 gates: input and state weights, two biases each
-    lstm, wide = 0, d
-    for _ in range(config.encoder_num_layers):
-        lstm += 2 * 4 * (h * wide + h * h + 2 * h)
-        wide = 2 * h
-    head = (2 * h * 2 * h + 2 * h) + (2 * h * d + d)
-    return n * d + lstm + head
-
-
-_FORMULAS = {  # by PEFT's type of a method
-    "LORA": _lora,
-    "IA3": _ia3,
-    "PROMPT_TUNING": _prompt_tuning,
-    "PREFIX_TUNING": _prefix_tuning,
-    "P_TUNING": _p_tuning,
-}
-
-
-def _count(model: Module, config: PeftConfig, *, in_file: bool = False) -> int:
-    """Parameters that a config trains, or, `in_file`, that its saved file holds."""
-    peft_type = getattr(config.peft_type, "value", config.peft_type)
-    if peft_type not in _FORMULAS:
-        raise ValueError(f"no formula for {peft_type}, only for {list(_FORMULAS)}")
-    if in_file and peft_type == "P_TUNING":
-        peft_type = "PROMPT_TUNING"
-    if in_file and peft_type == "PREFIX_TUNING":
-        config.prefix_projection = False
-    saved = [model.get_submodule(name) for name in _saved_names(model, config)]
-    return _FORMULAS[peft_type](model, config) + sum(map(_numel, saved))
+        model = attach(skeleton(config, method.task_type), method)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # PEFT moves virtual tokens to the CPU, which has no place for those of meta
+        stay = patch.object(torch.Tensor, "cpu", lambda tensor: tensor)
+        with stay, warnings.catch_warnings(action="ignore"):
+            file = get_peft_model_state_dict(model)
+        if len(_counts) > 1000:
+            _counts.clear()
+        _counts[key] = trained, sum(tensor.numel() for tensor in file.values())
+    return _counts[key]
 
 
 def adapter_parameters(config: PretrainedConfig, method: Method, **options: Any) -> int:
     """Count what a method trains, as `print_trainable_parameters`, without weights.
 
-    With `r` the rank, `(d_out, d_in)` a target's shape, `n` virtual tokens, `d` the
-    width, `L` the layers, `k` = KV heads x head size and `h` the encoder's width:
-
-    | method | parameters |
-    |---|---|
-    | lora, pissa, qlora | sum of r (d_in + d_out) over the targets |
-    | dora | the same, and d_out for each target's magnitudes |
-    | ia3 | sum of d_out, of d_in for feedforward targets |
-    | prompt_tuning | n d |
-    | prefix_tuning | n 2 L k |
-    | ... with projection | n k + k h + h + (h + 1) 2 L k |
-    | p_tuning (MLP) | n d + (d h + h) + (h h + h) + (h d + d) |
-    | full | all of the model |
-
-    Copies made by `modules_to_save` and biases trained by `bias=` are counted. The
-    method may be a PEFT config; options are PEFT's fields, with PEFT's defaults.
+    PEFT itself wraps a model of that shape; the lessons derive its count by formula.
+    The method is `"full"`, a key of `METHODS` or any PEFT config; options are PEFT's
+    fields, with PEFT's defaults.
 
     Raises:
-        ValueError: unknown method, no module matches, or a field without a formula.
+        ValueError: unknown method, or PEFT cannot adapt this model so: its reason.
         TypeError: PEFT has no option of that name.
-
-    Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; IA3, arXiv:2205.05638;
-    prompt tuning, arXiv:2104.08691; prefix tuning, arXiv:2101.00190; P-tuning,
-    arXiv:2103.10385.
 
     >>> from transformers import LlamaConfig
     >>> adapter_parameters(LlamaConfig(), "lora", r=64)  # Llama-2-7B, q and v
@@ -318,9 +200,8 @@ def adapter_parameters(config: PretrainedConfig, method: Method, **options: Any)
     if method == "full":
         if options:
             raise ValueError(f"full fine-tuning takes no options: {options}")
-        return _numel(skeleton(config))
-    method = peft_config(method, **options)
-    return _count(skeleton(config, method.task_type), method)
+        return sum(parameter.numel() for parameter in skeleton(config).parameters())
+    return _count(config, peft_config(method, **options))[0]
 
 
 def adapter_bytes(
@@ -338,14 +219,7 @@ def adapter_bytes(
     itemsize = getattr(torch, dtype).itemsize
     if method == "full":
         return itemsize * adapter_parameters(config, "full", **options)
-    method = peft_config(method, **options)
-    model = skeleton(config, method.task_type)
-    stored = _count(model, method, in_file=True)
-    if method.peft_type == "LORA":
-        for name, module in target_modules(model, method):
-            if name.split(".")[-1] in ("embed_tokens", "lm_head"):
-                stored += _numel(module)
-    return itemsize * stored
+    return itemsize * _count(config, peft_config(method, **options))[1]
 
 
 # --- a model in memory -----------------------------------------------------------

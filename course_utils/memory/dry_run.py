@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import warnings
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from course_utils.memory.formula import (
     optimizer_state_bytes,
     quantization_constants,
 )
+from course_utils.parameters import attach, reason_of, skeleton
 
 if TYPE_CHECKING:
     from course_utils.memory.estimate import Request
@@ -59,12 +61,15 @@ def _linear4bit_class() -> type:
     class Linear4bit(bitsandbytes.nn.Linear4bit):
         def __init__(self, linear, request):
             nn.Module.__init__(self)
-            self.in_features, self.out_features = linear.weight.shape[::-1]
+            self.in_features = linear.in_features
+            self.out_features = linear.out_features
             self.compute_dtype = getattr(torch, request.autocast or request.dtype)
             self.bias = linear.bias
-            size = linear.weight.numel()
+            if self.bias is not None:
+                self.bias.data = self.bias.data.to(getattr(torch, request.dtype))
+            size = self.in_features * self.out_features
             packed = torch.empty(((size + 1) // 2, 1), dtype=torch.uint8)
-            self.weight = nn.Parameter(packed, requires_grad=False)
+            self.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False)
             self.weight.compress_statistics = request.double_quant
             self.weight.quant_type = request.quantization
             constants = quantization_constants(size, request.double_quant)
@@ -114,6 +119,22 @@ def _tile(ctx, hidden, weight):
     for wide in (hidden[: shape[0]], weight[: shape[1]]):
         wide.to(ctx.compute)
     return tile
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """The product of all experts (E, d_in, d_out): torch's fake one is for bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
+        return torch.empty(len(x), weight.shape[-1], dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, x = ctx.saved_tensors
+        grad_x = torch.empty(ctx.shape, dtype=ctx.dtype)
+        return grad_x, None if x is None else torch.empty_like(weight)
 
 
 class _Dropout(nn.Dropout):
@@ -179,36 +200,45 @@ def _swap(model: nn.Module, old_type: type, make: Callable) -> None:
             model.set_submodule(name, make(module))
 
 
+def _quantize(model: nn.Module, request: Request) -> None:
+    """Put stand-ins where transformers puts 4-bit layers: it knows which it leaves."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import HfQuantizer
+
+    kept = model._keep_in_fp32_modules
+    left = HfQuantizer.get_modules_to_not_convert(model, keep_in_fp32_modules=kept)
+    replace_with_bnb_linear(model, left, BitsAndBytesConfig(load_in_4bit=True))
+    packed = _linear4bit_class()
+    _swap(model, Linear4bit, lambda module: packed(module, request))
+    model.is_loaded_in_4bit = True
+
+
 def _build(request: Request) -> nn.Module:
     """The model of the request on the meta device, adapters attached."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(request.config)
-    config.use_cache = request.method == "prefix_tuning"
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config.get_text_config().use_cache = request.method == "prefix_tuning"
+    dtype = getattr(torch, request.dtype)
     attention = "eager" if request.attention == "eager" else "sdpa"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, request.dtype), attn_implementation=attention
-        )
-        if request.quantization:
-            packed, head = _linear4bit_class(), model.get_output_embeddings()
-            _swap(model, nn.Linear, lambda m: m if m is head else packed(m, request))
-            model.is_loaded_in_4bit = True
-        if request.method == "full":
-            return model
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        peft = copy.deepcopy(request.peft)
-        peft.task_type = peft.task_type or "CAUSAL_LM"
-        peft.inference_mode = False
-        with warnings.catch_warnings(action="ignore"):
-            model = get_peft_model(model, peft, low_cpu_mem_usage=True)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.float32)
+    try:
+        model = skeleton(config, dtype=dtype, attn_implementation=attention)
+    except ValueError:  # some families have no fused attention
+        model = skeleton(config, dtype=dtype, attn_implementation="eager")
+    model = copy.deepcopy(model)
+    kept = model._get_dtype_plan(dtype)  # in float32
+    for name, parameter in model.named_parameters():
+        if kept.keys() & name.split("."):
+            parameter.data = parameter.data.to(torch.float32)
+    if request.quantization:
+        with torch.device("meta"):
+            _quantize(model, request)
+    if request.method == "full":
+        return model
+    model = attach(model, request.peft)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
     _swap(model, nn.Dropout, lambda m: _Dropout(m.p) if m.p > 0 else m)
     return model
 
@@ -267,11 +297,11 @@ def _prepare(model: nn.Module, request: Request, count: _LiveBytes) -> None:
             model.enable_input_require_grads()
     if request.loss == "chunked":
         base = model if request.method == "full" else model.get_base_model()
-        head = base.get_output_embeddings()
-        base.lm_head = nn.Identity()  # hands the hidden states on to the loss
-        base.lm_head.weight = head.weight
+        head, hands_on = base.get_output_embeddings(), nn.Identity()
+        hands_on.weight = head.weight
+        _swap(base, type(head), lambda module: hands_on if module is head else module)
         cast = request.autocast and getattr(torch, request.autocast)
-        base.loss_function = lambda logits, labels, **_: _ChunkedLoss.apply(
+        base.loss_function = lambda logits, labels, *_, **__: _ChunkedLoss.apply(
             logits[:, :-1].reshape(-1, logits.shape[-1]), head.weight, cast, count.add
         )
 
@@ -286,16 +316,41 @@ def _autocast(request: Request) -> contextlib.ExitStack:
     return stack
 
 
-def _no_packing():
-    """One document a row: transformers cannot look into fake positions for more."""
-    name = "transformers.masking_utils.find_packed_sequence_indices"
-    return patch(name, lambda position_ids: None)
+def _without_data(request: Request) -> contextlib.ExitStack:
+    """Ways through transformers that look into no tensor, and run in every dtype."""
+    stack, library = contextlib.ExitStack(), "transformers."
+    # one document a row
+    name = library + "masking_utils.find_packed_sequence_indices"
+    stack.enter_context(patch(name, lambda position_ids: None))
+    # experts: cards that compute in float16 have no kernel, but transformers' loop
+    name = library + "integrations.moe._can_use_grouped_mm"
+    stack.enter_context(patch(name, lambda *_: request.autocast != "float16"))
+    product = {"grouped_mm": lambda x, w, offs: _GroupedMatmul.apply(x, w)}
+    stack.enter_context(patch.multiple(nn.functional, create=True, **product))
+    # what fails is said once, without a page of torch's own
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    stack.enter_context(patch.object(log, "disabled", True))
+    return stack
 
 
 def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
-    """Run one training step without data; the same answer as `closed_form`."""
+    """Run one training step without data; the same answer as `closed_form`.
+
+    Raises ValueError: transformers or PEFT builds no such model, or no step of it runs.
+    """
     model = _build(request)
-    count = _LiveBytes(request.config.vocab_size)
+    try:
+        return _step(model, request)
+    except Exception as error:  # of whatever class: each family has its own
+        family = request.config.model_type
+        raise ValueError(
+            f"no step of {request.method} on {family!r} runs without data: "
+            f"{reason_of(error)}; try a real one, under measure_memory()"
+        ) from error
+
+
+def _step(model: nn.Module, request: Request) -> tuple[dict, dict, str, int, int]:
+    count = _LiveBytes(request.config.get_text_config().vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_storage(model, count, request.method == "full")
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -311,7 +366,7 @@ def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
         shape = request.batch_size, request.sequence_length
         math = request.attention == "math"
         attention = sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext()
-        with count, attention, _no_packing():
+        with count, attention, _without_data(request):
             ids = torch.zeros(shape, dtype=torch.long)
             mask = torch.ones(shape, dtype=torch.long) if request.padding else None
             with _autocast(request):

@@ -73,7 +73,8 @@ class Request:
                 needed = "must be a whole number of at least 1"
                 raise ValueError(f"{name} {needed}, got {size!r}")
         self._check_combinations()
-        limit = getattr(self.config, "max_position_embeddings", None)
+        text = self.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
         tokens = self.sequence_length + self.virtual_tokens
         if limit and tokens > limit:
             needed = f"sequence_length and virtual tokens come to {tokens}"
@@ -190,8 +191,6 @@ def _method_and_config(method: Any, options: dict[str, Any]) -> tuple[str, Any]:
         if options:
             raise ValueError(f"full fine-tuning takes no {', '.join(sorted(options))}")
         return method, None
-    if method.endswith("tuning") and not options.get("num_virtual_tokens"):
-        raise ValueError(f"{method} needs num_virtual_tokens=<a number>")
     try:
         config = peft_config(method, **({"task_type": "CAUSAL_LM"} | options))
     except TypeError as error:
@@ -216,8 +215,9 @@ def unfused(config: Any, method: Any) -> bool:
     With grouped-query attention PyTorch has no fused kernel there, unless a mask is
     given (huggingface/transformers#48633).
     """
-    heads = getattr(config, "num_attention_heads", None)
-    key_value_heads = getattr(config, "num_key_value_heads", None)
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    key_value_heads = getattr(text, "num_key_value_heads", None)
     return key_value_heads not in (None, heads) and method != "prefix_tuning"
 
 

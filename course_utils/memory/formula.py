@@ -8,18 +8,13 @@ it (`_Layer`), and takes the largest of a few moments (`_moments`). Letters: `B`
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from course_utils.parameters import (
-    adapter_parameters,
-    features,
-    lora_rank,
-    skeleton,
-    target_modules,
-)
+from course_utils.parameters import adapter_parameters, skeleton
 
 if TYPE_CHECKING:
     from course_utils.memory.estimate import Request
@@ -200,17 +195,42 @@ def _no_form(subject: str) -> ValueError:
     return ValueError(f"no closed form for {subject}: use engine='exact'")
 
 
+#: LoraConfig's fields that the form knows, or that change no tensor's size.
+_LORA_FIELDS = {
+    *("r", "rank_pattern", "lora_dropout", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "init_lora_weights", "use_rslora"),
+    *("lora_alpha", "alpha_pattern", "fan_in_fan_out", "task_type", "inference_mode"),
+    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping"),
+}
+
+
 def _lora_layers(model: Any, peft: Any):
     """Yield (layer index, linear layer's name, rank, input, output width)."""
-    unknown = [f for f in ("use_dora", "modules_to_save") if getattr(peft, f, None)]
-    unknown += ["bias"] if peft.bias != "none" else []
-    if unknown:
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+    from peft.utils import constants, other
+
+    own, new = vars(peft), vars(LoraConfig())
+    if unknown := sorted(k for k in own.keys() - _LORA_FIELDS if own[k] != new.get(k)):
         raise _no_form(", ".join(unknown))
-    for path, module in target_modules(model, peft):
+    peft = copy.copy(peft)
+    if peft.target_modules is None:
+        table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        peft.target_modules = table[model.config.model_type]
+    peft = tuners_utils._maybe_include_all_linear_layers(peft, model)
+    exists = tuners_utils.check_target_module_exists
+    modules = dict(model.named_modules())
+    paths = [path for path in modules if path and exists(peft, path)]
+    for path in paths:
         place = re.search(r"layers\.(\d+)\..*?(\w+)$", path)
         if not place or place[2] not in _SOURCES:
             raise _no_form(f"LoRA on {path}")
-        yield int(place[1]), place[2], lora_rank(path, peft), *features(path, module)
+        module = modules[path]
+        rank = other.get_pattern_key(peft.rank_pattern, path)
+        rank = peft.rank_pattern.get(rank, peft.r)
+        yield int(place[1]), place[2], rank, module.in_features, module.out_features
+    if not paths:
+        adapter_parameters(model.config, peft)  # refused, with PEFT's own reason
 
 
 def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int]:

@@ -58,6 +58,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SMALL),
     "gpt2": GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=32),
 }
+TIED = {"ensure_weight_tying": True}
 GRID = [
     ("lora", {}),
     ("lora", {"r": 3}),
@@ -93,6 +94,14 @@ GRID = [
     ("lora", {"modules_to_save": ["lm_head"]}),
     ("lora", {"modules_to_save": ["embed_tokens", "norm"]}),
     ("lora", {"target_modules": "all-linear", "modules_to_save": ["mlp"]}),
+    ("lora", {"modules_to_save": ["embed_tokens", "lm_head"], **TIED}),
+    ("lora", {"target_modules": ["embed_tokens", "lm_head"], **TIED}),
+    ("lora", {"trainable_token_indices": [1, 5, 7]}),
+    ("lora", {"trainable_token_indices": {"embed_tokens": [1, 2]}, **TIED}),
+    ("lora", {"layer_replication": [(0, 2), (0, 2)]}),
+    ("lora", {"target_modules": [], "target_parameters": ["q_proj.weight"]}),
+    ("lora", {"init_lora_weights": "mica"}),
+    ("lora", {"init_lora_weights": "olora", "alpha_pattern": {"q_proj": 3}}),
     ("lora", {"bias": "all"}),
     ("lora", {"bias": "lora_only"}),
     ("lora", {"use_rslora": True, "lora_alpha": 32, "lora_dropout": 0.1}),
@@ -150,7 +159,7 @@ CASES += [
 
 
 def build(name, method, options, **more):
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]))
     extra = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
     options = options | extra.get(method, {}) | more
     return get_peft_model(model, CLASSES[method](task_type="CAUSAL_LM", **options))
@@ -168,7 +177,9 @@ def test_formulas_equal_peft(name, method, options, tmp_path):
     assert (counted.trainable, counted.total) == (trainable, total)
     assert counted.bytes == 4 * total
     base = adapter_parameters(config, "full")
-    if options.get("bias", "none") == "none":  # else base parameters train, too
+    # where base parameters train, too, or layers are repeated, it is no plain sum
+    other = {"bias", "init_lora_weights", "layer_replication"}
+    if not other & set(options):
         assert base + trainable == total
     assert config.to_json_string() == before
 
@@ -368,12 +379,14 @@ def test_linear_names_are_what_peft_finds():
     [
         ("bitfit", {}, ValueError, "unknown method 'bitfit'; known: full, lora"),
         ("lora", {"rank": 8}, TypeError, "rank"),
-        ("lora", {"target_modules": ["query"]}, ValueError, "no module matches"),
-        ("lora", {"layer_replication": [(0, 2)]}, ValueError, "layer_replication"),
+        ("lora", {"target_modules": ["query"]}, ValueError, "among down_proj, gate_"),
+        ("lora", {"init_lora_weights": "corda"}, ValueError, "run `preprocess_corda`"),
+        ("prefix_tuning", {"num_virtual_tokens": 0}, ValueError, "num_virtual_tokens"),
         ("prompt_tuning", {}, ValueError, "needs num_virtual_tokens"),
         ("full", {"r": 8}, ValueError, "no options"),
         (LoraConfig(r=8), {"r": 8}, ValueError, "already holds"),
-        ("lora", {"task_type": "TOKEN_CLS"}, ValueError, "SEQ_CLS"),
+        ("lora", {"task_type": "IMAGES"}, ValueError, "task type"),
+        ("lora", {"task_type": "SEQ_2_SEQ_LM"}, ValueError, "Seq2SeqLM builds no '"),
     ],
 )
 def test_errors_say_what_is_wrong(method, options, error, words):

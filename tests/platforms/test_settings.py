@@ -229,7 +229,7 @@ BROKEN = {
     ),
     "targets that no module has": (
         lambda: estimate(target_modules=["q"]),
-        *(ValueError, ["no module matches target_modules"]),
+        *(ValueError, ["Target modules {'q'}", "choose target_modules among"]),
     ),
     "an adapter that there is not": (
         lambda: adapter("loro"),
