@@ -1,5 +1,6 @@
 """Templates, labels, truncation, padding and packing."""
 
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -403,7 +404,7 @@ def spans(features):
 @pytest.mark.parametrize("name", ["metaspace_first", "metaspace_always", "prepended"])
 @pytest.mark.parametrize("own", OWN)
 def test_any_chat_template(own, name):
-    tokenizer = TOKENIZERS[name]()
+    tokenizer = copy.deepcopy(TOKENIZERS[name]())
     tokenizer.chat_template = OWN[own]
     features = tokenize_example({"messages": CHAT}, tokenizer, template="tokenizer")
     newline = tokenizer.convert_tokens_to_ids("<0x0A>")
@@ -433,7 +434,7 @@ def test_any_chat_template(own, name):
     ],
 )
 def test_chat_templates_that_cannot_be_learned_from(chat_template, message):
-    tokenizer = metaspace()
+    tokenizer = copy.deepcopy(metaspace())
     tokenizer.chat_template = chat_template
     with pytest.raises(ValueError, match=message):
         tokenize_example({"messages": CHAT}, tokenizer, template="tokenizer")
