@@ -96,8 +96,7 @@ def memory_planner(**start: Any) -> Any:
         return w.Dropdown(options=options, value=value, description=label, style=style)
 
     def tick(name: str, label: str) -> Any:
-        value = bool(start.get(name, False))
-        return w.Checkbox(value=value, description=label, indent=False)
+        return w.Checkbox(value=bool(start.get(name)), description=label, indent=False)
 
     powers = [2**k for k in range(13)]
     controls = {
