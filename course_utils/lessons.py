@@ -2,8 +2,8 @@
 
 Nothing here raises on what a learner writes: a wrong answer is a line with a hint.
 The tests of all exercises stand at the end. Each gets the learner's answer, never
-trusted to be of the right type, and facts by name; it imports what it needs itself, so
-that other checks need not wait.
+trusted to be of the right type, and facts by name; it imports a heavy library itself,
+so that other checks need not wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from course_utils import runtime, scoring
+from course_utils.formatting import IGNORE, tokenize_example
+from course_utils.memory import t4_plan
+from course_utils.parameters import adapter_parameters
+from course_utils.plotting import pareto_front
 from course_utils.records import Table
+from course_utils.sweep import best_of, neighbour
 
 SIGNS = {"correct": "✓", "wrong": "✗", "unanswered": "…"}
 
@@ -189,29 +194,33 @@ _number(
 )
 _number("8.1", "Set the standard error to 0.01, and solve for n.", 0.25 / 0.01**2, 2e-4)
 
+_exercise("0.3", "Does the bot need a new form, or facts that change?")(
+    lambda answer: answer.strip().lower() == "facts in the prompt"
+)
+_exercise("1.2", "One label for each token of the text, and none of them -100.")(
+    lambda answer, *, input_ids: list(answer) == list(input_ids)
+)
+_exercise("3.4", "4 bytes for each parameter: how many are there with this rank?")(
+    lambda answer, *, r_64_bytes: answer == r_64_bytes // 4
+)
+_exercise("6.2", "A prefix is (L, 2, H_kv, n, d_head): which one counts tokens?")(
+    lambda answer, *, whole: whole.equal(answer)
+)
+_exercise("8.2", "Walk from the cheapest up, and keep each new best score.")(
+    lambda answer, *, points: sorted(answer) == sorted(pareto_front(points))
+)
+
 
 @_exercise("0.2", "Count the pairs that are the same JSON, and divide by all.")
 def _(answer, *, given, references):
     return math.isclose(answer, scoring.exact_match(given, references), rel_tol=1e-3)
 
 
-@_exercise("0.3", "Does the bot need a new form, or facts that change?")
-def _(answer):
-    return answer.strip().lower() == "facts in the prompt"
-
-
 @_exercise("1.1", "Which tokens follow the word before the turn is over?")
 def _(answer, *, tokenizer):
-    from course_utils.formatting import IGNORE, tokenize_example
-
     record = {"prompt": "Hi", "completion": "Hello"}
     labels = tokenize_example(record, tokenizer)["labels"]
     return answer == sum(label != IGNORE for label in labels)
-
-
-@_exercise("1.2", "One label for each token of the text, and none of them -100.")
-def _(answer, *, input_ids):
-    return list(answer) == list(input_ids)
 
 
 @_exercise("1.3", "Which examples should share a batch, so that little is filled?")
@@ -241,8 +250,6 @@ def _(answer, *, peak_gib):
 
 @_exercise("3.1", "A and B of each target: r * d_in and d_out * r, in each layer.")
 def _(answer, *, config):
-    from course_utils.parameters import adapter_parameters
-
     options = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
     return answer == adapter_parameters(config, "lora", **options)
 
@@ -259,11 +266,6 @@ def _(answer, *, names):
     last = re.compile(r".*layers\.[2-9]\d\.(.+\.)?[qv]_proj")
     wanted = [name for name in names if last.fullmatch(name)]
     return [name for name in names if re.fullmatch(answer, name)] == wanted
-
-
-@_exercise("3.4", "4 bytes for each parameter: how many are there with this rank?")
-def _(answer, *, r_64_bytes):
-    return answer == r_64_bytes // 4
 
 
 @_exercise("4.2", "The last r columns of U and rows of Vh; each side takes a root.")
@@ -286,10 +288,8 @@ def _(answer, *, singular_values):
 
 @_exercise("5.2", "`pad(x, (left, right), value=...)`: which side, which label?")
 def _(answer, *, labels, n):
-    import torch
-
-    behind = torch.full_like(labels[:, :1], -100).expand(-1, n)
-    return torch.equal(answer, torch.cat([labels, behind], dim=1))
+    before, behind = answer.split([labels.shape[1], n], dim=1)
+    return before.equal(labels) and (behind == -100).all()
 
 
 @_exercise("5.3", "`rows.flip(0)` turns the order round; the rest is as above.")
@@ -301,33 +301,23 @@ def _(answer, *, model, rows, batch, with_soft_prompt):
     return math.isclose(answer, loss, rel_tol=1e-4)
 
 
-@_exercise("6.2", "A prefix is (L, 2, H_kv, n, d_head): which one counts tokens?")
-def _(answer, *, whole):
-    import torch
-
-    return answer.shape == whole.shape and torch.equal(answer, whole)
-
-
 @_exercise("6.4", "Right ones of a row, divided by the sum of that row.")
 def _(answer, *, matrix):
-    pairs = zip(answer, matrix, strict=True)
-    rows = [(share, row[i] / sum(row)) for i, (share, row) in enumerate(pairs)]
-    return all(math.isclose(share, wanted, abs_tol=1e-6) for share, wanted in rows)
+    wanted = [row[i] / sum(row) for i, row in enumerate(matrix)]
+    pairs = zip(answer, wanted, strict=True)
+    return all(math.isclose(share, right, abs_tol=1e-6) for share, right in pairs)
 
 
 @_exercise("7.2", "Which weights did the adapter see while it was trained?")
 def _(answer, *, four_bit, state, A, B, scale):
-    import torch
     from bitsandbytes.functional import dequantize_4bit
 
     wanted = dequantize_4bit(four_bit, state) + scale * B @ A
-    return answer.shape == wanted.shape and torch.allclose(answer, wanted, atol=1e-5)
+    return answer.shape == wanted.shape and answer.allclose(wanted, atol=1e-5)
 
 
 @_exercise("7.3", "Try batch_size 8, then 12, and look at plan.fits('T4').")
 def _(answer, *, recipe):
-    from course_utils.memory import t4_plan
-
     options = {"sequence_length": 1024, "gradient_checkpointing": True, **recipe}
     options["double_quant"] = False
 
@@ -338,15 +328,6 @@ def _(answer, *, recipe):
     return fits(answer) and not fits(answer + 1)
 
 
-@_exercise("8.2", "Walk from the cheapest up, and keep each new best score.")
-def _(answer, *, points):
-    from course_utils.plotting import pareto_front
-
-    return len(answer) == len(set(answer)) and set(answer) == set(pareto_front(points))
-
-
 @_exercise("8.3", "If the lowest loss is at an edge, go one rate further.")
 def _(answer, *, losses):
-    from course_utils.sweep import best_of, neighbour
-
     return math.isclose(answer, neighbour(best_of(losses), -1), rel_tol=0.01)

@@ -65,21 +65,18 @@ def load_record(name: str) -> dict[str, Any]:
 def lookup(path: str) -> Any:
     """Find one figure of a record, as prose names it.
 
-    Args:
-        path: `"03_lora:exact_match.lora"`: the record, then keys into its summary, or,
-            where the summary lacks the first one, into the record itself
-            (`"03_lora:runs.0.metrics.exact_match"`). A key may hold dots.
-
+    The path `"03_lora:exact_match.lora"` is the record, then keys into its summary, or,
+    where the summary lacks the first one, into the record itself
+    (`"03_lora:runs.0.metrics.exact_match"`). A key may hold dots.
     Raises RecordError: there is no such record or key; names the keys there are.
     """
-    name, colon, keys = path.partition(":")
-    if not colon or not keys:
+    name, _, keys = path.partition(":")
+    if not keys:
         raise RecordError(f"{path!r} is not of the form 'record:key.key'")
     record = load_record(name)
-    value = record["summary"] if _first_key(record["summary"], keys) else record
+    value = record | record["summary"]
     if not _first_key(value, keys):
-        known = ", ".join([*record["summary"], *record])
-        raise RecordError(f"{path}: no key {keys!r}; there are {known}")
+        raise RecordError(f"{path}: no key {keys!r}; there are {', '.join(value)}")
     while keys:
         key = _first_key(value, keys)
         if key is None:
@@ -112,22 +109,17 @@ class Table:
 
     def __str__(self) -> str:
         lines = [self.head, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [
-            [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-            for line in lines
-        ]
-        for cells, (first, *_) in zip(aligned, lines, strict=True):
-            cells[0] = first.ljust(widths[0])
-        texts = ["  ".join(cells).rstrip() for cells in aligned]
+        left, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+        texts = []
+        for name, *values in lines:
+            cells = [v.rjust(width) for v, width in zip(values, widths, strict=True)]
+            texts.append("  ".join([name.ljust(left), *cells]).rstrip())
         return "\n".join([self.caption, *texts] if self.caption else texts)
 
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
+        head, *rows = (f"| {' | '.join(line)} |" for line in [self.head, *self.rows])
         rule = "|---|" + "---:|" * (len(self.head) - 1)
-        head, *rows = (
-            "| " + " | ".join(line) + " |" for line in [self.head, *self.rows]
-        )
         above = [self.caption, ""] if self.caption else []
         return "\n".join([*above, head, rule, *rows])

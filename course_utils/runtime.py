@@ -46,11 +46,8 @@ def get_profile(name: str | None = None) -> Profile:
     """Choose the profile of this run, with the dtype this hardware computes well in.
 
     ``None`` reads the environment variable ``COURSE_PROFILE``, and without it looks
-    at the hardware.
-
-    Raises:
-        ValueError: the name is no profile's, or ``COURSE_DEVICE`` is no device.
-        RuntimeError: ``t4`` needs a CUDA card and there is none.
+    at the hardware. Raises ValueError: the name is no profile's, or ``COURSE_DEVICE``
+    is no device; RuntimeError: ``t4`` needs a CUDA card and there is none.
     """
     chosen = name or os.environ.get("COURSE_PROFILE")
     if chosen and chosen not in PROFILES:

@@ -1,13 +1,13 @@
-"""Small interactive tools, each with a static twin that draws the same figure.
+"""An interactive memory planner, and the static figure that it draws.
 
-Where ipywidgets is missing, or in the profile `smoke`, which no one watches, the twin
-is shown. Only what ipywidgets 7 and 8 share is used.
+Where ipywidgets is missing, or in the profile `smoke`, which no one watches, the figure
+alone is shown. Only what ipywidgets 7 and 8 share is used.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from course_utils import runtime
@@ -75,74 +75,15 @@ def planner_figure(
     return plotting.plot_memory(parts, limit=limit, limit_name=gpu, title=title)
 
 
-def _rank_errors(weight: Any) -> tuple[Any, tuple[int, int]]:
-    """Relative Frobenius error of the best approximation of each rank, and the shape.
-
-    By Eckart and Young the best rank-r error is the root of the squared singular
-    values left out, so that entry 0 is 1.0.
-    """
-    import numpy as np
-
-    if hasattr(weight, "detach"):
-        weight = weight.detach().float().cpu().numpy()
-    weight = np.asarray(weight, dtype=np.float64)
-    if weight.ndim != 2:
-        raise ValueError(f"a matrix has two dimensions, this has {weight.ndim}")
-    squares = np.linalg.svd(weight, compute_uv=False) ** 2
-    left_out = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-    return np.sqrt(left_out / left_out[0]), weight.shape
-
-
-def _rank_figure(errors: Any, shape: tuple[int, int], rank: int) -> Axes:
-    """Draw what rank r keeps of a weight (`_rank_errors`), and what it costs."""
-    from course_utils import plotting
-
-    m, n = shape
-    if not 0 <= rank < len(errors):
-        raise ValueError(f"rank is 0 to {len(errors) - 1} here, not {rank}")
-    ranks = range(len(errors))
-    share = [100 * r * (m + n) / (m * n) for r in ranks]
-    ax = plotting.new_axes()
-    look = {"linewidth": 1.4, "markersize": 4, "markevery": max(len(errors) // 8, 1)}
-    ax.plot(ranks, 100 * errors, "o-", color="#0072b2", label="error", **look)
-    label = "parameters, of the whole weight's"
-    ax.plot(ranks, share, "s--", color="#d55e00", label=label, **look)
-    ax.axvline(rank, color="black", linewidth=1, linestyle=":")
-    ax.set_ylim(0, 105)
-    title = (
-        f"rank {rank} of {len(errors) - 1}: error {100 * errors[rank]:.1f} %, "
-        f"{rank * (m + n):,} of {m * n:,} parameters ({share[rank]:.1f} %)"
-    )
-    return plotting.finish(ax, xlabel="rank r", ylabel="per cent", title=title)
-
-
-def _widgets() -> Any:
-    """The module ipywidgets, or None where it is missing or no one watches."""
-    try:
-        import ipywidgets
-    except ImportError:
-        return None
-    return None if runtime.get_profile().name == "smoke" else ipywidgets
-
-
-def _tool(w: Any, draw: Callable[..., Axes], controls: dict[str, Any]) -> Any:
-    """Controls, three in a row, above the figure that `draw(**values)` makes."""
-    import matplotlib.pyplot as plt
-
-    def show(**values: Any) -> None:
-        draw(**values)
-        plt.show()
-
-    row = list(controls.values())
-    rows = [w.HBox(row[start : start + 3]) for start in range(0, len(row), 3)]
-    return w.VBox([*rows, w.interactive_output(show, controls)])
-
-
 def memory_planner(**start: Any) -> Any:
     """Plan a run, from `start` on, values of `planner_figure`: a bar and a verdict."""
-    w = _widgets()
-    if w is None:
+    if runtime.get_profile().name == "smoke":
         return planner_figure(**start)
+    try:
+        import ipywidgets as w
+    except ImportError:
+        return planner_figure(**start)
+    import matplotlib.pyplot as plt
 
     def choose(name: str, label: str, options: Iterable, default: Any) -> Any:
         by_text = {str(option).lower(): option for option in options}
@@ -155,8 +96,7 @@ def memory_planner(**start: Any) -> Any:
         return w.Dropdown(options=options, value=value, description=label, style=style)
 
     def tick(name: str, label: str) -> Any:
-        value = bool(start.get(name, False))
-        return w.Checkbox(value=value, description=label, indent=False)
+        return w.Checkbox(value=bool(start.get(name)), description=label, indent=False)
 
     powers = [2**k for k in range(13)]
     controls = {
@@ -169,18 +109,11 @@ def memory_planner(**start: Any) -> Any:
         "gradient_checkpointing": tick("gradient_checkpointing", "checkpointing"),
         "chunked_loss": tick("chunked_loss", "chunked loss"),
     }
-    return _tool(w, planner_figure, controls)
 
+    def show(**values: Any) -> None:
+        planner_figure(**values)
+        plt.show()
 
-def rank_slider(weight: Any, rank: int = 8) -> Any:
-    """Slide through the ranks of the best approximations of a matrix (m, n).
-
-    Raises ValueError: the weight is not a matrix, or has no such rank.
-    """
-    errors, shape = _rank_errors(weight)
-    w = _widgets()
-    if w is None:
-        return _rank_figure(errors, shape, rank)
-    limits = {"min": 0, "max": len(errors) - 1, "continuous_update": False}
-    slider = w.IntSlider(value=rank, description="rank", **limits)
-    return _tool(w, lambda rank: _rank_figure(errors, shape, rank), {"rank": slider})
+    row = list(controls.values())
+    rows = [w.HBox(row[start : start + 3]) for start in range(0, len(row), 3)]
+    return w.VBox([*rows, w.interactive_output(show, controls)])

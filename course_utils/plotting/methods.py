@@ -34,15 +34,11 @@ def plot_rate_panels(
 ) -> list[Axes]:
     """Draw loss against learning rate, one small panel a method.
 
+    `losses` are {method: {learning rate: loss, None where it is not a number}}; `own`
+    are {method: (learning rate, loss)} of the reader, markers with a red edge.
     All share the vertical axis, which ends at three times the worst method's best loss;
     what lies above, or is None, is a cross at the upper edge. The best rate of each
     method carries a ring and stands over its panel.
-
-    Args:
-        losses: {method: {learning rate: loss, None where it is not a number}}.
-        own: {method: (learning rate, loss)} of the reader, markers with a red edge.
-        ylabel: with the unit of the losses.
-
     Raises ValueError: there is no method, or a method has no rate.
     """
     import matplotlib.pyplot as plt
@@ -96,9 +92,7 @@ def _draw_rates(ax: Axes, losses: Mapping, limits: tuple, style: Mapping) -> Non
     if off_scale:  # an empty line that is not clipped would upset the layout
         look = {"color": style["color"], "markersize": 5, "clip_on": False}
         ax.plot(off_scale, [limits[1]] * len(off_scale), "x", **look)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_ylim(limits)
+    ax.set(xscale="log", yscale="log", ylim=limits)
     ax.margins(x=0.18)
     ax.tick_params(labelsize=7)
     ax.xaxis.set_major_locator(LogLocator(numticks=4))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_utils.plotting.style import (
     METHOD_COLOURS,
+    METHOD_NAMES,
     METHOD_STYLES,
     display_name,
     finish,
@@ -54,22 +55,18 @@ def plot_loss(
 ) -> Axes:
     """Draw loss against optimiser steps: training as lines, validation as markers.
 
-    Args:
-        runs: a history with `.steps .loss .eval_steps .eval_loss`, a recorded run (a
-            dict with `"loss"`), a sequence of losses, or {label: any of these}.
-        recorded: the same, of runs made before, which are drawn paler behind.
-        ylabel: what the loss is, with its unit.
-
+    `runs` are a history with `.steps .loss .eval_steps .eval_loss`, a recorded run (a
+    dict with `"loss"`), a sequence of losses, or {label: any of these}; `recorded` are
+    the same, of runs made before, which are drawn paler behind.
     Raises ValueError: there is no loss to draw.
     """
     ax = new_axes(ax)
     live, old = _labelled(runs), _labelled({} if recorded is None else recorded)
     styles = line_styles([*live, *old])
-    validated = False
     for group, pale in ((old, True), (live, False)):
         for label, run in group.items():
-            validated |= _draw_run(ax, run, label, styles[label], pale)
-    if validated:
+            _draw_run(ax, run, label, styles[label], pale)
+    if any(len(_curves(run)[3]) for run in [*live.values(), *old.values()]):
         look = _MARKS | {"markerfacecolor": "white", "markeredgecolor": "#444444"}
         ax.plot([], [], marker="o", label="validation (markers)", **look)
     if log:
@@ -94,10 +91,7 @@ def _labelled(runs: Any) -> Mapping[str, Any]:
     return runs if isinstance(runs, Mapping) and "loss" not in runs else {"": runs}
 
 
-def _draw_run(
-    ax: Axes, run: Any, label: str, style: Mapping[str, Any], pale: bool
-) -> bool:
-    """Draw a run's curves; tell whether it has validation losses."""
+def _draw_run(ax: Axes, run: Any, label: str, style: Mapping, pale: bool) -> None:
     steps, loss, eval_steps, eval_loss = _curves(run)
     if not len(loss) and not len(eval_loss):
         raise ValueError(f"there is no loss to draw in run {label!r}")
@@ -111,7 +105,6 @@ def _draw_run(
         edge = {"marker": style["marker"], "markeredgecolor": style["color"]}
         edge["markerfacecolor"] = style["color"] if pale else "white"
         ax.plot(eval_steps, eval_loss, **look | _MARKS | edge)
-    return bool(len(eval_loss))
 
 
 def plot_spectrum(
@@ -121,12 +114,10 @@ def plot_spectrum(
     rank: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw singular values from the largest to the smallest.
+    """Draw {label: singular values (n,)} from the largest to the smallest.
 
-    Args:
-        spectra: {label: singular values (n,)}.
-        energy: draw instead what per cent of the squared sum the first k values hold.
-        rank: marked with a vertical line.
+    With `energy`, draw instead what per cent of the squared sum the first k values
+    hold. A vertical line marks `rank`.
     """
     import numpy as np
 
@@ -187,9 +178,8 @@ def plot_memory(
         ax.set_yticks([])
     ax.set_xlim(0, max(ends) * 1.2)
     finish(ax, xlabel="memory (GiB)", legend=False)
-    if title:
-        pad = None if limit is None else 16  # above the name of the line
-        ax.set_title(title, fontsize=9.5, loc="left", pad=pad)
+    pad = None if limit is None else 16  # above the name of the line
+    ax.set_title(title, fontsize=9.5, loc="left", pad=pad)
     legend_below(ax, ncols=min(len(names), 4), handlelength=1.8)
     return ax
 
@@ -245,14 +235,14 @@ def plot_predicted(
     ax.plot(ends, ends, color="#777777", linewidth=1, zorder=2)
     for label, point in points.items():
         method = method_of(label)
-        name = display_name(method) if method else "other"
-        filled = label not in hollow
-        first = name not in ax.get_legend_handles_labels()[1]
-        look = {"color": METHOD_COLOURS.get(method, "#555555"), "linestyle": ""}
-        look["marker"] = METHOD_STYLES[method]["marker"] if method else "o"
-        look["markerfacecolor"] = look["color"] if filled else "white"
-        look["label"] = name if filled and first else None
-        ax.plot(*point, markersize=6, zorder=3, **look)
+        look = METHOD_STYLES.get(method, {"marker": "o"}) | {"linestyle": ""}
+        name = METHOD_NAMES.get(method, "other")
+        if label in hollow:
+            look["markerfacecolor"] = "white"
+        elif name not in ax.get_legend_handles_labels()[1]:
+            look["label"] = name
+        colour = METHOD_COLOURS.get(method, "#555555")
+        ax.plot(*point, color=colour, markersize=6, zorder=3, **look)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     for axis in (ax.xaxis, ax.yaxis):
@@ -262,12 +252,13 @@ def plot_predicted(
     return finish(ax, **labels, legend=True, loc="lower right", handlelength=1.5)
 
 
-def _scores(seeds: Any) -> list[float]:
-    """The scores of one seed or several, NaN for a run that broke."""
+def _scores(seeds: Any, percent: bool) -> list[float]:
+    """The scores to draw of one seed or several, NaN for a run that broke."""
     values = seeds if isinstance(seeds, Sequence) else [seeds]
     if not values:
         raise ValueError("there are no scores to draw")
-    return [math.nan if value is None else float(value) for value in values]
+    scale = 100 if percent else 1
+    return [math.nan if value is None else scale * float(value) for value in values]
 
 
 def plot_comparison(
@@ -283,10 +274,9 @@ def plot_comparison(
     `percent`, scores are 0 to 1 and shown in per cent.
     """
     ax = new_axes(ax)
-    scale = 100.0 if percent else 1.0
     ends = []
     for row, (label, style) in enumerate(line_styles(scores).items()):
-        values = [scale * value for value in _scores(scores[label])]
+        values = _scores(scores[label], percent)
         mean, low, high = sum(values) / len(values), min(values), max(values)
         ax.barh(row, mean, color=style["color"], height=0.62, alpha=0.85)
         text = f"{mean:.0f} %" if percent else f"{mean:,.3g}"
@@ -344,11 +334,10 @@ def plot_learning_rates(
     broke, and leaves a gap. With `percent`, scores are 0 to 1 and shown in per cent.
     """
     ax = new_axes(ax)
-    scale = 100.0 if percent else 1.0
     best = max if higher_is_better else min
     for label, style in line_styles(scores).items():
         rates = sorted(scores[label])
-        seeds = [[scale * v for v in _scores(scores[label][rate])] for rate in rates]
+        seeds = [_scores(scores[label][rate], percent) for rate in rates]
         means = [sum(values) / len(values) for values in seeds]
         look = {"linewidth": 1.5, "markersize": 5} | style
         ax.plot(rates, means, label=display_name(label), **look)

@@ -85,13 +85,8 @@ def plot_mask(
 
     The texts run on like a page, with a gap between examples, a run of padding as one
     cell with its count; `compact` draws a small grid without text, one row an example.
-
-    Args:
-        input_ids: token ids (T,) or (B, T), lists or tensors; or the tokens' texts.
-        labels: the same shape, -100 on what is not learned.
-        attention_mask: the same shape, 0 on padding.
-
-    Raises ValueError: the shapes differ.
+    `input_ids` are token ids (T,) or (B, T), lists or tensors, or the tokens' texts;
+    `attention_mask` is 0 on padding. Raises ValueError: the shapes differ.
     """
     from matplotlib.patches import Patch
 

@@ -8,6 +8,7 @@ experiments of them on other data.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -189,12 +190,9 @@ def neighbour(rate: float, turn: int) -> float:
 def grid(first: float, losses: dict[float, float | None]) -> tuple[list[float], bool]:
     """The rates to try: three, and further ones while the best is at an edge.
 
-    Args:
-        first: the rate in the middle of the first three.
-        losses: {rate: final validation loss} of what is known; None is not a number.
-
-    Returns:
-        Rates from the lowest up, and whether all are known with the best inside.
+    `first` is the middle of the first three, `losses` are {rate: final validation loss}
+    of what is known, None where it is not a number. Returns rates from the lowest up,
+    and whether all are known with the best inside.
 
     >>> grid(1e-3, {3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.9})
     ([0.0001, 0.0003, 0.001, 0.003], False)
@@ -219,17 +217,13 @@ def best_of(losses: dict[float, float | None]) -> float:
     )
 
 
-# --- one run -----------------------------------------------------------------------
-
-
 def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
     """Train, measure, and return a run as records hold it.
 
-    Returns:
-        `label`, `settings`, `seed`, `loss` by step (nats a token), `eval_loss` as
-        [step, loss] pairs, `trainable_parameters`, `metrics`, `measured` (seconds,
-        bytes), `seconds` in all; with test examples `predictions`, `references` and,
-        where there are some, `slices`.
+    It has `label`, `settings`, `seed`, `loss` by step (nats a token), `eval_loss` as
+    [step, loss] pairs, `trainable_parameters`, `metrics`, `measured` (seconds, bytes),
+    `seconds` in all; with test examples `predictions`, `references` and, where there
+    are some, `slices`.
     """
     begun = time.perf_counter()
     if isinstance(experiment.method, Prompting):
@@ -325,11 +319,9 @@ def train(
 ) -> dict[str, Any]:
     """Train on the path that the lessons use, and return a run without answers.
 
-    Args:
-        model, records: of `make_model`, and the tokenized training set.
-        folder: for checkpoints.
-        resume_from: a checkpoint to go on from, `before_s` seconds of training old.
-        arguments: of `sft_config`, before those of the experiment.
+    `model` is of `make_model`, `records` the tokenized training set, `folder` for
+    checkpoints, `resume_from` one to go on from, `before_s` seconds of training old;
+    `arguments` are of `sft_config`, and win over the experiment's.
     """
     import datasets
     from trl import SFTTrainer
@@ -434,8 +426,7 @@ def add_test(run: dict[str, Any], experiment: Experiment, model: Any) -> None:
 def answers_of(scored: Evaluation) -> dict[str, list[str]]:
     """`predictions`, `references` and, where there are some, `slices`."""
     names = ("predictions", "references", "slices")
-    values = {name: getattr(scored, name) for name in names}
-    return {name: list(texts) for name, texts in values.items() if texts}
+    return {name: list(texts) for name in names if (texts := getattr(scored, name))}
 
 
 def to_dtype(model: Any, dtype: Any) -> None:
@@ -460,7 +451,10 @@ def split_sizes(data: str, batch_size: int) -> dict[str, int]:
             cure="Write one prompt and one completion from each conversation.",
             file=data,
         )
-    sizes = {split: _size(data, split) for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    for split in SPLITS:
+        with contextlib.suppress(DataError):  # the data are fine, a split is empty
+            sizes[split] = len(load_examples(data, split))
     if not all(sizes.values()) or sizes["train"] < batch_size:
         counts = ", ".join(f"{n} {split}" for split, n in sizes.items())
         raise DataError(
@@ -482,26 +476,15 @@ def split_sizes(data: str, batch_size: int) -> dict[str, int]:
     return sizes
 
 
-def _size(data: str, split: str) -> int:
-    try:
-        return len(load_examples(data, split))
-    except DataError:  # the file or folder is fine: this split is empty
-        return 0
-
-
 def plan(
     data: str, methods: Sequence[str], rates: Mapping[str, float], **settings: Any
 ) -> dict[str, Experiment]:
     """Define one experiment a method: {its name: its experiment}.
 
     Prompt tuning and a prefix start from the course's own task in the sweep; on other
-    data they start from the vocabulary and as PEFT does.
-
-    Args:
-        methods: names, of `METHODS` or `ZERO_SHOT`; case does not matter.
-        rates: {name: learning rate}; the sweep's first rate where it has none.
-
-    Raises ValueError: a name is unknown; says the known ones.
+    data they start from the vocabulary and as PEFT does. Names are of `METHODS` or
+    `ZERO_SHOT`, in any case; where `rates`, {name: learning rate}, has none, it is the
+    sweep's first one. Raises ValueError: a name is unknown; says the known ones.
     """
     names = {name.lower(): name for name in [*METHODS, ZERO_SHOT]}
     if unknown := [m for m in [*methods, *rates] if m.lower() not in names]:

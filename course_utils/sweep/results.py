@@ -29,8 +29,7 @@ from course_utils.sweep.experiment import (
 )
 
 FAMILIES = ("08_low_rank", "08_others")
-# A few steps of each method, timed with nothing else on the machine.
-SPEED = "08_speed"
+SPEED = "08_speed"  # a few steps of each method, nothing else on the machine
 # Longer runs of other lessons, on the same data: record, label of the run.
 LONG = (
     ("02_full", "full"),
@@ -44,9 +43,6 @@ OWN_BATCH = 4  # examples in a step of `compare_on`
 
 # {learning rate: (final validation loss, exact match, field F1)}
 Rates = dict[float, tuple[float | None, float | None, float | None]]
-
-
-# --- what the records hold ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class MethodResult:
     by_slice: dict[str, float] = field(default_factory=dict)
     by_field: dict[str, float] = field(default_factory=dict)
     trainable_parameters: int = 0
-    adapter_bytes: int | None = None  # to be kept for each task
+    adapter_bytes: float | None = None  # to be kept for each task
     peak_bytes: int | None = None  # the most that tensors took in one step
     seconds: float | None = None  # of the training alone, as `08_speed` timed its steps
     general_before: float | None = None  # share of general questions answered
@@ -137,11 +133,10 @@ def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
     all_seeds = {run["seed"] for run in chosen} >= set(SEEDS)
     losses = [_final(run) for run in chosen]
     metrics = [run["metrics"] for run in chosen]
-    general = [
-        run["measured"]["general_questions"]
-        for run in chosen
-        if "general_questions" in run.get("measured", {})
-    ]
+    measured = [run.get("measured", {}) for run in chosen]
+    here = [m for m, run in zip(measured, chosen, strict=True) if "machine" not in run]
+    costs = here or measured  # of the record's own machine, where it made a run
+    general = [m["general_questions"] for m in measured if "general_questions" in m]
     return MethodResult(
         name=name,
         method=method_of(name) or name,
@@ -156,7 +151,9 @@ def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
         general_before=_mean(g["before"]["answer_share"] for g in general),
         general_after=_mean(g["after"]["answer_share"] for g in general),
         complete=not best or (inside and all_seeds and None not in losses),
-        **_costs(chosen, trained=bool(best)),
+        adapter_bytes=_mean(c.get("adapter_bytes") for c in costs) if best else 0,
+        peak_bytes=costs[0].get("peak_bytes"),  # other seeds: other batches
+        seconds=_mean(c.get("train_seconds") for c in costs) if best else 0.0,
     )
 
 
@@ -172,17 +169,10 @@ def _rates(runs: Sequence[dict]) -> Rates:
     }
 
 
-def _costs(runs: Sequence[dict], *, trained: bool) -> dict[str, float | None]:
-    """Bytes and seconds, of one machine: the record's own, where it made a run."""
-    own = [run.get("measured", {}) for run in runs if "machine" not in run]
-    measured = own or [run.get("measured", {}) for run in runs]
-    adapter = _mean(m.get("adapter_bytes") for m in measured)
-    untrained = None if trained else 0
-    return {
-        "adapter_bytes": untrained if adapter is None else round(adapter),
-        "peak_bytes": measured[0].get("peak_bytes"),  # other seeds: other batches
-        "seconds": _mean(m.get("train_seconds") for m in measured) if trained else 0.0,
-    }
+def _runs(record: str) -> list[dict]:
+    """The runs of a record; none where it is missing."""
+    missing = record not in records.list_records()
+    return [] if missing else records.load_record(record)["runs"]
 
 
 def recorded_methods() -> list[MethodResult]:
@@ -190,13 +180,12 @@ def recorded_methods() -> list[MethodResult]:
 
     Their order is that of the records; a record that is not there is left out.
     """
-    recorded = set(records.list_records())
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in FAMILIES:
-        for run in records.load_record(record)["runs"] if record in recorded else []:
+        for run in _runs(record):
             groups.setdefault((record, split_label(run)[0]), []).append(run)
     step_seconds: dict[str, list[float]] = {}
-    for run in records.load_record(SPEED)["runs"] if SPEED in recorded else []:
+    for run in _runs(SPEED):
         seconds = run["measured"]["train_seconds"] / run["settings"]["steps"]
         step_seconds.setdefault(run["label"], []).append(seconds)
     results = []
@@ -211,20 +200,16 @@ def recorded_methods() -> list[MethodResult]:
 def long_runs() -> dict[str, float]:
     """Exact match of other lessons' runs: longer, one seed, other test sentences.
 
-    Returns:
-        {"LoRA, long (150 x 8)": share}: in brackets optimiser steps and batch size.
+    Of the form {"LoRA, long (150 x 8)": share}, after optimiser steps and batch size.
     """
-    recorded, scores = set(records.list_records()), {}
+    scores = {}
     for record, label in LONG:
-        for run in records.load_record(record)["runs"] if record in recorded else []:
+        for run in _runs(record):
             if run["label"] == label and "exact_match" in run["metrics"]:
                 made = run["settings"]
                 key = f"{label}, long ({made['steps']} x {made['batch_size']})"
                 scores[key] = run["metrics"]["exact_match"]
     return scores
-
-
-# --- the table ---------------------------------------------------------------------
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -286,11 +271,12 @@ def methods_table(
     general = "general questions"
     if len(before) == 1:
         general += f" (before: {before.pop()} %)"
-    names = "method, best rate, exact match, field F1, validation loss, "
-    names += "trained parameters, share, file, peak, training"
-    head = (*names.split(", "), general)
-    rows = [_row(r, total_parameters, marked) for r in results]
-    return Table(head, tuple(rows), caption)
+    head = (
+        *("method", "best rate", "exact match", "field F1", "validation loss"),
+        *("trained parameters", "share", "file", "peak", "training", general),
+    )
+    rows = tuple(_row(r, total_parameters, marked) for r in results)
+    return Table(head, rows, caption)
 
 
 def _row(r: MethodResult, total_parameters: int, marked: bool) -> tuple[str, ...]:
@@ -311,27 +297,19 @@ def _row(r: MethodResult, total_parameters: int, marked: bool) -> tuple[str, ...
     )
 
 
-# --- the order ---------------------------------------------------------------------
-
-
 def agreement(mine: Mapping[str, float], results: Iterable[MethodResult]) -> str:
     """Say whether the reader's methods stand in the recorded order of their losses.
 
-    If not, which pairs changed places, and whether their recorded seeds overlap.
-
-    Args:
-        mine: {name of a method: validation loss}; one that is not finite is the worst.
-        results: of `recorded_methods`; means over their seeds make the order.
+    If not, which pairs changed places, and whether their recorded seeds overlap. `mine`
+    are {name of a method: validation loss}, where one that is not finite is the worst;
+    means over the seeds of `recorded_methods` make the recorded order.
     """
     seeds = {r.name: r.eval_loss for r in results}
     names = [name for name in mine if seeds.get(name)]
     if len(names) < 2:
         return "Nothing to compare yet: fewer than two of your methods are recorded."
     recorded = {name: _mean(seeds[name]) for name in names}
-    own = {name: float(mine[name]) for name in names}
-    own = {
-        name: loss if math.isfinite(loss) else math.inf for name, loss in own.items()
-    }
+    own = {n: mine[n] if math.isfinite(mine[n]) else math.inf for n in names}
     names.sort(key=recorded.get)
     swapped = [
         (first, second)
@@ -355,9 +333,6 @@ def _seeds_say(a: tuple[float, ...], b: tuple[float, ...]) -> str:
     if max(min(a), min(b)) <= min(max(a), max(b)):
         return "their recorded seeds overlap: noise"
     return "their recorded seeds do not overlap: a shorter run, or other settings"
-
-
-# --- the reader's data and model ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -402,9 +377,8 @@ def compare_on(
         rates: {name of a method: learning rate} where the recorded one will not do.
         template: None takes the tokenizer's own, "plain" where it has none.
 
-    Raises:
-        DataError: the data cannot be used, or there are too few examples.
-        ValueError: a method is unknown; says the known ones.
+    Raises DataError: the data cannot be used, or there are too few examples;
+    ValueError: a method is unknown; says the known ones.
     """
     data = str(data)
     recorded = {r.name: r.learning_rate for r in recorded_methods() if r.learning_rate}
@@ -446,5 +420,5 @@ def compare_on(
         f"{'text' if as_text else 'JSON'}, on {answered} test examples; one seed, so "
         "small differences are noise.",
     )
-    values = tuple(results.values()), sizes, as_text, table, tuple(runs.values())
-    return OwnComparison(*values)
+    found, made = tuple(results.values()), tuple(runs.values())
+    return OwnComparison(found, sizes, as_text, table, made)

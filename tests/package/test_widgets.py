@@ -1,4 +1,4 @@
-"""Widgets and their static twins: the same figures, with and without ipywidgets."""
+"""The memory planner and its static twin: the same figure, with widgets or without."""
 
 import sys
 
@@ -7,9 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
-import torch
 
 from course_utils import memory, widgets
 
@@ -101,63 +99,23 @@ def test_planner_begins_with_what_its_figure_accepts(live):
     assert "16" in title()
 
 
-# --- the rank slider -------------------------------------------------------------
-
-
-def test_rank_errors_are_those_of_the_best_approximation():
-    torch.manual_seed(0)
-    weight = torch.randn(12, 7)
-    errors, shape = widgets._rank_errors(weight)
-    assert shape == (12, 7) and len(errors) == 8
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    for rank in (1, 4):
-        best = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
-        error = (torch.norm(weight - best) / torch.norm(weight)).item()
-        assert errors[rank] == pytest.approx(error, rel=1e-5)
-    assert errors[0] == 1 and errors[-1] == 0
-
-
-def test_rank_figure_counts_parameters(monkeypatch):
-    monkeypatch.setenv("COURSE_PROFILE", "smoke")
-    widgets.rank_slider(np.eye(64, 32), 4)
-    assert title() == "rank 4 of 32: error 93.5 %, 384 of 2,048 parameters (18.8 %)"
-    with pytest.raises(ValueError, match="rank is 0 to 32"):
-        widgets.rank_slider(np.eye(64, 32), 33)
-    with pytest.raises(ValueError, match="two dimensions"):
-        widgets.rank_slider(np.ones(3))
-
-
-def test_rank_slider_moves(live):
-    tool = widgets.rank_slider(torch.eye(16), rank=2)
-    assert title().startswith("rank 2 ")
-    controls_of(tool)["rank"].value = 5
-    assert title().startswith("rank 5 ")
-
-
 # --- without widgets -------------------------------------------------------------
-
-TOOLS = {
-    "planner": lambda: widgets.memory_planner(model="smollm2-360m"),
-    "rank": lambda: widgets.rank_slider(torch.eye(8), 3),
-}
 
 
 @pytest.mark.parametrize("why", ["smoke", "missing"])
-@pytest.mark.parametrize("tool", TOOLS)
-def test_the_twin_is_shown_where_widgets_are_not(tool, why, monkeypatch):
+def test_the_twin_is_shown_where_widgets_are_not(why, monkeypatch):
     if why == "smoke":
         monkeypatch.setenv("COURSE_PROFILE", "smoke")
     else:
         monkeypatch.setenv("COURSE_PROFILE", "cpu")
         monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    assert isinstance(TOOLS[tool](), plt.Axes)
+    assert isinstance(widgets.memory_planner(model="smollm2-360m"), plt.Axes)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_a_tool_where_widgets_are(tool, live):
+def test_a_tool_where_widgets_are(live):
     import ipywidgets
 
-    assert isinstance(TOOLS[tool](), ipywidgets.VBox)
+    assert isinstance(widgets.memory_planner(), ipywidgets.VBox)
 
 
 def test_a_card_may_be_written_in_small_letters():
