@@ -124,23 +124,18 @@ def _read_text(path: Path) -> str:
             raise DataError(content, "UTF-8 text", cure, file=path)
     raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark of Windows editors
     if b"\0" in raw:
+        position, fault = raw.index(b"\0"), "a NUL byte (0x00)"
         cure = "The file is binary, damaged or UTF-16: save it again as UTF-8."
-        place = _place(path, raw, raw.index(b"\0"))
-        raise DataError("a NUL byte (0x00)", "UTF-8 text", cure, **place)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        fault = f"the byte 0x{raw[error.start]:02X}, which is not UTF-8"
+    else:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            position = error.start
+        fault = f"the byte 0x{raw[position]:02X}, which is not UTF-8"
         cure = "Save it again as UTF-8 (it may be Latin-1, GBK or Windows-1252)."
-        place = _place(path, raw, error.start)
-        raise DataError(fault, "UTF-8 text", cure, **place) from None
-
-
-def _place(path: Path, raw: bytes, position: int) -> dict[str, Any]:
-    start = raw.rfind(b"\n", 0, position) + 1
-    before = raw[start:position].decode("utf-8", errors="replace")
-    line = raw.count(b"\n", 0, position) + 1
-    return {"file": path, "line": line, "column": len(before) + 1}
+    line, start = raw.count(b"\n", 0, position) + 1, raw.rfind(b"\n", 0, position) + 1
+    column = len(raw[start:position].decode("utf-8", errors="replace")) + 1
+    raise DataError(fault, "UTF-8 text", cure, file=path, line=line, column=column)
 
 
 # --- JSON ---
@@ -179,17 +174,19 @@ def _refuse_nan(name: str) -> None:
     raise DataError(f"{name}, which is not JSON", "a number, a text or null", cure)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_nan)
+STRICT_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_nan
+)
 
 
 def _decode(
-    path: Path, text: str, line: int, decode: Callable[[str], Any] = _DECODER.decode
+    path: Path, text: str, line: int, decode: Callable[[str], Any] = STRICT_JSON.decode
 ) -> Any:
     """What `decode` makes of a text that begins on `line` of the file."""
     place = {"file": path, "line": line}
     try:
         return decode(text)
-    except DataError as error:  # of the two functions above, which know no place
+    except DataError as error:  # which knows no place
         fault = error.found, error.expected, error.cure
         place["column"] = error.column
     except json.JSONDecodeError as error:
@@ -239,7 +236,9 @@ def _read_json(path: Path) -> list[Record]:
     for _ in values:  # again one by one, since `json` gives no place of a value
         start = _BETWEEN.match(text, end).end()
         line, counted = line + text.count("\n", counted, start), start
-        value, end = _decode(path, text, line, partial(_DECODER.raw_decode, idx=start))
+        value, end = _decode(
+            path, text, line, partial(STRICT_JSON.raw_decode, idx=start)
+        )
         records.append(_as_record(path, line, value))
     return records
 

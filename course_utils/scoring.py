@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from course_utils.data_files import STRICT_JSON
+
 
 def parse_json_object(text: str) -> dict[str, Any] | None:
     """Read `text` as exactly one JSON object, or return None.
@@ -22,9 +24,8 @@ def parse_json_object(text: str) -> dict[str, Any] | None:
     >>> parse_json_object('Sure! {"action": "none"}') is None
     True
     """
-    hooks = {"object_pairs_hook": _without_duplicates, "parse_constant": _no_constant}
     try:
-        value = json.loads(text.strip(), **hooks)
+        value = STRICT_JSON.decode(text.strip())
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -117,16 +118,6 @@ def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str,
             for (path, _), number in fields.items():
                 counts[[key for key in path if isinstance(key, str)][-1]] += number
     return {name: hits[name] / count for name, count in stated.most_common()}
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _same_json(a: Any, b: Any) -> bool:
