@@ -1,8 +1,4 @@
-"""Measure a model on a data set: exact match, field F1, perplexity, forgetting.
-
-The scores themselves live in ``course_utils.scoring`` (strings in, a number out) and
-are offered here too; this module adds the model.
-"""
+"""Measure a model on a data set: exact match, field F1, perplexity, forgetting."""
 
 from __future__ import annotations
 
@@ -45,27 +41,21 @@ class Evaluation:
         """Exact match of each slice, 0 to 1; empty where the data has no slices."""
         if self.slices is None:
             return {}
-        score = _score(self.as_text)
+        score = scoring.exact_text if self.as_text else exact_match
         return scoring.by_slice(self.predictions, self.references, self.slices, score)
 
     def __str__(self) -> str:
-        n = len(self.references)
-        head = f"exact match {self.exact_match:.1%} of {n} · "
-        head += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
-        head += f"{self.seconds:.1f} s"
+        text = f"exact match {self.exact_match:.1%} of {len(self.references)} · "
+        text += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
+        text += f"{self.seconds:.1f} s"
         slices = self.by_slice()
-        if len(slices) < 2:
-            return head
-        width = max(map(len, slices))
-        lines = [
-            f"  {name:<{width}}  {share:6.1%} of {self.slices.count(name)}"
-            for name, share in slices.items()
-        ]
-        return "\n".join([head, *lines])
-
-
-def _score(as_text: bool) -> Any:
-    return scoring.exact_text if as_text else exact_match
+        if len(slices) > 1:
+            width = max(map(len, slices))
+            for name, share in slices.items():
+                text += (
+                    f"\n  {name:<{width}}  {share:6.1%} of {self.slices.count(name)}"
+                )
+        return text
 
 
 def evaluate(
@@ -113,17 +103,14 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    predictions = [_EMPTY_THOUGHT.sub("", text) for text in predictions]
     seconds = time.perf_counter() - start
+    predictions = tuple(_EMPTY_THOUGHT.sub("", text) for text in predictions)
+    if as_text:
+        scores = scoring.exact_text(predictions, references), math.nan
+    else:
+        scores = exact_match(predictions, references), field_f1(predictions, references)
     return Evaluation(
-        _score(as_text)(predictions, references),
-        float("nan") if as_text else field_f1(predictions, references),
-        tuple(predictions),
-        references,
-        prompts,
-        slices,
-        seconds,
-        as_text,
+        *scores, predictions, references, prompts, slices, seconds, as_text
     )
 
 
@@ -162,7 +149,7 @@ def stratified(
     places = {name: max(least, int(share)) for name, share in exact.items()}
     while (spare := limit - sum(places.values())) != 0:
         step = 1 if spare > 0 else -1
-        able = [n for n in groups if step > 0 or places[n] > least]
+        able = [n for n in groups if places[n] + step >= least]
         name = max(able, key=lambda n: step * (exact[n] - places[n]))
         places[name] += step
     chosen = []
@@ -191,10 +178,8 @@ class Perplexity:
     tokens: int  # completion tokens, ends of turn included
 
     def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.4f} nats a token · perplexity {self.perplexity:.3f} "
-            f"· {self.tokens} tokens"
-        )
+        text = f"loss {self.loss:.4f} nats a token · perplexity {self.perplexity:.3f}"
+        return f"{text} · {self.tokens} tokens"
 
 
 def perplexity(
@@ -254,9 +239,9 @@ class AnswerShare:
 
 
 def _contains_answer(text: str, expected: Sequence[str]) -> bool:
-    """Whether `text` holds one of the expected answers as whole words, in any case."""
+    """Whether an expected answer stands in `text` as whole words, in any case."""
     words = "|".join(re.escape(answer.strip()) for answer in expected)
-    return re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE) is not None
+    return bool(re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE))
 
 
 def answer_share(
@@ -271,7 +256,7 @@ def answer_share(
     """Ask general questions; count the answers that contain the expected one.
 
     Each record has a ``prompt`` and ``answers``, strings that each count as right, or
-    ``answer``, one string. Raises a ValueError where a record has no answer.
+    ``answer``, one string; a record without one raises ValueError.
     """
     records = stratified(dataset, limit)
     prompts = _column(records, "prompt")
@@ -288,10 +273,10 @@ def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
     texts = [answers] if isinstance(answers, str) else list(answers or ())
     texts = [text for text in texts if text.strip()]  # a blank would stand everywhere
     if not texts:
-        raise ValueError(
-            f"record {i} has no 'answers' (a list of texts) and no 'answer' (a text); "
-            f"its fields are {sorted(record)}"
+        fault = (
+            f"record {i} has no 'answers' (a list of texts) and no 'answer' (a text)"
         )
+        raise ValueError(f"{fault}; its fields are {sorted(record)}")
     return texts
 
 
@@ -304,10 +289,8 @@ class Forgetting:
     lost: tuple[str, ...]  # the questions answered right before and wrong after
 
     def __str__(self) -> str:
-        return (
-            f"completion loss {self.loss_change:+.3f} nats · right answers "
-            f"{100 * self.share_change:+.1f} points · {len(self.lost)} lost"
-        )
+        text = f"completion loss {self.loss_change:+.3f} nats · right answers "
+        return text + f"{100 * self.share_change:+.1f} points · {len(self.lost)} lost"
 
 
 def forgetting(
