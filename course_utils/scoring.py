@@ -2,7 +2,7 @@
 
 Each function takes what the model answered and the right answers, in the same order,
 and raises a ValueError where their lengths differ, there is nothing to score, or a
-reference is not a JSON object. Lessons and recorded runs are scored by the same ones.
+reference is not a JSON object.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def field_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     hits = stated = 0
     for answers in _parsed(predictions, references):
         predicted, right = map(_fields, answers)
-        hits += (predicted & right).total()
-        stated += predicted.total() + right.total()
+        hits += len(predicted.items() & right.items())
+        stated += len(predicted) + len(right)
     return 2 * hits / stated if stated else 1.0
 
 
@@ -114,9 +114,10 @@ def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str,
     hits, stated = Counter(), Counter()
     for answers in _parsed(predictions, references):
         predicted, right = map(_fields, answers)
-        for counts, fields in ((hits, predicted & right), (stated, right)):
-            for (path, _), number in fields.items():
-                counts[[key for key in path if isinstance(key, str)][-1]] += number
+        for path, value in right.items():
+            name = [key for key in path if isinstance(key, str)][-1]
+            stated[name] += 1
+            hits[name] += predicted.get(path) == value
     return {name: hits[name] / count for name, count in stated.most_common()}
 
 
@@ -147,22 +148,16 @@ def _parsed(
     return list(zip(map(parse_json_object, predictions), rights, strict=True))
 
 
-def _fields(answer: dict[str, Any] | None) -> Counter:
-    """Count the fields of an answer by (path, value); {} and None have none."""
-    fields = Counter()
-    for path, value in _flatten(answer) if answer else ():
-        # As JSON text `true` is not 1; numbers stay numbers: 40 equals 40.0.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fields[path, value if is_number else json.dumps(value)] += 1
-    return fields
+def _fields(value: Any, path: tuple[str | int, ...] = ()) -> dict[tuple, Any]:
+    """The values of a JSON value by path, as {("actions", 0, "level"): 3}.
 
-
-def _flatten(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple]:
-    """List pairs as (("actions", 0, "level"), 3); empty objects and lists are values.
-
-    A path holds keys (texts) and places in lists (numbers).
+    A path holds keys and places in lists. Empty objects and lists are values, but an
+    answer that is {} or None has no fields.
     """
-    if not isinstance(value, dict | list) or not value:
-        return [(path, value)]
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [pair for key, item in items for pair in _flatten(item, (*path, key))]
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [_fields(item, (*path, key)) for key, item in items]
+        return {path: value for part in parts for path, value in part.items()}
+    # As JSON text `true` is not 1; numbers stay numbers: 40 equals 40.0.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {path: value if is_number else json.dumps(value)} if path else {}
