@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 class DataError(ValueError):
     """A data set that cannot be used: where, what was found, and what to do.
 
-    `line` is a text file's line or (`unit`) a table's row, `column` a field's name or
-    the number of a character in the line; numbers count from 1.
+    `line` counts what `unit` names, `column` is a field's name or the number of a
+    character in the line; numbers count from 1.
     """
 
     def __init__(
@@ -163,9 +163,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        fault = f'the field "{twice}" twice in one object'
-        cure = "Delete or rename one of the two."
-        raise DataError(fault, "each field once", cure, column=twice)
+        fault = f'the field "{twice}" twice in one object', "each field once"
+        raise DataError(*fault, "Delete or rename one of the two.", column=twice)
     return fields
 
 
@@ -236,9 +235,8 @@ def _read_json(path: Path) -> list[Record]:
     for _ in values:  # again one by one, since `json` gives no place of a value
         start = _BETWEEN.match(text, end).end()
         line, counted = line + text.count("\n", counted, start), start
-        value, end = _decode(
-            path, text, line, partial(STRICT_JSON.raw_decode, idx=start)
-        )
+        decode = partial(STRICT_JSON.raw_decode, idx=start)
+        value, end = _decode(path, text, line, decode)
         records.append(_as_record(path, line, value))
     return records
 
@@ -257,10 +255,9 @@ def _read_csv(path: Path) -> list[Record]:
                 _check_header(path, row, line)
                 header = row
             elif row and len(row) != len(header):
-                expected = f"{len(header)}, as in the header"
+                fault = f"{len(row)} fields", f"{len(header)}, as in the header"
                 cure = "Put a text with a comma or a quote in it in double quotes."
-                place = {"file": path, "line": line}
-                raise DataError(f"{len(row)} fields", expected, cure, **place)
+                raise DataError(*fault, cure, file=path, line=line)
             elif row:
                 fields = dict(zip(header, row, strict=True))
                 records.append(Record(str(path), line, "line", fields))

@@ -13,12 +13,10 @@ from course_utils import scoring
 from course_utils.formatting import IGNORE, tokenize_example
 from course_utils.inference import decodes, generate, inference_state, last_logits
 from course_utils.scoring import exact_match, field_f1
-from course_utils.templates import find_template
+from course_utils.templates import Template, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from course_utils.templates import Template
 
 # Qwen3's own template has it before each answer, so a model tuned by it writes it.
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
@@ -52,9 +50,8 @@ class Evaluation:
         if len(slices) > 1:
             width = max(map(len, slices))
             for name, share in slices.items():
-                text += (
-                    f"\n  {name:<{width}}  {share:6.1%} of {self.slices.count(name)}"
-                )
+                count = self.slices.count(name)
+                text += f"\n  {name:<{width}}  {share:6.1%} of {count}"
         return text
 
 
@@ -72,15 +69,13 @@ def evaluate(
 ) -> Evaluation:
     """Generate an answer to each prompt, and score it against the completion.
 
+    Records have a ``prompt``, a ``completion`` (one JSON object, unless ``as_text``)
+    and perhaps a ``slice``; ValueError where one lacks any, or there are none.
+
     Args:
-        dataset: records with ``prompt`` and ``completion`` (one JSON object, unless
-            ``as_text``), and perhaps ``slice``.
         limit: score that many records only, chosen by ``stratified``.
         max_new_tokens: None takes 8 more than the longest completion has tokens. A
             right answer that is spread over lines and indented needs more.
-
-    Raises:
-        ValueError: there are no records, or one lacks a prompt or a right completion.
     """
     records = stratified(dataset, limit)
     prompts, references = _column(records, "prompt"), _column(records, "completion")
@@ -147,7 +142,7 @@ def stratified(
     least = 1 if limit >= len(groups) else 0
     exact = {name: limit * len(g) / len(records) for name, g in groups.items()}
     places = {name: max(least, int(share)) for name, share in exact.items()}
-    while (spare := limit - sum(places.values())) != 0:
+    while spare := limit - sum(places.values()):
         step = 1 if spare > 0 else -1
         able = [n for n in groups if places[n] + step >= least]
         name = max(able, key=lambda n: step * (exact[n] - places[n]))
@@ -162,10 +157,9 @@ def stratified(
 def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, ...]:
     """The strings of one column; a ValueError names a record that has none."""
     for i, record in enumerate(records):
-        value = record.get(name)
-        if not isinstance(value, str):
-            other = type(value).__name__
-            raise ValueError(f"record {i}: {name!r} must be a string, found {other}")
+        if not isinstance(record.get(name), str):
+            found = type(record.get(name)).__name__
+            raise ValueError(f"record {i}: {name!r} must be a string, found {found}")
     return tuple(record[name] for record in records)
 
 
@@ -273,10 +267,8 @@ def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
     texts = [answers] if isinstance(answers, str) else list(answers or ())
     texts = [text for text in texts if text.strip()]  # a blank would stand everywhere
     if not texts:
-        fault = (
-            f"record {i} has no 'answers' (a list of texts) and no 'answer' (a text)"
-        )
-        raise ValueError(f"{fault}; its fields are {sorted(record)}")
+        lacks = "no 'answers' (a list of texts) and no 'answer' (a text)"
+        raise ValueError(f"record {i} has {lacks}; its fields are {sorted(record)}")
     return texts
 
 

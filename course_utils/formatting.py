@@ -68,11 +68,8 @@ def tokenize_example(
     Every answer and its end-of-turn token are learned; all other labels are -100.
     A prompt and its answer are tokenized apart, as they are at inference. A record of
     more than `max_length` tokens loses its oldest exchanges until one is left; then
-    that prompt's text is cut from its left, system text last.
-
-    Raises:
-        ValueError: an answer is missing or has no tokens, or the last one does not
-            fit into `max_length` beside the template's markers.
+    that prompt's text is cut from its left, system text last. ValueError: an answer is
+    missing or has no tokens, or the last one and the markers do not fit.
     """
     conversation = read_example(example, template, system)
     reader = _reader(tokenizer)
@@ -99,14 +96,12 @@ def tokenize_dataset(
     import datasets
 
     rows, reader = [], _reader(tokenizer)
+    options = {"template": template, "max_length": max_length}
     for i, example in enumerate(dataset):
         try:
-            features = tokenize_example(
-                example, reader, template=template, max_length=max_length
-            )
+            rows.append(tokenize_example(example, reader, **options))
         except ValueError as error:
             raise ValueError(f"row {i}: {error}") from error
-        rows.append(features)
     return datasets.Dataset.from_list(rows)
 
 
@@ -262,9 +257,8 @@ class _Special(NamedTuple):
     """A token that the tokenizer cuts out of a text before it splits the rest."""
 
     id: int
-    special: bool  # False: an added token that is ordinary vocabulary
-    lstrip: bool
-    rstrip: bool
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class _Run(NamedTuple):
@@ -300,31 +294,23 @@ def _reader(tokenizer: Any) -> _Reader:
 
 @lru_cache(maxsize=8)
 def _make_reader(tokenizer: Any, _steps: tuple, ids: tuple, added: tuple) -> _Reader:
-    tokens = {
-        token.content: _Special(i, token.special, token.lstrip, token.rstrip)
-        for i, token in added
-    }
-    for text, i in ids:
-        known = tokens.get(text, _Special(i, True, False, False))
-        tokens[text] = known._replace(special=True)
+    tokens = {text: _Special(i) for text, i in ids}
+    tokens |= {t.content: _Special(i, t.lstrip, t.rstrip) for i, t in added}
     names = sorted(tokens, key=len, reverse=True)
     pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-    blank = {t.id for name, t in tokens.items() if not (name.strip() or t.special)}
+    special = {i for _, i in ids} | {i for i, t in added if t.special}
+    blank = {token.id for name, token in tokens.items() if not name.strip()} - special
     blank.add(tokenizer.unk_token_id)
-    special = {token.id for token in tokens.values() if token.special} - blank
     within = _within_text(tokenizer)
-    return _Reader(tokenizer, tokens, pattern, special, blank, *within, {})
+    return _Reader(tokenizer, tokens, pattern, special - blank, blank, *within, {})
 
 
 def _encode(
     conversation: Conversation, template: str | Template, reader: _Reader
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation."""
-    tokenizer, special, layout = (
-        reader.tokenizer,
-        reader.special,
-        find_template(template),
-    )
+    tokenizer, special = reader.tokenizer, reader.special
+    layout = find_template(template)
     pieces = lay_out(conversation, layout, tokenizer)
     has_markers = "<|im_start|>" in special and "<|im_end|>" in special
     if not has_markers and "<|im_end|>" in (layout.end or ""):

@@ -150,6 +150,7 @@ def read_example(
     but `messages` that end in the two hold what was said before. Fields that are
     missing, no texts or not learned, and turns out of order, raise ValueError.
     """
+    template = find_template(template)
     if _says_something(example.get("tools")):
         raise ValueError("tools would not be learned: write them into a system text")
     if _says_something(example.get("system")):
@@ -163,7 +164,7 @@ def read_example(
     if chat is not None and not is_pair:
         return _read_messages(chat, system)
 
-    last = _read_fields(example, find_template(template))
+    last = _read_fields(example, template)
     for value in (*last, system):
         if not isinstance(value, str | None):
             raise ValueError(f"expected text, found {type(value).__name__}: {value!r}")
@@ -396,8 +397,8 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     texts, marked = _mark(turns)
     before, places, asking = _own_layout(tokenizer, state, marked)
     _check_shown(turns, texts, dict(places), asks)
+    # What follows each turn where no answer brings a thought of its own.
     bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
-    # What follows each turn, if no answer brings a thought of its own.
     follows = dict(_own_layout(tokenizer, state, bare)[1])
     ending = places[-1][1]
 
@@ -438,15 +439,13 @@ def _opening(before: str, follows_user: str, asking: str, turn: int) -> str:
     """The part of what stands before an answer that the model does not write."""
     opening = asking if follows_user.startswith(asking) else follows_user
     if not before.startswith(opening) or before.count("<think>") > 1:
-        fault = f"has its own thought in turn {turn + 1}"
-        raise _refusal(f"{fault}: take the record's out")
+        raise _refusal(f"has its own thought in turn {turn + 1}: take the record's out")
     return opening
 
 
 def _end_of_own(after: str, ending: str) -> str:
     """The part of what follows an answer that ends it: as the last answer ends."""
-    end = os.path.commonprefix([after, ending])
-    # A part of a marker is none.
+    end = os.path.commonprefix([after, ending])  # less what is no whole marker
     return end if end == ending else re.sub(r"[<\[][^<>\[\]]*$", "", end)
 
 
