@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 class DataError(ValueError):
     """A data set that cannot be used: where, what was found, and what to do.
 
-    `line` is a text file's line or (`unit`) a table's row, `column` a field's name or
-    the number of a character in the line; numbers count from 1.
+    `line` counts what `unit` names, `column` is a field's name or the number of a
+    character in the line; numbers count from 1.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ def describe(value: object) -> str:
     if isinstance(value, str):
         if not value.strip():
             return "a text of blanks" if value else "an empty text"
-        return "the text " + json.dumps(value[:40], ensure_ascii=False)
+        text = json.dumps(value[:40], ensure_ascii=False)
+        return "the text " + text.encode(errors="backslashreplace").decode()
     if isinstance(value, dict):
-        return "an object"
+        return "an object with " + ", ".join(map(repr, value)) if value else "an object"
     if isinstance(value, list | tuple):
         return "a list"
     return f"a value of type {type(value).__name__}"
@@ -123,23 +124,18 @@ def _read_text(path: Path) -> str:
             raise DataError(content, "UTF-8 text", cure, file=path)
     raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark of Windows editors
     if b"\0" in raw:
+        position, fault = raw.index(b"\0"), "a NUL byte (0x00)"
         cure = "The file is binary, damaged or UTF-16: save it again as UTF-8."
-        place = _place(path, raw, raw.index(b"\0"))
-        raise DataError("a NUL byte (0x00)", "UTF-8 text", cure, **place)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        fault = f"the byte 0x{raw[error.start]:02X}, which is not UTF-8"
+    else:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            position = error.start
+        fault = f"the byte 0x{raw[position]:02X}, which is not UTF-8"
         cure = "Save it again as UTF-8 (it may be Latin-1, GBK or Windows-1252)."
-        place = _place(path, raw, error.start)
-        raise DataError(fault, "UTF-8 text", cure, **place) from None
-
-
-def _place(path: Path, raw: bytes, position: int) -> dict[str, Any]:
-    start = raw.rfind(b"\n", 0, position) + 1
-    before = raw[start:position].decode("utf-8", errors="replace")
-    line = raw.count(b"\n", 0, position) + 1
-    return {"file": path, "line": line, "column": len(before) + 1}
+    line, start = raw.count(b"\n", 0, position) + 1, raw.rfind(b"\n", 0, position) + 1
+    column = len(raw[start:position].decode("utf-8", errors="replace")) + 1
+    raise DataError(fault, "UTF-8 text", cure, file=path, line=line, column=column)
 
 
 # --- JSON ---
@@ -167,9 +163,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        fault = f'the field "{twice}" twice in one object'
-        cure = "Delete or rename one of the two."
-        raise DataError(fault, "each field once", cure, column=twice)
+        fault = f'the field "{twice}" twice in one object', "each field once"
+        raise DataError(*fault, "Delete or rename one of the two.", column=twice)
     return fields
 
 
@@ -178,17 +173,19 @@ def _refuse_nan(name: str) -> None:
     raise DataError(f"{name}, which is not JSON", "a number, a text or null", cure)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_nan)
+STRICT_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_nan
+)
 
 
 def _decode(
-    path: Path, text: str, line: int, decode: Callable[[str], Any] = _DECODER.decode
+    path: Path, text: str, line: int, decode: Callable[[str], Any] = STRICT_JSON.decode
 ) -> Any:
     """What `decode` makes of a text that begins on `line` of the file."""
     place = {"file": path, "line": line}
     try:
         return decode(text)
-    except DataError as error:  # of the two functions above, which know no place
+    except DataError as error:  # which knows no place
         fault = error.found, error.expected, error.cure
         place["column"] = error.column
     except json.JSONDecodeError as error:
@@ -238,7 +235,8 @@ def _read_json(path: Path) -> list[Record]:
     for _ in values:  # again one by one, since `json` gives no place of a value
         start = _BETWEEN.match(text, end).end()
         line, counted = line + text.count("\n", counted, start), start
-        value, end = _decode(path, text, line, partial(_DECODER.raw_decode, idx=start))
+        decode = partial(STRICT_JSON.raw_decode, idx=start)
+        value, end = _decode(path, text, line, decode)
         records.append(_as_record(path, line, value))
     return records
 
@@ -257,10 +255,9 @@ def _read_csv(path: Path) -> list[Record]:
                 _check_header(path, row, line)
                 header = row
             elif row and len(row) != len(header):
-                expected = f"{len(header)}, as in the header"
+                fault = f"{len(row)} fields", f"{len(header)}, as in the header"
                 cure = "Put a text with a comma or a quote in it in double quotes."
-                place = {"file": path, "line": line}
-                raise DataError(f"{len(row)} fields", expected, cure, **place)
+                raise DataError(*fault, cure, file=path, line=line)
             elif row:
                 fields = dict(zip(header, row, strict=True))
                 records.append(Record(str(path), line, "line", fields))
@@ -297,8 +294,9 @@ def _read_parquet(path: Path) -> list[Record]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        rows = pyarrow.parquet.ParquetFile(path).read()
+        rows = rows.to_pylist(maps_as_pydicts="strict")  # not lists of pairs
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
         fault = f"no readable Parquet ({str(error).splitlines()[0][:80]})"
         cure = "Write the file again, or check its name."
         raise DataError(fault, "a Parquet table", cure, file=path) from None

@@ -1,8 +1,4 @@
-"""Measure a model on a data set: exact match, field F1, perplexity, forgetting.
-
-The scores themselves live in ``course_utils.scoring`` (strings in, a number out) and
-are offered here too; this module adds the model.
-"""
+"""Measure a model on a data set: exact match, field F1, perplexity, forgetting."""
 
 from __future__ import annotations
 
@@ -17,12 +13,10 @@ from course_utils import scoring
 from course_utils.formatting import IGNORE, tokenize_example
 from course_utils.inference import decodes, generate, inference_state, last_logits
 from course_utils.scoring import exact_match, field_f1
-from course_utils.templates import find_template
+from course_utils.templates import Template, find_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from course_utils.templates import Template
 
 # Qwen3's own template has it before each answer, so a model tuned by it writes it.
 _EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
@@ -45,27 +39,20 @@ class Evaluation:
         """Exact match of each slice, 0 to 1; empty where the data has no slices."""
         if self.slices is None:
             return {}
-        score = _score(self.as_text)
+        score = scoring.exact_text if self.as_text else exact_match
         return scoring.by_slice(self.predictions, self.references, self.slices, score)
 
     def __str__(self) -> str:
-        n = len(self.references)
-        head = f"exact match {self.exact_match:.1%} of {n} · "
-        head += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
-        head += f"{self.seconds:.1f} s"
+        text = f"exact match {self.exact_match:.1%} of {len(self.references)} · "
+        text += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
+        text += f"{self.seconds:.1f} s"
         slices = self.by_slice()
-        if len(slices) < 2:
-            return head
-        width = max(map(len, slices))
-        lines = [
-            f"  {name:<{width}}  {share:6.1%} of {self.slices.count(name)}"
-            for name, share in slices.items()
-        ]
-        return "\n".join([head, *lines])
-
-
-def _score(as_text: bool) -> Any:
-    return scoring.exact_text if as_text else exact_match
+        if len(slices) > 1:
+            width = max(map(len, slices))
+            for name, share in slices.items():
+                count = self.slices.count(name)
+                text += f"\n  {name:<{width}}  {share:6.1%} of {count}"
+        return text
 
 
 def evaluate(
@@ -82,15 +69,13 @@ def evaluate(
 ) -> Evaluation:
     """Generate an answer to each prompt, and score it against the completion.
 
+    Records have a ``prompt``, a ``completion`` (one JSON object, unless ``as_text``)
+    and perhaps a ``slice``; ValueError where one lacks any, or there are none.
+
     Args:
-        dataset: records with ``prompt`` and ``completion`` (one JSON object, unless
-            ``as_text``), and perhaps ``slice``.
         limit: score that many records only, chosen by ``stratified``.
         max_new_tokens: None takes 8 more than the longest completion has tokens. A
             right answer that is spread over lines and indented needs more.
-
-    Raises:
-        ValueError: there are no records, or one lacks a prompt or a right completion.
     """
     records = stratified(dataset, limit)
     prompts, references = _column(records, "prompt"), _column(records, "completion")
@@ -113,17 +98,14 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    predictions = [_EMPTY_THOUGHT.sub("", text) for text in predictions]
     seconds = time.perf_counter() - start
+    predictions = tuple(_EMPTY_THOUGHT.sub("", text) for text in predictions)
+    if as_text:
+        scores = scoring.exact_text(predictions, references), math.nan
+    else:
+        scores = exact_match(predictions, references), field_f1(predictions, references)
     return Evaluation(
-        _score(as_text)(predictions, references),
-        float("nan") if as_text else field_f1(predictions, references),
-        tuple(predictions),
-        references,
-        prompts,
-        slices,
-        seconds,
-        as_text,
+        *scores, predictions, references, prompts, slices, seconds, as_text
     )
 
 
@@ -160,9 +142,9 @@ def stratified(
     least = 1 if limit >= len(groups) else 0
     exact = {name: limit * len(g) / len(records) for name, g in groups.items()}
     places = {name: max(least, int(share)) for name, share in exact.items()}
-    while (spare := limit - sum(places.values())) != 0:
+    while spare := limit - sum(places.values()):
         step = 1 if spare > 0 else -1
-        able = [n for n in groups if step > 0 or places[n] > least]
+        able = [n for n in groups if places[n] + step >= least]
         name = max(able, key=lambda n: step * (exact[n] - places[n]))
         places[name] += step
     chosen = []
@@ -175,10 +157,9 @@ def stratified(
 def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, ...]:
     """The strings of one column; a ValueError names a record that has none."""
     for i, record in enumerate(records):
-        value = record.get(name)
-        if not isinstance(value, str):
-            other = type(value).__name__
-            raise ValueError(f"record {i}: {name!r} must be a string, found {other}")
+        if not isinstance(record.get(name), str):
+            found = type(record.get(name)).__name__
+            raise ValueError(f"record {i}: {name!r} must be a string, found {found}")
     return tuple(record[name] for record in records)
 
 
@@ -191,10 +172,8 @@ class Perplexity:
     tokens: int  # completion tokens, ends of turn included
 
     def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.4f} nats a token · perplexity {self.perplexity:.3f} "
-            f"· {self.tokens} tokens"
-        )
+        text = f"loss {self.loss:.4f} nats a token · perplexity {self.perplexity:.3f}"
+        return f"{text} · {self.tokens} tokens"
 
 
 def perplexity(
@@ -254,9 +233,9 @@ class AnswerShare:
 
 
 def _contains_answer(text: str, expected: Sequence[str]) -> bool:
-    """Whether `text` holds one of the expected answers as whole words, in any case."""
+    """Whether an expected answer stands in `text` as whole words, in any case."""
     words = "|".join(re.escape(answer.strip()) for answer in expected)
-    return re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE) is not None
+    return bool(re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE))
 
 
 def answer_share(
@@ -271,7 +250,7 @@ def answer_share(
     """Ask general questions; count the answers that contain the expected one.
 
     Each record has a ``prompt`` and ``answers``, strings that each count as right, or
-    ``answer``, one string. Raises a ValueError where a record has no answer.
+    ``answer``, one string; a record without one raises ValueError.
     """
     records = stratified(dataset, limit)
     prompts = _column(records, "prompt")
@@ -288,10 +267,8 @@ def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
     texts = [answers] if isinstance(answers, str) else list(answers or ())
     texts = [text for text in texts if text.strip()]  # a blank would stand everywhere
     if not texts:
-        raise ValueError(
-            f"record {i} has no 'answers' (a list of texts) and no 'answer' (a text); "
-            f"its fields are {sorted(record)}"
-        )
+        lacks = "no 'answers' (a list of texts) and no 'answer' (a text)"
+        raise ValueError(f"record {i} has {lacks}; its fields are {sorted(record)}")
     return texts
 
 
@@ -304,10 +281,8 @@ class Forgetting:
     lost: tuple[str, ...]  # the questions answered right before and wrong after
 
     def __str__(self) -> str:
-        return (
-            f"completion loss {self.loss_change:+.3f} nats · right answers "
-            f"{100 * self.share_change:+.1f} points · {len(self.lost)} lost"
-        )
+        text = f"completion loss {self.loss_change:+.3f} nats · right answers "
+        return text + f"{100 * self.share_change:+.1f} points · {len(self.lost)} lost"
 
 
 def forgetting(

@@ -51,9 +51,8 @@ def format_prompt(
     >>> format_prompt({"prompt": "Hello"}, "plain")
     'Human: Hello\\n\\nAssistant: '
     """
-    layout, conversation = _read(example, template, system)
-    pieces = lay_out(conversation.without_last_answer(), layout, tokenizer)
-    return "".join(piece.text for piece in pieces)
+    asked = read_example(example, template, system).without_last_answer()
+    return "".join(piece.text for piece in lay_out(asked, template, tokenizer))
 
 
 def tokenize_example(
@@ -69,23 +68,20 @@ def tokenize_example(
     Every answer and its end-of-turn token are learned; all other labels are -100.
     A prompt and its answer are tokenized apart, as they are at inference. A record of
     more than `max_length` tokens loses its oldest exchanges until one is left; then
-    that prompt's text is cut from its left, system text last.
-
-    Raises:
-        ValueError: an answer is missing or has no tokens, or the last one does not
-            fit into `max_length` beside the template's markers.
+    that prompt's text is cut from its left, system text last. ValueError: an answer is
+    missing or has no tokens, or the last one and the markers do not fit.
     """
-    layout, conversation = _read(example, template, system)
+    conversation = read_example(example, template, system)
     reader = _reader(tokenizer)
     if not all(exchange.answer for exchange in conversation.exchanges):
         raise ValueError("nothing to learn: an answer is missing or empty")
-    ids, labels = _encode(conversation, layout, reader)
+    ids, labels = _encode(conversation, template, reader)
     while max_length is not None and len(ids) > max_length:
         if len(conversation.exchanges) == 1:
-            ids, labels = _cut_to(conversation, layout, reader, max_length)
+            ids, labels = _cut_to(conversation, template, reader, max_length)
             break
-        conversation = Conversation(conversation.system, conversation.exchanges[1:])
-        ids, labels = _encode(conversation, layout, reader)
+        conversation = conversation._replace(exchanges=conversation.exchanges[1:])
+        ids, labels = _encode(conversation, template, reader)
     return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
 
 
@@ -100,14 +96,12 @@ def tokenize_dataset(
     import datasets
 
     rows, reader = [], _reader(tokenizer)
+    options = {"template": template, "max_length": max_length}
     for i, example in enumerate(dataset):
         try:
-            features = tokenize_example(
-                example, reader, template=template, max_length=max_length
-            )
+            rows.append(tokenize_example(example, reader, **options))
         except ValueError as error:
             raise ValueError(f"row {i}: {error}") from error
-        rows.append(features)
     return datasets.Dataset.from_list(rows)
 
 
@@ -123,8 +117,8 @@ def generation_prompt(
     `user_text` is what the user says; or a record, whose last answer is left out.
     """
     example = {"prompt": user_text} if isinstance(user_text, str) else user_text
-    layout, conversation = _read(example, template, system)
-    return _encode(conversation.without_last_answer(), layout, _reader(tokenizer))[0]
+    asked = read_example(example, template, system).without_last_answer()
+    return _encode(asked, template, _reader(tokenizer))[0]
 
 
 def end_of_turn_ids(
@@ -139,9 +133,9 @@ def end_of_turn_ids(
 
 def _end_of_turn_suffix(tokenizer: Any, template: str | Template) -> list[int]:
     """The ids that end each answer in the labels, e.g. `<|im_end|>` and a newline."""
-    layout, conversation = _read({"prompt": "?", "completion": "."}, template)
+    conversation = read_example({"prompt": "?", "completion": "."}, template)
     reader = _reader(tokenizer)
-    ids, labels = _encode(conversation, layout, reader)
+    ids, labels = _encode(conversation, template, reader)
     ends = {token.id for token in reader.special.values()}
     for i in range(len(ids)):
         if labels[i] in ends:
@@ -149,34 +143,29 @@ def _end_of_turn_suffix(tokenizer: Any, template: str | Template) -> list[int]:
     raise ValueError("no special token ends an answer in this template")
 
 
-def _read(
-    example: Mapping[str, Any], template: str | Template, system: str | None = None
-) -> tuple[Template, Conversation]:
-    layout = find_template(template)
-    return layout, read_example(example, layout, system)
-
-
 def _cut_to(
-    conversation: Conversation, layout: Template, reader: _Reader, max_length: int
+    conversation: Conversation,
+    template: str | Template,
+    reader: _Reader,
+    max_length: int,
 ) -> tuple[list[int], list[int]]:
     """Cut the fewest characters (found by halving) with which one exchange fits."""
+
+    def cut(characters: int) -> tuple[list[int], list[int]]:
+        return _encode(conversation.cut(characters), template, reader)
+
     (exchange,) = conversation.exchanges
-    texts = exchange.text + exchange.input + (conversation.system or "")
-    best = _encode(conversation.cut(len(texts)), layout, reader)
-    if len(best[0]) > max_length:
-        learned = sum(label != IGNORE for label in best[1])
+    most = len(exchange.text + exchange.input + (conversation.system or ""))
+    ids, labels = cut(most)
+    if len(ids) > max_length:
+        learned = sum(label != IGNORE for label in labels)
         raise ValueError(
             f"the completion has {learned} tokens and the template's markers "
-            f"{len(best[0]) - learned}, more than max_length={max_length}: "
+            f"{len(ids) - learned}, more than max_length={max_length}: "
             "raise max_length or shorten the completion"
         )
-
-    def fits(characters: int) -> bool:
-        ids, _ = _encode(conversation.cut(characters), layout, reader)
-        return len(ids) <= max_length
-
-    fewest = bisect_left(range(len(texts)), True, key=fits)
-    return _encode(conversation.cut(fewest), layout, reader)
+    fewest = bisect_left(range(most), True, key=lambda n: len(cut(n)[0]) <= max_length)
+    return cut(fewest)
 
 
 # --- batches: padding, and packing without a leak ---
@@ -189,8 +178,7 @@ class CompletionCollator:
     Padding is known by its position, never by its id: it has attention mask 0 and
     label -100, and an end-of-turn token keeps its label where pad = eos. Examples
     from `pack_examples` give `position_ids` in place of an attention mask; their
-    padding is a document of its own, which nothing else attends to, if the model keeps
-    examples apart.
+    padding is one more example, which the others do not see.
     """
 
     tokenizer: PreTrainedTokenizerBase  # pads with its pad token, else eos, else 0
@@ -199,8 +187,7 @@ class CompletionCollator:
     padding_side: str = "right"  # for training; "left" for generation
 
     def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            side = self.padding_side
+        if (side := self.padding_side) not in ("left", "right"):
             raise ValueError(f"padding_side is 'left' or 'right', not {side!r}")
 
     def __call__(
@@ -233,13 +220,12 @@ def pack_examples(
 ) -> list[dict[str, list[int]]]:
     """Put whole examples side by side in rows of at most `max_length` tokens.
 
-    First-fit decreasing: longest first (ties in the given order), each into the first
-    row with room. Positions begin again at 0 with each example, by which transformers
-    keeps examples from seeing each other: pass `position_ids` and no attention mask,
-    in training or with `use_cache=False`. What sees the model (`completion_loss`,
-    `prepare_trainer`) asks whether it does. The first label of each example is -100, as
-    it would be predicted from the example before. An example that is empty or longer
-    than `max_length` raises ValueError.
+    First-fit decreasing: longest first, each into the first row with room. Positions
+    begin again at 0 with each example, by which transformers keeps examples from seeing
+    each other: pass `position_ids` and no attention mask, in training or with
+    `use_cache=False`. What sees the model (`completion_loss`, `prepare_trainer`) asks
+    whether it does. The first label of each example is -100, as it would be predicted
+    from the one before. ValueError: an example is empty or longer than `max_length`.
 
     >>> short, long = [[{"input_ids": x, "labels": x}] for x in ([7, 8], [4, 5, 6])]
     >>> pack_examples(short + long, 8)[0]["position_ids"]
@@ -271,9 +257,8 @@ class _Special(NamedTuple):
     """A token that the tokenizer cuts out of a text before it splits the rest."""
 
     id: int
-    special: bool  # False: an added token that is ordinary vocabulary
-    lstrip: bool
-    rstrip: bool
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class _Run(NamedTuple):
@@ -309,27 +294,23 @@ def _reader(tokenizer: Any) -> _Reader:
 
 @lru_cache(maxsize=8)
 def _make_reader(tokenizer: Any, _steps: tuple, ids: tuple, added: tuple) -> _Reader:
-    tokens = {
-        token.content: _Special(i, token.special, token.lstrip, token.rstrip)
-        for i, token in added
-    }
-    for text, i in ids:
-        known = tokens.get(text, _Special(i, True, False, False))
-        tokens[text] = known._replace(special=True)
+    tokens = {text: _Special(i) for text, i in ids}
+    tokens |= {t.content: _Special(i, t.lstrip, t.rstrip) for i, t in added}
     names = sorted(tokens, key=len, reverse=True)
     pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-    blank = {t.id for name, t in tokens.items() if not (name.strip() or t.special)}
+    special = {i for _, i in ids} | {i for i, t in added if t.special}
+    blank = {token.id for name, token in tokens.items() if not name.strip()} - special
     blank.add(tokenizer.unk_token_id)
-    special = {token.id for token in tokens.values() if token.special} - blank
     within = _within_text(tokenizer)
-    return _Reader(tokenizer, tokens, pattern, special, blank, *within, {})
+    return _Reader(tokenizer, tokens, pattern, special - blank, blank, *within, {})
 
 
 def _encode(
-    conversation: Conversation, layout: Template, reader: _Reader
+    conversation: Conversation, template: str | Template, reader: _Reader
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation."""
     tokenizer, special = reader.tokenizer, reader.special
+    layout = find_template(template)
     pieces = lay_out(conversation, layout, tokenizer)
     has_markers = "<|im_start|>" in special and "<|im_end|>" in special
     if not has_markers and "<|im_end|>" in (layout.end or ""):
@@ -357,22 +338,19 @@ def _runs(
     for piece in pieces:
         for part in [piece.text] if piece.literal else pattern.split(piece.text):
             token = None if piece.literal else special.get(part)
+            part = part.lstrip() if strip else part
+            last = runs[-1] if runs and isinstance(runs[-1].part, str) else None
             if token:
-                if token.lstrip and runs and isinstance(runs[-1].part, str):
-                    runs[-1] = runs[-1]._replace(part=runs[-1].part.rstrip())
+                if last and token.lstrip:
+                    runs[-1] = last._replace(part=last.part.rstrip())
                 runs.append(_Run(token.id, piece.learned, False))
                 strip = token.rstrip
-                continue
-            part = part.lstrip() if strip else part
-            if not part:
-                continue
-            strip = False
-            last = runs[-1] if runs else None
-            if last and isinstance(last.part, str) and last.learned == piece.learned:
+            elif part and last and last.learned == piece.learned:
                 literal = last.literal or piece.literal
                 runs[-1] = _Run(last.part + part, last.learned, literal)
-            else:
+            elif part:
                 runs.append(_Run(part, piece.learned, piece.literal))
+                strip = False
     return runs
 
 
@@ -388,32 +366,27 @@ def _ids_of(runs: list[_Run], reader: _Reader) -> list[list[int]]:
     for i, run in enumerate(runs):
         after_token = i > 0 and isinstance(runs[i - 1].part, int)
         is_within = i > 0 and (reader.first_only or not after_token)
-        run_tokenizer = reader.within_text if is_within else reader.tokenizer
+        tokenizer = reader.within_text if is_within else reader.tokenizer
+        marker = is_within, run.part
         if isinstance(run.part, int):
             ids[i] = [run.part]
         elif run.literal:
-            texts[run_tokenizer].append(i)
+            texts[tokenizer].append(i)
+        elif marker in reader.marker_ids:
+            ids[i] = reader.marker_ids[marker]
         else:
-            key = is_within, run.part
-            if key not in reader.marker_ids:
-                reader.marker_ids[key] = _plain_ids([run.part], run_tokenizer)[0]
-            ids[i] = reader.marker_ids[key]
-    for run_tokenizer, places in texts.items():
-        encoded = _plain_ids([runs[i].part for i in places], run_tokenizer)
-        for i, text_ids in zip(places, encoded, strict=True):
+            ids[i] = reader.marker_ids[marker] = _plain_ids([run.part], tokenizer)[0]
+    for tokenizer, places in texts.items():
+        encoded = _plain_ids([runs[i].part for i in places], tokenizer)
+        for i, new in zip(places, encoded, strict=True):
             text, barred = runs[i].part, forbidden[runs[i].learned]
-            ids[i] = _break_look_alikes(text, text_ids, run_tokenizer, reader, barred)
+            ids[i] = _break_look_alikes(text, new, tokenizer, reader, barred)
     return [ids[i] for i in range(len(runs))]
 
 
 def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+        texts, add_special_tokens=False, split_special_tokens=True, verbose=False
     )["input_ids"]
 
 

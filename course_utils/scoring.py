@@ -2,7 +2,7 @@
 
 Each function takes what the model answered and the right answers, in the same order,
 and raises a ValueError where their lengths differ, there is nothing to score, or a
-reference is not a JSON object. Lessons and recorded runs are scored by the same ones.
+reference is not a JSON object.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from course_utils.data_files import STRICT_JSON
 
 
 def parse_json_object(text: str) -> dict[str, Any] | None:
@@ -22,9 +24,8 @@ def parse_json_object(text: str) -> dict[str, Any] | None:
     >>> parse_json_object('Sure! {"action": "none"}') is None
     True
     """
-    hooks = {"object_pairs_hook": _without_duplicates, "parse_constant": _no_constant}
     try:
-        value = json.loads(text.strip(), **hooks)
+        value = STRICT_JSON.decode(text.strip())
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -66,7 +67,7 @@ def exact_text(predictions: Sequence[str], references: Sequence[str]) -> float:
 def field_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Micro F1 over the fields of all answers, 0 to 1; 1 where there is no field.
 
-    Fields are (path, value) pairs such as `("actions[0].room", "kitchen")`, and
+    Fields are pairs such as `(("actions", 0, "room"), "kitchen")`, and
     F1 = 2 hits / (fields predicted + fields in the references), summed over all
     answers. A prediction that is not one JSON object has no fields.
 
@@ -76,8 +77,8 @@ def field_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     hits = stated = 0
     for answers in _parsed(predictions, references):
         predicted, right = map(_fields, answers)
-        hits += (predicted & right).total()
-        stated += predicted.total() + right.total()
+        hits += len(predicted.items() & right.items())
+        stated += len(predicted) + len(right)
     return 2 * hits / stated if stated else 1.0
 
 
@@ -104,7 +105,8 @@ def by_slice(
 def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Share of the references' fields that the predictions have, by a field's name.
 
-    `actions[0].room` and `room` are both the field `room`; the commonest comes first.
+    A field within others has its own key alone as its name, `room` in
+    `{"actions": [{"room": "hall"}]}`; the commonest comes first.
 
     >>> by_field(['{"a": 1, "b": 2}', "?"], ['{"a": 1, "b": 3}', '{"a": 1}'])
     {'a': 0.5, 'b': 0.0}
@@ -112,20 +114,11 @@ def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str,
     hits, stated = Counter(), Counter()
     for answers in _parsed(predictions, references):
         predicted, right = map(_fields, answers)
-        for counts, fields in ((hits, predicted & right), (stated, right)):
-            for (path, _), number in fields.items():
-                counts[path.rpartition(".")[2].partition("[")[0]] += number
+        for path, value in right.items():
+            name = [key for key in path if isinstance(key, str)][-1]
+            stated[name] += 1
+            hits[name] += predicted.get(path) == value
     return {name: hits[name] / count for name, count in stated.most_common()}
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _same_json(a: Any, b: Any) -> bool:
@@ -155,22 +148,16 @@ def _parsed(
     return list(zip(map(parse_json_object, predictions), rights, strict=True))
 
 
-def _fields(answer: dict[str, Any] | None) -> Counter:
-    """Count the fields of an answer by (path, value); {} and None have none."""
-    fields = Counter()
-    for path, value in _flatten(answer) if answer else ():
-        # As JSON text `true` is not 1; numbers stay numbers: 40 equals 40.0.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fields[path, value if is_number else json.dumps(value)] += 1
-    return fields
+def _fields(value: Any, path: tuple[str | int, ...] = ()) -> dict[tuple, Any]:
+    """The values of a JSON value by path, as {("actions", 0, "level"): 3}.
 
-
-def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """List pairs as ('actions[0].level', 3) of a JSON value; empty ones are values."""
-    if not isinstance(value, dict | list) or not value:
-        return [(path, value)]
-    if isinstance(value, dict):
-        items = [(f"{path}.{key}" if path else key, value[key]) for key in value]
-    else:
-        items = [(f"{path}[{position}]", item) for position, item in enumerate(value)]
-    return [pair for inner, item in items for pair in _flatten(item, inner)]
+    A path holds keys and places in lists. Empty objects and lists are values, but an
+    answer that is {} or None has no fields.
+    """
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [_fields(item, (*path, key)) for key, item in items]
+        return {path: value for part in parts for path, value in part.items()}
+    # As JSON text `true` is not 1; numbers stay numbers: 40 equals 40.0.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {path: value if is_number else json.dumps(value)} if path else {}

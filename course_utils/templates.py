@@ -141,7 +141,7 @@ def with_examples(
 
 
 def read_example(
-    example: Mapping[str, Any], template: Template, system: str | None = None
+    example: Mapping[str, Any], template: str | Template, system: str | None = None
 ) -> Conversation:
     """Read prompt + completion, instruction + input + output, or messages.
 
@@ -150,42 +150,56 @@ def read_example(
     but `messages` that end in the two hold what was said before. Fields that are
     missing, no texts or not learned, and turns out of order, raise ValueError.
     """
+    template = find_template(template)
     if _says_something(example.get("tools")):
         raise ValueError("tools would not be learned: write them into a system text")
+    if _says_something(example.get("system")):
+        system = example["system"]
     prompt, completion = example.get("prompt"), example.get("completion")
     chat = example.get("messages")
-    system = example["system"] if _says_something(example.get("system")) else system
-    is_pair, turns = isinstance(prompt, str) and isinstance(completion, str), []
-    said_by = {"user": prompt, "assistant": completion}
-    for role, said in said_by.items() if chat or not is_pair else ():
-        turn = {"role": role, "content": said}
-        turns += said if isinstance(said, list) else [turn] * (said is not None)
+    turns = _as_turns("user", prompt) + _as_turns("assistant", completion)
     if isinstance(prompt, list) or isinstance(completion, list):  # as TRL has them
         return _read_messages(turns, system)
+    is_pair = isinstance(prompt, str) and isinstance(completion, str)
     if chat is not None and not is_pair:
         return _read_messages(chat, system)
-    text, extra, answer = prompt, "", completion
-    instruction, context = example.get("instruction"), example.get("input") or ""
-    joined = (instruction, f"{instruction}\n\n{context}")  # as `load_examples` joins
-    has_place = template.input is not None and instruction
-    if text is None or (has_place and text in joined):
-        text, extra = instruction, context
-        answer = example.get("output") if completion is None else completion
-    if text is None:
-        fields = sorted(example)
-        raise ValueError(f"no prompt, instruction or messages; its fields are {fields}")
-    if template.input is None and extra:
-        text, extra = f"{text}\n\n{extra}", ""
-    for value in (text, extra, answer, system):
+
+    last = _read_fields(example, template)
+    for value in (*last, system):
         if not isinstance(value, str | None):
             raise ValueError(f"expected text, found {type(value).__name__}: {value!r}")
-    last = Exchange(text, extra, answer)
-    if is_pair and isinstance(chat, list) and chat[-2:] == turns:
+    if isinstance(chat, list) and chat[-2:] == turns:
         told = _read_messages(chat, system)
         return told._replace(exchanges=(*told.exchanges[:-1], last))
     if any(_says_something(example.get(n)) for n in ("history", "system_prompt")):
         raise ValueError("history and system_prompt: put them into messages")
     return Conversation(system, (last,))
+
+
+def _as_turns(role: str, said: Any) -> list:
+    if isinstance(said, list):
+        return said
+    return [] if said is None else [{"role": role, "content": said}]
+
+
+def _read_fields(example: Mapping[str, Any], template: Template) -> Exchange:
+    """Read prompt + completion, or instruction + input + output.
+
+    Where both stand and the template has a place for the input, the latter are read.
+    """
+    text, extra, answer = example.get("prompt"), "", example.get("completion")
+    instruction, context = example.get("instruction"), example.get("input") or ""
+    joined = (instruction, f"{instruction}\n\n{context}")  # as `load_examples` joins
+    has_place = template.input is not None and instruction
+    if text is None or (has_place and text in joined):
+        text, extra = instruction, context
+        answer = example.get("output") if answer is None else answer
+    if text is None:
+        fields = sorted(example)
+        raise ValueError(f"no prompt, instruction or messages; its fields are {fields}")
+    if template.input is None and extra:
+        text, extra = f"{text}\n\n{extra}", ""
+    return Exchange(text, extra, answer)
 
 
 def _says_something(value: Any) -> bool:
@@ -240,7 +254,7 @@ class Piece(NamedTuple):
 
 def lay_out(
     conversation: Conversation,
-    template: Template,
+    template: str | Template,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Piece]:
     """The pieces of a conversation, from its first character to its last.
@@ -249,6 +263,7 @@ def lay_out(
     layout leaves the beginning-of-sequence token to the tokenizer. A layout that the
     tokenizer cannot express raises ValueError.
     """
+    template = find_template(template)
     if template.name == "tokenizer":
         return _own_pieces(conversation, tokenizer)
     answered = any(exchange.answer is not None for exchange in conversation.exchanges)
@@ -347,21 +362,21 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 @lru_cache(maxsize=256)
 def _own_layout(
     tokenizer: Any, _state: tuple, marked: tuple[tuple[str, str], ...]
-) -> tuple[str, list[tuple[int, str]], str, str]:
+) -> tuple[str, list[tuple[int, str]], str]:
     """Render the chat template with a mark for each text of the (role, content)s.
 
-    Returns what stands before the texts, (number, what follows) of each, and what
-    follows a user's text where an answer is asked for, and the last answer.
+    Returns what stands before the texts, (number, what follows) of each in the order
+    of the rendering, and what follows a user's text where an answer is asked for.
     """
-    first, *rest = _MARKS.split(_render(tokenizer, marked))
-    if not rest or len(set(rest[::2])) < len(rest[::2]):
+    before, *rest = _MARKS.split(_render(tokenizer, marked))
+    numbers, follows = [int(number) for number in rest[::2]], rest[1::2]
+    if not rest or len(set(numbers)) < len(numbers):
         raise _refusal("leaves out or repeats a turn of this chat: mend it")
-    if not rest[-1].strip():
+    if not follows[-1].strip():
         raise _refusal("puts nothing after an answer to end it: mend it")
-    places = [(int(rest[i]), rest[i + 1]) for i in range(0, len(rest), 2)]
     user = [("user", _MARK.format(0))]
     asking = _render(tokenizer, user, add_generation_prompt=True)
-    return first, places, _MARKS.split(asking)[-1], rest[-1]
+    return before, list(zip(numbers, follows, strict=True)), _MARKS.split(asking)[-1]
 
 
 def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
@@ -380,46 +395,58 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
         turns[-1] = ("assistant", ".")
     rendered, state = _render(tokenizer, turns), _state(tokenizer)
     texts, marked = _mark(turns)
-    before, places, asking, ending = _own_layout(tokenizer, state, marked)
-    shown = around = dict(places)
-    if any("think>" in content for _, content in marked):
-        bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
-        around = dict(_own_layout(tokenizer, state, bare)[1])  # without the thoughts
+    before, places, asking = _own_layout(tokenizer, state, marked)
+    _check_shown(turns, texts, dict(places), asks)
+    # What follows each turn where no answer brings a thought of its own.
+    bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
+    follows = dict(_own_layout(tokenizer, state, bare)[1])
+    ending = places[-1][1]
+
+    pieces, at = [], len(before)  # `at`: how much of the rendering is in the pieces
+    for turn, group in itertools.groupby(places, lambda place: texts[place[0]][0]):
+        is_answer, opening = turns[turn][0] == "assistant", before
+        if is_answer:
+            opening = _opening(before, follows[turn - 1], asking, turn)
+        pieces.append(Piece(opening))
+        if asks and turn == len(turns) - 1:
+            return pieces
+        before = before[len(opening) :]
+        for number, after in group:
+            text = _as_written(texts[number][1], rendered, at, after)
+            at += len(text) + len(after)
+            if is_answer and not text and not turns[turn][1].strip():
+                raise ValueError("nothing to learn: an answer is only white space")
+            pieces.append(Piece(before, learned=True))
+            pieces.append(Piece(text, literal=True, learned=is_answer))
+            before = after
+        if is_answer:
+            end = _end_of_own(before, ending)
+            pieces.append(Piece(end, learned=True))
+            before = before[len(end) :]
+    if at != len(rendered):
+        raise _refusal("rewrites the end of this chat: change that")
+    return [*pieces, Piece(before)]
+
+
+def _check_shown(turns: list, texts: list, shown: Mapping, asks: bool) -> None:
     for number, (turn, text) in enumerate(texts):
         if number not in shown and not (asks and turns[turn][0] == "assistant"):
             fault = f"leaves out {text[:30]!r} of turn {turn + 1}: take it out"
             raise _refusal(f"{fault}, end a record with that turn")
 
-    pieces, at, last_turn = [], len(before), None
-    for i, (number, after) in enumerate(places):
-        turn, text = texts[number]
-        is_answer, opening = turns[turn][0] == "assistant", before
-        if turn == last_turn:  # after the thought of the same answer
-            opening = ""
-        elif is_answer:
-            opening = around[turn - 1]
-            opening = asking if opening.startswith(asking) else opening
-            if not before.startswith(opening) or before.count("<think>") > 1:
-                fault = f"has its own thought in turn {turn + 1}"
-                raise _refusal(f"{fault}: take the record's out")
-        pieces.append(Piece(opening))
-        if asks and turn == len(turns) - 1:
-            return pieces
-        text = _as_written(text, rendered, at, after)
-        at += len(text) + len(after)
-        if is_answer and not text and not turns[turn][1].strip():
-            raise ValueError("nothing to learn: an answer is only white space")
-        is_last = turn not in [texts[n][0] for n, _ in places[i + 1 : i + 2]]
-        end = os.path.commonprefix([after, ending]) if is_answer and is_last else ""
-        if end != ending:
-            end = re.sub(r"[<\[][^<>\[\]]*$", "", end)  # a part of a marker is none
-        pieces.append(Piece(before[len(opening) :], learned=True))
-        pieces.append(Piece(text, literal=True, learned=is_answer))
-        pieces.append(Piece(end, learned=True))
-        before, last_turn = after[len(end) :], turn
-    if at != len(rendered):
-        raise _refusal("rewrites the end of this chat: change that")
-    return [*pieces, Piece(before)]
+
+def _opening(before: str, follows_user: str, asking: str, turn: int) -> str:
+    """The part of what stands before an answer that the model does not write."""
+    opening = asking if follows_user.startswith(asking) else follows_user
+    if not before.startswith(opening) or before.count("<think>") > 1:
+        raise _refusal(f"has its own thought in turn {turn + 1}: take the record's out")
+    return opening
+
+
+def _end_of_own(after: str, ending: str) -> str:
+    """The part of what follows an answer that ends it: as the last answer ends."""
+    end = os.path.commonprefix([after, ending])  # less what is no whole marker
+    return end if end == ending else re.sub(r"[<\[][^<>\[\]]*$", "", end)
 
 
 def _mark(turns: list[tuple[str, str]]) -> tuple[list, tuple]:
