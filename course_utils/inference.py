@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from course_utils.templates import Template
 
 Rows = Sequence[Sequence[int]]  # token ids of each prompt
+MIXING = ("LILY",)  # of PEFT's adapters, by a test of each (0.21.2)
 
 _READS_PADDED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by model
 
@@ -63,6 +64,8 @@ def generate(
         batch_size = 128 if base_model(model).device.type == "cpu" else 32
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+    if mixing_adapter(model):
+        batch_size = 1
     own_loop = decodes(model)
     decode = _decode_rows if own_loop else _library_rows
     answers: list[list[int]] = [[] for _ in rows]
@@ -258,7 +261,14 @@ def decodes(model: Any) -> bool:
     layers = DynamicCache(config=base.config).layers
     before_the_prompt = {None, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
     grows = all(type(layer) is DynamicLayer for layer in layers)
-    return grows and _prompt_method(model) in before_the_prompt
+    first = _prompt_method(model) in before_the_prompt
+    return grows and first and not mixing_adapter(model)
+
+
+def mixing_adapter(model: Any) -> str | None:
+    """The adapter, if any, that averages over a batch: each row is in all answers."""
+    configs = getattr(model, "peft_config", {}).values()
+    return next((c.peft_type.value for c in configs if c.peft_type in MIXING), None)
 
 
 def _prompt_method(model: Any) -> str | None:

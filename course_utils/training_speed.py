@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from course_utils.formatting import IGNORE, pack_examples
-from course_utils.inference import base_model, inference_state, router_configs
+from course_utils.inference import (
+    base_model,
+    inference_state,
+    mixing_adapter,
+    router_configs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -89,8 +94,8 @@ def refuse_packed(model: Any) -> None:
     if virtual_tokens(model):
         why = "virtual tokens do not go together: one prompt would stand before the row"
     elif not _keeps_packed_apart(model):
-        kind = type(base_model(model)).__name__
-        why = f"{kind} do not go together: an example would read those before it"
+        kind = mixing_adapter(model) or type(base_model(model)).__name__
+        why = f"{kind} do not go together: an example would read others"
     else:
         return
     raise ValueError(
@@ -113,6 +118,8 @@ def _keeps_packed_apart(model: Any) -> bool:
     eight tokens. The second's logits have no gradient at all at what was read of the
     first, and are near those that it gets alone: 30 layers in bfloat16 differ by 6 %.
     """
+    if mixing_adapter(model):
+        return False
     base = base_model(model)
     answers = _KEPT_APART.setdefault(base, {})
     attention = getattr(base.config, "_attn_implementation", None)

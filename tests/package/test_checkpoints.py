@@ -7,13 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from small_models import random_llama
+from small_models import byte_tokenizer, random_llama
 from small_training import build
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import SFTTrainer
 
+from course_utils import inference
 from course_utils import training_callbacks as callbacks
 from course_utils.training import LossHistory, find_checkpoint, prepare_trainer
+from course_utils.training_speed import refuse_packed
 
 # What a tiny Llama needs, by method: else its defaults, on three sorts of layer.
 OPTIONS = {
@@ -263,3 +265,39 @@ def test_a_whole_model_is_not_saved_twice(tmp_path):
         trainer_of(SFTTrainer, tmp_path / name, model, max_steps=2).train()
         written = tmp_path / name / "checkpoint-2" / callbacks.TRAINED_STATE
         assert written.is_file() == more, name
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_mixes_the_rows_of_a_batch_is_known(method, options):
+    if method in UNTRIED:
+        pytest.skip(f"because {UNTRIED[method]}")
+    model = adapted(method, options, 0).eval()
+    torch.manual_seed(1)
+    rows = torch.randint(5, 250, (2, 9))
+    tasks = method == "MULTITASK_PROMPT_TUNING"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        alone, both = (
+            model(
+                input_ids=part,
+                attention_mask=torch.ones_like(part),
+                **({"task_ids": torch.zeros(len(part), dtype=int)} if tasks else {}),
+            ).logits[0]
+            for part in (rows[:1], rows)
+        )
+    mixed = (both - alone).norm() > 1e-3 * alone.norm()
+    assert bool(mixed) == (method in inference.MIXING)
+    if not mixed:
+        return
+    prompts = ["Hi", "Turn on the light", "Download"]
+    options = {"template": "plain", "max_new_tokens": 4}
+    answers = inference.generate(model, byte_tokenizer(), prompts, **options)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert [answer] == inference.generate(
+            model, byte_tokenizer(), [prompt], **options
+        )
+    with pytest.raises(ValueError, match=f"packed examples and {method} do not"):
+        refuse_packed(model)
