@@ -224,8 +224,13 @@ def _lacking(folder: Path, *, tokenizer: bool) -> str | None:
     if not folder.is_dir():
         return "a file; name the folder that it lies in"
     if not tokenizer:
-        configs = (folder / "config.json", folder / "adapter_config.json")
-        return None if any(c.exists() for c in configs) else "no config.json in it"
+        if (folder / "config.json").exists():
+            return None
+        if not (folder / "adapter_config.json").exists():
+            return "no config.json in it"
+        base = Path(_base_of(folder) or "/").expanduser()
+        on_hub = not base.is_absolute() and len(base.parts) < 3
+        return None if on_hub or (base / "config.json").exists() else "no base model"
     kinds = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
     if any(path for kind in kinds for path in folder.glob(kind)):
         return None

@@ -274,7 +274,8 @@ def test_an_adapter_of_another_base_or_of_none(tmp_path):
         edit(settings, base_model_name_or_path=str(model))
         refused(folder, word, f"an adapter of the model {str(model)!r}")
     edit(settings, base_model_name_or_path=str(tmp_path / "gone"))
-    refused(folder, f"an adapter of the model {str(tmp_path / 'gone')!r}")
+    gone = repr(str(tmp_path / "gone"))
+    refused(folder, "no base model", f"an adapter of the model {gone}")
     edit(settings, base_model_name_or_path=None)
     refused(folder, "(it names none)")
 
