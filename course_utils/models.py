@@ -304,7 +304,7 @@ def _explain(
         cure = f"Cures: connect once, `{install}`, or set COURSE_CACHE to a full cache."
     elif name == bundle.name:
         cure = f"Cure: delete the damaged folder {source} and try again."
-    elif in_folder:
+    elif in_folder and source.is_dir():
         cure = (
             "Cures: bring config.json, *.safetensors and the tokenizer's files from one"
             " save_pretrained, or one download; or unset COURSE_MODEL."

@@ -381,9 +381,9 @@ def _advice(args: TrainingArguments, plan: MemoryEstimate | None, room: int) -> 
             f"Set per_device_train_batch_size={half}, gradient_accumulation_steps="
             f"{examples // half}: the same examples a step, fewer activations."
         )
-    need = f"The plan for this run is {plan.total_gib:.2f} GiB at its peak, "
+    need = f"The plan for this run is {plan.total_gib:.3g} GiB at its peak, "
     if plan.total > room:
-        need += f"and there is room for {room / GIB:.2f} GiB"
+        need += f"and there is room for {room / GIB:.3g} GiB"
     else:
         room = int(0.8 * plan.total)
         need += "which should have fitted: restart the kernel, and close what else "
@@ -401,4 +401,4 @@ def _advice(args: TrainingArguments, plan: MemoryEstimate | None, room: int) -> 
     if smaller.request.loss != plan.request.loss:
         settings.append("SFTTrainer, whose loss never holds all logits")
     cheapest = f"The cheapest change is {words}: set {', '.join(settings)}"
-    return f"{need}. {cheapest} (then {smaller.total_gib:.2f} GiB)."
+    return f"{need}. {cheapest} (then {smaller.total_gib:.3g} GiB)."

@@ -1,5 +1,6 @@
 """Tiny random models and a byte-level tokenizer, for tests that take seconds."""
 
+import copy
 import functools
 
 import torch
@@ -97,7 +98,7 @@ PEFT = {
 
 def random_peft(method, seed=0):
     """A random Llama whose adapter is random too, never the identity."""
-    model = get_peft_model(random_llama(seed), PEFT[method])
+    model = get_peft_model(random_llama(seed), copy.deepcopy(PEFT[method]))
     torch.manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,5 +1,6 @@
 """Prefix tuning from scratch: equal to PEFT, positions right, the prefix learns."""
 
+import copy
 import datasets
 import pytest
 import torch
@@ -252,13 +253,15 @@ def test_a_prefix_generates_whatever_a_trainer_has_left(tmp_path):
 
 
 def test_a_recorded_run_starts_from_the_instructions(monkeypatch):
-    for name, value in (("load_model", random_llama()), ("load_tokenizer", TOKENIZER)):
+    bare = copy.deepcopy(byte_tokenizer())
+    bare.chat_template = None  # PEFT would lay the text out by it
+    for name, value in (("load_model", random_llama()), ("load_tokenizer", bare)):
         monkeypatch.setattr(experiment, name, lambda *_, v=value, **__: v)
     long, *others = LESSON_RUNS["06"]["06_prefix"]
     assert long.prefix_from == "schema" and others[-1].prefix_from is None
     rows = make_model(long).prompt_encoder["default"].embedding.weight
     text = (data_folder() / long.data / "schema.txt").read_text(encoding="utf-8")
-    ids = TOKENIZER(text, return_tensors="pt")["input_ids"][:, : len(rows)]
+    ids = bare(text, return_tensors="pt")["input_ids"][:, : len(rows)]
     expected = to_peft_rows(prefix_from_text(random_llama(), ids))
     torch.testing.assert_close(rows.detach(), expected, rtol=0, atol=1e-4)
 

@@ -304,7 +304,7 @@ def test_a_broken_model_folder_is_named_with_the_cures(change, saved, tmp_path):
         models.load_model(str(folder))
     message = str(caught.value)
     assert str(folder) in message and FOLDERS[change] in message
-    assert "Cures: check the name" in message
+    assert "Cures: bring config.json" in message
 
 
 def test_a_model_with_code_of_its_own_asks_nobody_and_runs_nothing(saved, tmp_path):
