@@ -1,6 +1,7 @@
 """Prefix tuning from scratch: equal to PEFT, positions right, the prefix learns."""
 
 import copy
+
 import datasets
 import pytest
 import torch
