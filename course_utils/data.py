@@ -13,7 +13,7 @@ import json
 import random
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,10 +40,13 @@ def load_examples(
 ) -> datasets.Dataset:
     """Load one split of a data set, checked and with the course's column names.
 
-    Recognised columns: prompt + completion; messages (role, content); conversations
-    (from, value); instruction + output, with or without input; text + label.
-    Instruction and input joined by an empty line become the prompt; a label's name, or
-    else its number, becomes the completion. All original columns are kept.
+    Recognised columns: prompt + completion, texts or lists of turns; messages (role,
+    content); conversations (from, value); instruction + output, with or without input;
+    text + label. Instruction and input joined by an empty line become the prompt; a
+    label's name, or else its number, becomes the completion. A system text (`system`,
+    `system_prompt`) and a `history` of [ask, answer] pairs beside any of them go into
+    `messages`; columns with tools, thoughts, images and their like are refused where
+    they are not empty. All original columns are kept.
 
     Args:
         source: A bundled set's name; a .jsonl, .json, .csv or .parquet file; a folder
@@ -106,10 +109,23 @@ def _locate(source: str | Path) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    folder = path.parent
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in names if Path(file).suffix.lower() in READERS]
+    twins = [f for f in files if Path(f).stem.lower() == path.name.lower()]
     is_path = isinstance(source, Path) or name.startswith((".", "/", "~"))
     is_file = path.suffix.lower() in (*READERS, ".txt", ".tsv", ".xlsx", ".gz")
-    if is_path or is_file or "\\" in name or name.count("/") > 1:
-        cure = _cure_for_missing(path)
+    is_near = twins or (folder.is_dir() and folder != Path())
+    if is_path or is_file or is_near or "\\" in name or name.count("/") > 1:
+        listing = ", ".join(files[:5]) or "none"
+        cure = f"The data files in {folder.resolve()}: {listing}."
+        cure = _did_you_mean(path.name, names) or cure
+        if twins:
+            cure = f"Did you mean {' or '.join(str(folder / twin) for twin in twins)}?"
+        elif not folder.is_dir():
+            cure = f"There is no folder {folder} either: check the path."
+        elif _HUB_ID.fullmatch(name):
+            cure += f" For a set on a hub, start where there is no folder {folder}."
         raise DataError("no such file", "an existing file", cure, file=path)
     if _HUB_ID.fullmatch(name):
         return None
@@ -122,16 +138,6 @@ def _locate(source: str | Path) -> Path | None:
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(near)}?" if near else ""
-
-
-def _cure_for_missing(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"There is no folder {folder} either: check the path."
-    names = sorted(entry.name for entry in folder.iterdir())
-    files = [name for name in names if Path(name).suffix.lower() in READERS]
-    listing = f"The data files in {folder.resolve()}: {', '.join(files[:5]) or 'none'}."
-    return _did_you_mean(path.name, names) or listing
 
 
 def _split_files(folder: Path, name: str) -> dict[str, Path]:
@@ -225,70 +231,176 @@ def _read_hub(name: str, split: str, limit: int | None, seed: int) -> list[Recor
 
 class _Schema(NamedTuple):
     needed: tuple[str, ...]
-    convert: Callable[[Record], dict[str, Any]]  # checks a record, renames its fields
+    read: Callable[[Record], list[dict[str, Any]]]  # checks a record; its turns
+    also: tuple[str, ...] = ()  # read, too, where it is there
 
     def __str__(self) -> str:
         return " + ".join(self.needed)
 
     def fits(self, record: Record) -> bool:
-        return all(record.fields.get(name) is not None for name in self.needed)
+        return all(_said(record.fields.get(name)) for name in self.needed)
 
 
 def _normalise(records: list[Record]) -> list[Record]:
-    """The same records with `prompt` and `completion`, or with `messages`."""
+    """The same records with `prompt` and `completion`, with `messages`, or with all."""
     if not records:
         raise DataError("no record", "at least one", "Add records.")
-    schema = _recognise(records[0])
-    normalised = []
+    first, normalised = records[0], []
+    known = [s for s in _SCHEMAS if s.fits(first)]
+    known += [s for s in _SCHEMAS if first.fields.keys() >= {*s.needed}]
     for record in records:
-        for name in schema.needed:
-            if name not in record.fields:
-                raise _no_field(record, name, schema, records[0])
-        normalised.append(record._replace(fields=schema.convert(record)))
-    if "label" in schema.needed and records[0].file.lower().endswith(".csv"):
-        _number_labels(normalised)
+        if not known or not record.fields.keys() >= {*known[0].needed}:
+            raise _not_recognised(record, known[:1] or _SCHEMAS, first)
+        chats = [s for s in _SCHEMAS if s.needed[0] in _CHATS and s.fits(record)]
+        fields = _convert(record, *(chats or known)[:1])
+        normalised.append(record._replace(fields=fields))
     return normalised
 
 
-def _number_labels(records: list[Record]) -> None:
-    """Make numbers of a CSV file's labels, all texts, where each is a plain number.
-
-    Codes with leading zeros stay texts: "0111" and "111" are two classes.
-    """
-    labels = [str(record.fields["label"]) for record in records]
-    if all(label.isdecimal() and str(int(label)) == label for label in labels):
-        for record, label in zip(records, labels, strict=True):
-            record.fields["label"] = int(label)
-
-
-def _recognise(record: Record) -> _Schema:
-    whole = [schema for schema in _SCHEMAS if schema.fits(record)]
-    half = [s for s in _SCHEMAS if not record.fields.keys().isdisjoint(s.needed)]
-    if whole or half:  # what is missing of a half one is said later
-        return (whole or half)[0]
-    known = {name for schema in _SCHEMAS for name in schema.needed}
-    renames = []
-    for name in record.fields:
-        near = difflib.get_close_matches(name.strip().lower(), known, n=1, cutoff=0.8)
-        renames += [f"{name!r} to {near[0]!r}"] if near else []
-    names = ", ".join(map(repr, record.fields))
-    fault = f"the fields {names}" if names else "no fields"
-    expected = "one of " + ", ".join(map(str, _SCHEMAS))
-    cure = f"Rename {', '.join(renames) or 'the fields to one of these'}."
-    raise record.error(None, fault, expected, cure)
+def _convert(record: Record, schema: _Schema) -> dict[str, Any]:
+    """A record's fields, and what is learned of it in the course's columns."""
+    fields, own = record.fields, schema.read(record)
+    columns = [name for name in _SYSTEM if _said(fields.get(name))]
+    turns = [_turn("system", _check_text(record, n, fields[n])) for n in columns]
+    history = fields["history"] if _said(fields.get("history")) else []
+    pairs = history if isinstance(history, list) else [None]
+    if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        history = [_turn(*t) for pair in pairs for t in zip(_TWO, pair, strict=True)]
+    history = _read_turns(record, "history", history)
+    lead = [turn for turn in own[:1] if turn["role"] == "system"]
+    rest = own[len(lead) :]
+    turns += [turn for turn in lead if turn not in turns]
+    turns += rest if rest[: len(history)] == history else history + rest
+    if fault := _fault_of_order([turn["role"] for turn in turns]):
+        raise record.error(schema.needed[0], *fault)
+    texts, read = [turn["content"] for turn in turns], (*schema.needed, *schema.also)
+    others = {name: value for name, value in fields.items() if name not in read}
+    _refuse_unread(record, others, texts, "", True)
+    is_chat = schema.needed[0] in _CHATS
+    if not is_chat or {"prompt", "completion"} <= fields.keys():
+        fields = fields | {"prompt": texts[-2], "completion": texts[-1]}
+    return fields | ({"messages": turns} if is_chat or len(turns) > 2 else {})
 
 
-def _no_field(record: Record, name: str, schema: _Schema, first: Record) -> DataError:
+_TWO = ("user", "assistant")
+
+
+def _turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+# --- what would not be learned is refused ---
+
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_WHOLE = "Each answer is learned once, and whole: delete {!r}, or the record."
+_RIGHT = "All answers are learned as right ones: keep those, and delete {!r}."
+_BESIDE = "Put it into a text that is learned from, or delete {!r}."
+_CURES = {  # by columns and fields of turns; after a dot, of turns alone
+    "weight loss_weight loss_mask mask .loss .train .training .train_detail": _WHOLE,
+    "rejected kto_tag": _RIGHT,
+    "prompt completion instruction input output messages conversations chosen response "
+    "question query inputs context passage document documents": _BESIDE,
+    "reasoning reasoning_content reasoning_trace reasoning_details thinking think "
+    "thought thoughts cot complex_cot chain_of_thought rationale": (
+        "Put it before the answer, in <think> and </think>, or delete {!r}."
+    ),
+    "tools functions tool_calls function_call function_calls tool_call_id image images "
+    "video videos audio audios chat_template_kwargs .name .refusal .prefix": (
+        "Only the texts are learned: delete {!r}, or the record."
+    ),
+}
+_UNREAD = {name: cure for names, cure in _CURES.items() for name in names.split()}
+
+
+def _refuse_unread(
+    record: Record, fields: dict[str, Any], texts: list[str], place: str, taught: bool
+) -> None:
+    """An error about a column or a turn's field that says what would not be learned."""
+    for column, value in fields.items():
+        name = re.sub(r"[\s-]", "_", column.strip().lower())
+        cure = _UNREAD.get(name) or (place and _UNREAD.get("." + name))
+        if name in (*_SYSTEM, "history", "input") and name != column:
+            cure = f"Rename {{!r}} to {name!r}."
+        elif name == "context" and record.fields.get("input") == "":
+            cure = "Rename {!r} to 'input'."
+        elif name == "label" and str(value) in ("True", "False"):
+            cure = None if "text" in fields else _RIGHT
+        said = _said(value) if cure and not (cure is _WHOLE and value == taught) else []
+        if cure is _BESIDE:
+            said = [t for t in said if not any(str(t) in text for text in texts)]
+        asked = "\n\n".join(texts[:-1]).split("\n\n") if name == "prompt" else []
+        is_rendering = asked and all(part in str(value) for part in asked)
+        if said and not is_rendering:
+            fault = describe(value), "nothing there, for it would not be learned"
+            raise record.error(place + column, *fault, cure.format(column))
+
+
+def _said(value: Any) -> list[Any]:
+    """The texts and numbers in a value, but for blanks, nulls and names of roles."""
+    if isinstance(value, dict):
+        value = [v for k, v in value.items() if k not in ("role", "from")]
+    if isinstance(value, list):
+        return [text for inner in value for text in _said(inner)]
+    value = value.strip() if isinstance(value, str) else value
+    return [] if value in (None, "", "[]", "{}", "null") or value != value else [value]
+
+
+_ASKED = ("prompt", "question", "query", "instruction", "inputs", "input")
+_ANSWERED = ("completion", "response", "answer", "answers", "output", "targets")
+_ALSO_CALLED = {"prompt": _ASKED, "instruction": _ASKED[:3], "text": ("sentence",)}
+_ALSO_CALLED |= {"completion": (*_ANSWERED, "chosen"), "output": _ANSWERED}
+_ALSO_CALLED |= {"input": ("context", "passage", "document")}
+
+
+def _not_recognised(
+    record: Record, schemas: Sequence[_Schema], first: Record
+) -> DataError:
+    """An error about a record without the columns that any of `schemas` needs."""
     other = next((other for other in _SCHEMAS if other.fits(record)), None)
-    if other and record is not first:
-        expected = f"{schema}, as in {first.unit} {first.line}"
+    if other:
+        expected = f"{schemas[0]}, as in {first.unit} {first.line}"
         cure = "Put each kind of record into a file of its own."
         return record.error(None, f"a record with {other}", expected, cure)
-    near = difflib.get_close_matches(name, list(record.fields), n=1, cutoff=0.6)
-    cure = f"Rename {near[0]!r} to {name!r}." if near else f"Add {name!r}."
-    names = ", ".join(map(repr, record.fields)) or "no fields"
-    fault = f"no field {name!r}, only {names}"
-    return record.error(name, fault, f"a field {name!r}", cure)
+    fields, plans = record.fields, []
+    both_lists = _chat_column(fields.get("prompt")) is not None
+    for schema in schemas:
+        kinds = list if both_lists or schema.needed[0] in _CHATS else (str, int, float)
+        alike = {n.strip().lower(): n for n in fields if n not in schema.needed}
+        renames = {}
+        for name in (*schema.needed, *schema.also):
+            near = [name, *_ALSO_CALLED.get(name, ())]
+            near += difflib.get_close_matches(name, alike, n=1, cutoff=0.7)
+            near = [alike[n] for n in near if n in alike]
+            if name in _CHATS:
+                near = [n for n in fields if _chat_column(fields[n]) == name]
+            near = [n for n in near if isinstance(fields[n], kinds) and n != "rejected"]
+            if near and name not in fields:
+                renames[name] = near[0]
+        lacking = [name for name in schema.needed if name not in fields | renames]
+        rank = lacking == [*schema.needed], len(lacking), "input" not in renames
+        plans.append((rank, len(renames), len(plans), lacking, renames, schema))
+    *_, lacking, renames, schema = min(plans)
+    steps = [f"rename {old!r} to {new!r}" for new, old in renames.items()]
+    steps += [f"add {name!r}" for name in lacking]
+    if lacking in ([*schema.needed], ["label"]):
+        steps = ["rename what is asked to 'prompt', what is answered to 'completion'"]
+        steps += ['or write {"messages": [{"role": "user", "content": "..."}, ...]}']
+    names = ", ".join(map(repr, record.fields))
+    column = next(name for name in schema.needed if name not in record.fields)
+    fault = f"no field {column!r}, only {names}" if names else "no fields"
+    cure = ", ".join(steps)
+    expected = "one of " + ", ".join(map(str, schemas))
+    return record.error(column, fault, expected, f"{cure[0].upper()}{cure[1:]}.")
+
+
+def _chat_column(turns: Any) -> str | None:
+    """The column in which turns of this form belong, if they are turns."""
+    turn = turns[0] if isinstance(turns, list) and turns else None
+    keys = turn.keys() if isinstance(turn, dict) else ()
+    return next((c for c, (*pair, _) in _CHATS.items() if {*pair} <= {*keys}), None)
+
+
+# --- from a record to turns ---
 
 
 def _check_text(record: Record, column: str, value: Any) -> str:
@@ -297,6 +409,8 @@ def _check_text(record: Record, column: str, value: Any) -> str:
     if not isinstance(value, str):
         if isinstance(value, int | float):
             cure = "Put it in double quotes."
+        elif hasattr(value, "isoformat"):  # `datasets` makes dates of a hub's texts
+            cure = "Write it as a text; from a hub, load the downloaded file."
         raise record.error(column, describe(value), "a text", cure)
     try:
         value.encode("utf-8")
@@ -311,74 +425,97 @@ def _check_text(record: Record, column: str, value: Any) -> str:
     return value
 
 
-def _from_pair(record: Record) -> dict[str, Any]:
-    for name in ("prompt", "completion"):
-        _check_text(record, name, record.fields[name])
-    return record.fields
+def _from_pair(record: Record) -> list[dict[str, Any]]:
+    turns = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record.fields[name]
+        if _chat_column(value):
+            turns += _read_turns(record, name)
+        else:
+            turns.append(_turn(role, _joined(record, name, value)))
+    return turns
 
 
-def _from_alpaca(record: Record) -> dict[str, Any]:
-    fields = dict(record.fields)
+def _from_alpaca(record: Record) -> list[dict[str, Any]]:
+    fields = record.fields
     if fields.get("input") is None:
         fields["input"] = ""
     names = ("instruction", "input", "output")
     instruction, context, answer = (_check_text(record, n, fields[n]) for n in names)
     prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return {**fields, "prompt": prompt, "completion": answer}
+    return [_turn("user", prompt), _turn("assistant", answer)]
 
 
-def _from_classification(record: Record) -> dict[str, Any]:
+def _from_classification(record: Record) -> list[dict[str, Any]]:
     text = _check_text(record, "text", record.fields["text"])
     label = record.fields["label"]
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        expected, cure = "a whole number from 0 or a name", "Write one of the two."
+    is_number = isinstance(label, int) and not isinstance(label, bool)
+    if not isinstance(label, str) and not (is_number and label >= 0):
+        cure = "This split has no labels: use another." if is_number else "Write one."
+        expected = "a whole number from 0 or a name"
         raise record.error("label", describe(label), expected, cure)
-    if isinstance(label, int) and label < 0:
-        cure = "This split has no labels: use another."
-        raise record.error("label", describe(label), "a number from 0", cure)
     name = record.fields.get("label_text")
-    completion = _check_text(record, "label", str(label) if name is None else name)
-    return {**record.fields, "prompt": text, "completion": completion}
+    answer = _check_text(record, "label", str(label) if name is None else name)
+    return [_turn("user", text), _turn("assistant", answer)]
 
 
 _ROLES = {role: role for role in ("system", "user", "assistant")}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"} | _ROLES
 _CHATS = {  # by column: a turn's fields, and its roles' names
     "messages": ("role", "content", _ROLES),
     "conversations": ("from", "value", _SHAREGPT_ROLES),
 }
-_ROLE_HINTS = _ROLES | _SHAREGPT_ROLES | dict.fromkeys(("bot", "ai"), "assistant")
+_ROLE_HINTS = _SHAREGPT_ROLES | dict.fromkeys(("bot", "ai", "model"), "assistant")
 
 
-def _from_chat(record: Record, column: str) -> dict[str, Any]:
-    turns = record.fields[column]
-    role_key, text_key, roles = _CHATS[column]
+def _read_turns(record: Record, column: str, turns: Any = None) -> list[dict[str, Any]]:
+    """The checked turns of a column, or of `turns` in its place."""
+    turns = record.fields[column] if turns is None else turns
+    role_key, text_key, roles = _CHATS.get(column, _CHATS["messages"])
+    form = f'[{{"{role_key}": "...", "{text_key}": "..."}}, ...]'
+    form = '[["asked", "answered"], ...]' if column == "history" else form
     if not isinstance(turns, list):
-        cure = f'Write [{{"{role_key}": "...", "{text_key}": "..."}}, ...].'
-        if record.file.lower().endswith(".csv"):
-            cure = "A CSV cell cannot hold a list: use .jsonl."
+        is_csv = record.file.lower().endswith(".csv")
+        cure = (
+            "A CSV cell cannot hold a list: use .jsonl." if is_csv else f"Write {form}."
+        )
         raise record.error(column, describe(turns), "a list of turns", cure)
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
             fault = f"turn {number}, {describe(turn)}"
-            if isinstance(turn, dict) and turn:
-                fault += " with " + ", ".join(map(repr, turn))
             expected = f"an object with {role_key!r} and {text_key!r}"
-            raise record.error(column, fault, expected, "Rename or add the fields.")
+            cure = f"Rename or add the fields, as in {form}."
+            other = _chat_column(turns)
+            if column in _CHATS and other not in (None, column):
+                cure = f"Rename {column!r} to {other!r}."
+            raise record.error(column, fault, expected, cure)
         name = turn[role_key]
         if not isinstance(name, str) or name not in roles:
             hint = _ROLE_HINTS.get(str(name).strip().lower())
             cure = "Rename the role, or delete the turn."
-            if hint and roles is _ROLES:
-                cure = f"Write {hint!r} instead."
+            cure = f"Write {hint!r} instead." if hint else cure
             fault, expected = f"the role {name!r} in turn {number}", ", ".join(roles)
             raise record.error(column, fault, f"one of {expected}", cure)
-        text = _check_text(record, f"{column}[{number}].{text_key}", turn[text_key])
-        messages.append({"role": roles[name], "content": text})
-    if fault := _fault_of_order([message["role"] for message in messages]):
-        raise record.error(column, *fault)
-    return record.fields | ({} if column == "messages" else {"messages": messages})
+        place = f"{column}[{number}]."
+        _refuse_unread(record, turn, [], place, roles[name] == "assistant")
+        text = _joined(record, place + text_key, turn[text_key])
+        kept = turn if column == "messages" else {}
+        messages.append(kept | _turn(roles[name], text))
+    return messages
+
+
+def _joined(record: Record, column: str, value: Any) -> str:
+    """A checked text; of a list of parts, the text that they make together."""
+    parts = value if isinstance(value, list) else []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            cure = "Only texts are learned: write a text, or delete the record."
+            fault = f"a list with a part of type {kind!r}"
+            raise record.error(column, fault, "a text, or parts of type 'text'", cure)
+    value = "".join(part["text"] for part in parts) if parts else value
+    return _check_text(record, column, value)
 
 
 def _fault_of_order(roles: list[str]) -> tuple[str, str, str] | None:
@@ -408,9 +545,8 @@ def _fault_of_order(roles: list[str]) -> tuple[str, str, str] | None:
 
 _SCHEMAS = (
     _Schema(("prompt", "completion"), _from_pair),
-    _Schema(("messages",), partial(_from_chat, column="messages")),
-    _Schema(("conversations",), partial(_from_chat, column="conversations")),
-    _Schema(("instruction", "output"), _from_alpaca),
+    *(_Schema((name,), partial(_read_turns, column=name)) for name in _CHATS),
+    _Schema(("instruction", "output"), _from_alpaca, also=("input",)),
     _Schema(("text", "label"), _from_classification),
 )
 
@@ -433,12 +569,18 @@ def _as_dataset(records: list[Record]) -> datasets.Dataset:
 
 
 def _as_array(values: list[Any]) -> Any:
-    """The values as a `pyarrow.Array`, or None where they are of several kinds."""
+    """The values as a `pyarrow.Array`, or None where they are of several kinds.
+
+    Whole numbers beyond 64 bits become texts.
+    """
     import pyarrow
 
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError, UnicodeError):
+    except OverflowError:
+        whole = json.loads(json.dumps(values, default=str), parse_int=str)
+        return _as_array(whole)
+    except (pyarrow.ArrowException, UnicodeError):
         return None
 
 
@@ -447,5 +589,9 @@ def _mixed_column(name: str, values: list[Any], records: list[Record]) -> DataEr
     counts = range(1, len(values) + 1)
     i = bisect_left(counts, True, key=lambda n: _as_array(values[:n]) is None)
     fault = f"{describe(values[i])}, unlike the values before it"
+    if _as_array(values[i : i + 1]) is None:
+        fault = f"{describe(values[i])} made of several kinds"
+        if isinstance(values[i], str):
+            _check_text(records[i], name, values[i])  # half of a character
     cure = "Write all its values the same way, for example all as texts."
     return records[i].error(name, fault, "values of one kind in a column", cure)

@@ -77,9 +77,10 @@ def describe(value: object) -> str:
     if isinstance(value, str):
         if not value.strip():
             return "a text of blanks" if value else "an empty text"
-        return "the text " + json.dumps(value[:40], ensure_ascii=False)
+        text = json.dumps(value[:40], ensure_ascii=False)
+        return "the text " + text.encode(errors="backslashreplace").decode()
     if isinstance(value, dict):
-        return "an object"
+        return "an object with " + ", ".join(map(repr, value)) if value else "an object"
     if isinstance(value, list | tuple):
         return "a list"
     return f"a value of type {type(value).__name__}"
@@ -297,8 +298,9 @@ def _read_parquet(path: Path) -> list[Record]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        rows = pyarrow.parquet.ParquetFile(path).read()
+        rows = rows.to_pylist(maps_as_pydicts="strict")  # not lists of pairs
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
         fault = f"no readable Parquet ({str(error).splitlines()[0][:80]})"
         cure = "Write the file again, or check its name."
         raise DataError(fault, "a Parquet table", cure, file=path) from None

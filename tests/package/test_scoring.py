@@ -136,3 +136,49 @@ def test_free_answers_are_equal_as_texts():
         scoring.exact_text([], [])
     with pytest.raises(ValueError):
         scoring.exact_text(["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("guess", "truth", "shares"),
+    [
+        (
+            {"Art.-Nr.": 1, "Kd.-Nr.": 2},
+            {"Art.-Nr.": 1, "Kd.-Nr.": 3},
+            {"Art.-Nr.": 1.0, "Kd.-Nr.": 0.0},
+        ),
+        ({"a[0]": 1, "a": [2]}, {"a[0]": 1, "a": [3]}, {"a[0]": 1.0, "a": 0.0}),
+        ({"x.y": 1}, {"x": {"y": 1}}, {"y": 0.0}),
+        ({"x": {"y": 1}}, {"x.y": 1}, {"x.y": 0.0}),
+        ({"a.b": {"c.d": 1}}, {"a.b": {"c.d": 1}}, {"c.d": 1.0}),
+        ({"": 1, " ": 2, ".": 3}, {"": 1, " ": 2, ".": 4}, {"": 1, " ": 1, ".": 0}),
+        ({"": {"": 1}}, {"": {"": 1}}, {"": 1.0}),
+        ({"0": "a", "[0]": "b"}, {"0": "a", "[0]": "c"}, {"0": 1.0, "[0]": 0.0}),
+        ({"0": {"1": 5}}, {"0": [7, 5]}, {"0": 0.0}),
+        (
+            {"t": [[1, 2], [{"u v": 3}]]},
+            {"t": [[1, 2], [{"u v": 4}]]},
+            {"t": 1, "u v": 0},
+        ),
+        ({"Größe (cm)": [1.0]}, {"Größe (cm)": [1]}, {"Größe (cm)": 1.0}),
+        ({"a]": [], "b[": {}}, {"a]": [], "b[": []}, {"a]": 1.0, "b[": 0.0}),
+    ],
+)
+def test_a_field_keeps_its_name_whatever_characters_it_has(guess, truth, shares):
+    guesses, truths = [json.dumps(guess)], [json.dumps(truth)]
+    assert scoring.by_field(guesses, truths) == shares
+    assert scoring.by_field(truths, truths) == dict.fromkeys(shares, 1.0)
+    same = exact_match(guesses, truths) == 1.0
+    assert (field_f1(guesses, truths) == 1.0) == same
+
+
+@given(objects)
+def test_every_field_has_the_key_that_it_stands_under(one):
+    def keys(value):
+        inner = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, dict | list):
+            return set()
+        return {*(value if isinstance(value, dict) else ())}.union(*map(keys, inner))
+
+    text = json.dumps(one)
+    shares = scoring.by_field([text], [text])
+    assert set(shares) <= keys(one) and set(shares.values()) <= {1.0}
