@@ -500,8 +500,7 @@ def _read_turns(record: Record, column: str, turns: Any = None) -> list[dict[str
         place = f"{column}[{number}]."
         _refuse_unread(record, turn, [], place, roles[name] == "assistant")
         text = _joined(record, place + text_key, turn[text_key])
-        kept = turn if column == "messages" else {}
-        messages.append(kept | _turn(roles[name], text))
+        messages.append(_turn(roles[name], text))
     return messages
 
 
