@@ -259,10 +259,13 @@ def _normalise(records: list[Record]) -> list[Record]:
 
 def _convert(record: Record, schema: _Schema) -> dict[str, Any]:
     """A record's fields, and what is learned of it in the course's columns."""
-    fields, own = record.fields, schema.read(record)
-    columns = [name for name in _SYSTEM if _said(fields.get(name))]
-    turns = [_turn("system", _check_text(record, n, fields[n])) for n in columns]
-    history = fields["history"] if _said(fields.get("history")) else []
+    own, fields, turns = schema.read(record), dict(record.fields), []
+    for name in {*_SYSTEM, "history"} & fields.keys():
+        if not _said(fields[name]):
+            fields[name] = None  # blanks are nothing
+        elif name != "history":
+            turns.append(_turn("system", _check_text(record, name, fields[name])))
+    history = [] if fields.get("history") is None else fields["history"]
     pairs = history if isinstance(history, list) else [None]
     if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         history = [_turn(*t) for pair in pairs for t in zip(_TWO, pair, strict=True)]

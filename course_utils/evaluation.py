@@ -102,7 +102,7 @@ def evaluate(
         max_new_tokens = max(map(len, encoded)) + 8
     # A layout with a place of its own for the input needs the record's fields.
     by_fields = template is not None and find_template(template).input is not None
-    by_fields = by_fields or "messages" in records[0]  # a system text, earlier turns
+    by_fields |= template is not None and "messages" in records[0]  # more than a prompt
     start = time.perf_counter()
     predictions = generate(
         model,

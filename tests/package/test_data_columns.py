@@ -74,6 +74,7 @@ PLAIN = [("user", "Where is my parcel?"), ("assistant", "On its way.")]
     "column", ["system", "system_prompt", "system_message", "system_instruction"]
 )
 def test_a_system_column_is_learned_with_each_form(form, column, tmp_path):
+    (form_alone,) = load(tmp_path, form)
     records = [form | {column: PIRATE[1]}, form | {column: None}, form | {column: " "}]
     first, *others = load(tmp_path, *records)
     turns, text = said(first)
@@ -83,7 +84,8 @@ def test_a_system_column_is_learned_with_each_form(form, column, tmp_path):
     )
     for other in others:
         turns, text = said(other)
-        assert turns == PLAIN and "pirate" not in text
+        assert turns == PLAIN and text == said(form_alone)[1]
+        assert other[column] is None
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "+".join(form))
