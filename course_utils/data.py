@@ -43,10 +43,9 @@ def load_examples(
     Recognised columns: prompt + completion, texts or lists of turns; messages (role,
     content); conversations (from, value); instruction + output, with or without input;
     text + label. Instruction and input joined by an empty line become the prompt; a
-    label's name, or else its number, becomes the completion. A system text (`system`,
-    `system_prompt`) and a `history` of [ask, answer] pairs beside any of them go into
-    `messages`; columns with tools, thoughts, images and their like are refused where
-    they are not empty. All original columns are kept.
+    label's name, or else its number, becomes the completion. Beside any of them, a
+    system text and a `history` of [asked, answered] pairs go into `messages`; tools,
+    thoughts, images and their like are refused. All original columns are kept.
 
     Args:
         source: A bundled set's name; a .jsonl, .json, .csv or .parquet file; a folder
@@ -260,7 +259,7 @@ def _normalise(records: list[Record]) -> list[Record]:
 def _convert(record: Record, schema: _Schema) -> dict[str, Any]:
     """A record's fields, and what is learned of it in the course's columns."""
     own, fields, turns = schema.read(record), dict(record.fields), []
-    for name in {*_SYSTEM, "history"} & fields.keys():
+    for name in [name for name in fields if name in (*_SYSTEM, "history")]:
         if not _said(fields[name]):
             fields[name] = None  # blanks are nothing
         elif name != "history":
@@ -328,7 +327,8 @@ def _refuse_unread(
             cure = "Rename {!r} to 'input'."
         elif name == "label" and str(value) in ("True", "False"):
             cure = None if "text" in fields else _RIGHT
-        said = _said(value) if cure and not (cure is _WHOLE and value == taught) else []
+        usual = (taught, f"{taught:d}", f"{taught:.1f}") if cure is _WHOLE else ()
+        said = _said(value) if cure and value not in usual else []
         if cure is _BESIDE:
             said = [t for t in said if not any(str(t) in text for text in texts)]
         asked = "\n\n".join(texts[:-1]).split("\n\n") if name == "prompt" else []

@@ -280,6 +280,9 @@ def test_weights_that_say_what_is_learned_anyway_load(tmp_path):
     turns += [SHARED[0] | {"weight": 0.0}, SHARED[1] | {"weight": 1.0}]
     (record,) = load(tmp_path, {"conversations": turns, "weight": 1})
     assert said(record)[0] == [("system", "Be brief."), *PLAIN]
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,weight\nA?,B.,1\nC?,D.,1.0\n")
+    assert len(load_examples(path, "all")) == 2
     turns[1]["weight"] = 1.0
     assert (
         refusal(tmp_path, {"conversations": turns}).column == "conversations[2].weight"
