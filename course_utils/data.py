@@ -385,12 +385,13 @@ def _not_recognised(
     *_, lacking, renames, schema = min(plans)
     steps = [f"rename {old!r} to {new!r}" for new, old in renames.items()]
     steps += [f"add {name!r}" for name in lacking]
+    names = ", ".join(map(repr, fields))
+    column = next(name for name in schema.needed if name not in fields)
+    fault = f"no field {column!r}, only {names}"
     if lacking in ([*schema.needed], ["label"]):
+        column, fault = None, f"the fields {names}" if names else "no fields"
         steps = ["rename what is asked to 'prompt', what is answered to 'completion'"]
         steps += ['or write {"messages": [{"role": "user", "content": "..."}, ...]}']
-    names = ", ".join(map(repr, record.fields))
-    column = next(name for name in schema.needed if name not in record.fields)
-    fault = f"no field {column!r}, only {names}" if names else "no fields"
     cure = ", ".join(steps)
     expected = "one of " + ", ".join(map(str, schemas))
     return record.error(column, fault, expected, f"{cure[0].upper()}{cure[1:]}.")
@@ -479,9 +480,7 @@ def _read_turns(record: Record, column: str, turns: Any = None) -> list[dict[str
     form = '[["asked", "answered"], ...]' if column == "history" else form
     if not isinstance(turns, list):
         is_csv = record.file.lower().endswith(".csv")
-        cure = (
-            "A CSV cell cannot hold a list: use .jsonl." if is_csv else f"Write {form}."
-        )
+        cure = "A CSV holds no lists: use .jsonl." if is_csv else f"Write {form}."
         raise record.error(column, describe(turns), "a list of turns", cure)
     messages = []
     for number, turn in enumerate(turns, start=1):
