@@ -13,7 +13,7 @@ import json
 import random
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,9 +43,9 @@ def load_examples(
     Recognised columns: prompt + completion, texts or lists of turns; messages (role,
     content); conversations (from, value); instruction + output, with or without input;
     text + label. Instruction and input joined by an empty line become the prompt; a
-    label's name, or else its number, becomes the completion. Beside any of them, a
-    system text and a `history` of [asked, answered] pairs go into `messages`; tools,
-    thoughts, images and their like are refused. All original columns are kept.
+    label's name, or else its number, becomes the completion. A system text beside them
+    goes into `messages`; tools, thoughts, images and their like are refused. All
+    original columns are kept.
 
     Args:
         source: A bundled set's name; a .jsonl, .json, .csv or .parquet file; a folder
@@ -109,34 +109,27 @@ def _locate(source: str | Path) -> Path | None:
     if path.exists():
         return path
     folder = path.parent
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    files = [file for file in names if Path(file).suffix.lower() in READERS]
-    twins = [f for f in files if Path(f).stem.lower() == path.name.lower()]
+    files = sorted(f.name for f in folder.glob("*") if f.suffix.lower() in READERS)
+    near = [name for name in files if Path(name).stem.lower() == path.name.lower()]
     is_path = isinstance(source, Path) or name.startswith((".", "/", "~"))
-    is_file = path.suffix.lower() in (*READERS, ".txt", ".tsv", ".xlsx", ".gz")
-    is_near = twins or (folder.is_dir() and folder != Path())
-    if is_path or is_file or is_near or "\\" in name or name.count("/") > 1:
-        listing = ", ".join(files[:5]) or "none"
-        cure = f"The data files in {folder.resolve()}: {listing}."
-        cure = _did_you_mean(path.name, names) or cure
-        if twins:
-            cure = f"Did you mean {' or '.join(str(folder / twin) for twin in twins)}?"
-        elif not folder.is_dir():
+    is_file = near or path.suffix.lower() in (*READERS, ".txt", ".tsv", ".xlsx", ".gz")
+    in_folder = folder != Path() and folder.is_dir()
+    if is_path or is_file or in_folder or "\\" in name or name.count("/") > 1:
+        expected = "an existing file (or a hub id, its owner's name being no folder)"
+        near = near or difflib.get_close_matches(path.name, files, cutoff=0.5)
+        cure = f"In {folder.resolve()} are {', '.join(files[:5]) or 'no data files'}."
+        if not folder.is_dir():
             cure = f"There is no folder {folder} either: check the path."
-        elif _HUB_ID.fullmatch(name):
-            cure += f" For a set on a hub, start where there is no folder {folder}."
-        raise DataError("no such file", "an existing file", cure, file=path)
+        elif near:
+            cure = f"Did you mean {' or '.join(str(folder / name) for name in near)}?"
+        raise DataError("no such file", expected, cure, file=path)
     if _HUB_ID.fullmatch(name):
         return None
-    cure = _did_you_mean(name, bundled)
-    cure = cure or "A file needs its ending (my.jsonl), a hub id its owner (org/name)."
+    cure = "A file needs its ending (my.jsonl), a hub id its owner (org/name)."
+    if near := difflib.get_close_matches(name, bundled, cutoff=0.5):
+        cure = f"Did you mean {' or '.join(near)}?"
     expected = "one of " + ", ".join(bundled)
     raise DataError(f"no bundled set named {name!r}", expected, cure)
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _split_files(folder: Path, name: str) -> dict[str, Path]:
@@ -245,46 +238,39 @@ def _normalise(records: list[Record]) -> list[Record]:
     if not records:
         raise DataError("no record", "at least one", "Add records.")
     first, normalised = records[0], []
-    known = [s for s in _SCHEMAS if s.fits(first)]
-    known += [s for s in _SCHEMAS if first.fields.keys() >= {*s.needed}]
     for record in records:
-        if not known or not record.fields.keys() >= {*known[0].needed}:
-            raise _not_recognised(record, known[:1] or _SCHEMAS, first)
-        chats = [s for s in _SCHEMAS if s.needed[0] in _CHATS and s.fits(record)]
-        fields = _convert(record, *(chats or known)[:1])
-        normalised.append(record._replace(fields=fields))
+        whole = [s for s in _SCHEMAS if s.fits(record)]
+        named = [s for s in _SCHEMAS if record.fields.keys() >= {*s.needed}]
+        if not named:
+            raise _not_recognised(record)
+        schema = whole[0] if whole else named[-1]  # an empty chat may stand beside it
+        if not first.fields.keys() >= {*schema.needed}:
+            expected = f"columns as in {first.unit} {first.line}"
+            cure = "Put each kind of record into a file of its own."
+            raise record.error(None, f"a record with {schema}", expected, cure)
+        normalised.append(record._replace(fields=_convert(record, schema)))
     return normalised
 
 
 def _convert(record: Record, schema: _Schema) -> dict[str, Any]:
     """A record's fields, and what is learned of it in the course's columns."""
-    own, fields, turns = schema.read(record), dict(record.fields), []
-    for name in [name for name in fields if name in (*_SYSTEM, "history")]:
+    turns, fields = schema.read(record), dict(record.fields)
+    for name in [name for name in _SYSTEM if name in fields]:
         if not _said(fields[name]):
             fields[name] = None  # blanks are nothing
-        elif name != "history":
-            turns.append(_turn("system", _check_text(record, name, fields[name])))
-    history = [] if fields.get("history") is None else fields["history"]
-    pairs = history if isinstance(history, list) else [None]
-    if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        history = [_turn(*t) for pair in pairs for t in zip(_TWO, pair, strict=True)]
-    history = _read_turns(record, "history", history)
-    lead = [turn for turn in own[:1] if turn["role"] == "system"]
-    rest = own[len(lead) :]
-    turns += [turn for turn in lead if turn not in turns]
-    turns += rest if rest[: len(history)] == history else history + rest
+            continue
+        turn = _turn("system", _check_text(record, name, fields[name]))
+        if turn not in turns:
+            turns.insert(0, turn)
     if fault := _fault_of_order([turn["role"] for turn in turns]):
         raise record.error(schema.needed[0], *fault)
     texts, read = [turn["content"] for turn in turns], (*schema.needed, *schema.also)
-    others = {name: value for name, value in fields.items() if name not in read}
+    others = {n: v for n, v in fields.items() if n not in (*read, *_SYSTEM)}
     _refuse_unread(record, others, texts, "", True)
     is_chat = schema.needed[0] in _CHATS
     if not is_chat or {"prompt", "completion"} <= fields.keys():
-        fields = fields | {"prompt": texts[-2], "completion": texts[-1]}
+        fields |= {"prompt": texts[-2], "completion": texts[-1]}
     return fields | ({"messages": turns} if is_chat or len(turns) > 2 else {})
-
-
-_TWO = ("user", "assistant")
 
 
 def _turn(role: str, text: str) -> dict[str, Any]:
@@ -294,48 +280,44 @@ def _turn(role: str, text: str) -> dict[str, Any]:
 # --- what would not be learned is refused ---
 
 _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
-_WHOLE = "Each answer is learned once, and whole: delete {!r}, or the record."
-_RIGHT = "All answers are learned as right ones: keep those, and delete {!r}."
-_BESIDE = "Put it into a text that is learned from, or delete {!r}."
-_CURES = {  # by columns and fields of turns; after a dot, of turns alone
-    "weight loss_weight loss_mask mask .loss .train .training .train_detail": _WHOLE,
-    "rejected kto_tag": _RIGHT,
-    "prompt completion instruction input output messages conversations chosen response "
-    "question query inputs context passage document documents": _BESIDE,
-    "reasoning reasoning_content reasoning_trace reasoning_details thinking think "
-    "thought thoughts cot complex_cot chain_of_thought rationale": (
-        "Put it before the answer, in <think> and </think>, or delete {!r}."
-    ),
-    "tools functions tool_calls function_call function_calls tool_call_id image images "
-    "video videos audio audios chat_template_kwargs .name .refusal .prefix": (
-        "Only the texts are learned: delete {!r}, or the record."
-    ),
-}
-_UNREAD = {name: cure for names, cure in _CURES.items() for name in names.split()}
+_TEXTS = re.compile(  # learned where a learned text repeats them
+    r"prompt|completion|instruction|inputs?|output|messages|conversations|"
+    r"question|query|chosen|response|context|passage|documents?|rationale|"
+    r"system|system_(prompt|message|instruction)|reasoning(_content|_trace|_details)?|"
+    r"think|thinking|thoughts?|cot|complex_cot|chain_of_thought"
+)
+_UNREAD = re.compile(
+    r"(loss_)?(weight|mask)|rejected|kto_tag|history|tools|functions|"
+    r"(tool|function)_calls?|tool_call_id|(image|video|audio)s?|chat_template_kwargs"
+)
+_OF_TURNS = re.compile(r"loss|train|training|train_detail|name|refusal|prefix")
+_WEIGHTS = re.compile(r"(loss_)?(weight|mask)|loss|train|training")
 
 
 def _refuse_unread(
-    record: Record, fields: dict[str, Any], texts: list[str], place: str, taught: bool
+    record: Record, fields: dict[str, Any], texts: list[str], place: str, answer: bool
 ) -> None:
-    """An error about a column or a turn's field that says what would not be learned."""
+    """An error about a column, or a field of a turn, that would not be learned.
+
+    `texts` are learned; `place` is a turn's, `answer` whether all in it is learned.
+    """
+    usual = (answer, f"{answer:d}", f"{answer:.1f}")  # weights; 1 and 1.0 are True
     for column, value in fields.items():
-        name = re.sub(r"[\s-]", "_", column.strip().lower())
-        cure = _UNREAD.get(name) or (place and _UNREAD.get("." + name))
-        if name in (*_SYSTEM, "history", "input") and name != column:
-            cure = f"Rename {{!r}} to {name!r}."
-        elif name == "context" and record.fields.get("input") == "":
-            cure = "Rename {!r} to 'input'."
-        elif name == "label" and str(value) in ("True", "False"):
-            cure = None if "text" in fields else _RIGHT
-        usual = (taught, f"{taught:d}", f"{taught:.1f}") if cure is _WHOLE else ()
-        said = _said(value) if cure and value not in usual else []
-        if cure is _BESIDE:
+        name, said = re.sub(r"[\s-]", "_", column.strip().lower()), _said(value)
+        if _TEXTS.fullmatch(name):
             said = [t for t in said if not any(str(t) in text for text in texts)]
-        asked = "\n\n".join(texts[:-1]).split("\n\n") if name == "prompt" else []
-        is_rendering = asked and all(part in str(value) for part in asked)
-        if said and not is_rendering:
+        elif name == "label":
+            said = str(value).lower() in ("true", "false")  # a verdict, no class
+        elif not (_UNREAD.fullmatch(name) or (place and _OF_TURNS.fullmatch(name))):
+            continue
+        asked = "\n\n".join(texts[:-1]).split("\n\n") if name == "prompt" else [""]
+        is_rendering = any(asked) and all(part in str(value) for part in asked)
+        is_usual = _WEIGHTS.fullmatch(name) and value in usual
+        if said and not is_rendering and not is_usual:
             fault = describe(value), "nothing there, for it would not be learned"
-            raise record.error(place + column, *fault, cure.format(column))
+            cure = "Only prompts and answers are learned, each once and whole: write "
+            cure += f"it into one of them, or delete {column!r} or the record."
+            raise record.error(place + column, *fault, cure)
 
 
 def _said(value: Any) -> list[Any]:
@@ -348,53 +330,50 @@ def _said(value: Any) -> list[Any]:
     return [] if value in (None, "", "[]", "{}", "null") or value != value else [value]
 
 
-_ASKED = ("prompt", "question", "query", "instruction", "inputs", "input")
-_ANSWERED = ("completion", "response", "answer", "answers", "output", "targets")
-_ALSO_CALLED = {"prompt": _ASKED, "instruction": _ASKED[:3], "text": ("sentence",)}
-_ALSO_CALLED |= {"completion": (*_ANSWERED, "chosen"), "output": _ANSWERED}
-_ALSO_CALLED |= {"input": ("context", "passage", "document")}
+_ANSWERED = "response answer answers completion output targets"
+_OTHER_NAMES = {
+    "prompt": "question query instruction inputs input",
+    "completion": f"{_ANSWERED} chosen",
+    "instruction": "question query prompt inputs input",
+    "output": _ANSWERED,
+    "input": "context passage document",
+    "text": "sentence",
+}
 
 
-def _not_recognised(
-    record: Record, schemas: Sequence[_Schema], first: Record
-) -> DataError:
-    """An error about a record without the columns that any of `schemas` needs."""
-    other = next((other for other in _SCHEMAS if other.fits(record)), None)
-    if other:
-        expected = f"{schemas[0]}, as in {first.unit} {first.line}"
-        cure = "Put each kind of record into a file of its own."
-        return record.error(None, f"a record with {other}", expected, cure)
-    fields, plans = record.fields, []
-    both_lists = _chat_column(fields.get("prompt")) is not None
-    for schema in schemas:
-        kinds = list if both_lists or schema.needed[0] in _CHATS else (str, int, float)
-        alike = {n.strip().lower(): n for n in fields if n not in schema.needed}
-        renames = {}
-        for name in (*schema.needed, *schema.also):
-            near = [name, *_ALSO_CALLED.get(name, ())]
-            near += difflib.get_close_matches(name, alike, n=1, cutoff=0.7)
-            near = [alike[n] for n in near if n in alike]
-            if name in _CHATS:
-                near = [n for n in fields if _chat_column(fields[n]) == name]
-            near = [n for n in near if isinstance(fields[n], kinds) and n != "rejected"]
-            if near and name not in fields:
-                renames[name] = near[0]
-        lacking = [name for name in schema.needed if name not in fields | renames]
-        rank = lacking == [*schema.needed], len(lacking), "input" not in renames
-        plans.append((rank, len(renames), len(plans), lacking, renames, schema))
-    *_, lacking, renames, schema = min(plans)
-    steps = [f"rename {old!r} to {new!r}" for new, old in renames.items()]
+def _not_recognised(record: Record) -> DataError:
+    """An error about a record that lacks columns: what to rename, what to add."""
+    fields = record.fields
+    schema = max(_SCHEMAS, key=lambda s: len(_find_columns(s, fields)))
+    found = _find_columns(schema, fields)
+    lacking = [name for name in schema.needed if name not in found]
+    steps = [f"rename {old!r} to {new!r}" for new, old in found.items() if old != new]
     steps += [f"add {name!r}" for name in lacking]
-    names = ", ".join(map(repr, fields))
-    column = next(name for name in schema.needed if name not in fields)
-    fault = f"no field {column!r}, only {names}"
-    if lacking in ([*schema.needed], ["label"]):
-        column, fault = None, f"the fields {names}" if names else "no fields"
+    if not found or lacking == ["label"]:
         steps = ["rename what is asked to 'prompt', what is answered to 'completion'"]
         steps += ['or write {"messages": [{"role": "user", "content": "..."}, ...]}']
-    cure = ", ".join(steps)
-    expected = "one of " + ", ".join(map(str, schemas))
-    return record.error(column, fault, expected, f"{cure[0].upper()}{cure[1:]}.")
+    names = ", ".join(map(repr, fields))
+    fault = f"the fields {names}" if names else "no fields"
+    expected, cure = "one of " + ", ".join(map(str, _SCHEMAS)), ", ".join(steps)
+    return record.error(None, fault, expected, f"{cure[0].upper()}{cure[1:]}.")
+
+
+def _find_columns(schema: _Schema, fields: dict[str, Any]) -> dict[str, str]:
+    """A record's columns by the names that they have, or should have, in a schema."""
+    found = {}
+    kinds = list if isinstance(fields.get("prompt"), list) else (str, int, float)
+    for name in (*schema.needed, *schema.also):
+        others = [n for n in fields if n not in (*found.values(), "rejected")]
+        alike = {n.strip().lower(): n for n in others}
+        near = difflib.get_close_matches(name, alike, n=1, cutoff=0.7)
+        near += _OTHER_NAMES.get(name, "").split()
+        columns = [alike[n] for n in near if n in alike]
+        columns = [n for n in columns if isinstance(fields[n], kinds)]
+        if name in _CHATS:
+            columns = [n for n in others if _chat_column(fields[n]) == name]
+        if name in fields or columns:
+            found[name] = name if name in fields else columns[0]
+    return found
 
 
 def _chat_column(turns: Any) -> str | None:
@@ -408,8 +387,14 @@ def _chat_column(turns: Any) -> str | None:
 
 
 def _check_text(record: Record, column: str, value: Any) -> str:
-    """`value` if it is a usable text, or else an error about `column`."""
+    """A usable text, a list of its parts joined, or else an error about `column`."""
     cure = "Write one, or delete the record."
+    if isinstance(value, list):
+        cure = "Write one, or parts of the type 'text' alone, or delete the record."
+        parts = [part if isinstance(part, dict) else {} for part in value]
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
+            value = "".join(texts)
     if not isinstance(value, str):
         if isinstance(value, int | float):
             cure = "Put it in double quotes."
@@ -436,7 +421,7 @@ def _from_pair(record: Record) -> list[dict[str, Any]]:
         if _chat_column(value):
             turns += _read_turns(record, name)
         else:
-            turns.append(_turn(role, _joined(record, name, value)))
+            turns.append(_turn(role, _check_text(record, name, value)))
     return turns
 
 
@@ -472,15 +457,14 @@ _CHATS = {  # by column: a turn's fields, and its roles' names
 _ROLE_HINTS = _SHAREGPT_ROLES | dict.fromkeys(("bot", "ai", "model"), "assistant")
 
 
-def _read_turns(record: Record, column: str, turns: Any = None) -> list[dict[str, Any]]:
-    """The checked turns of a column, or of `turns` in its place."""
-    turns = record.fields[column] if turns is None else turns
-    role_key, text_key, roles = _CHATS.get(column, _CHATS["messages"])
+def _read_turns(record: Record, column: str) -> list[dict[str, Any]]:
+    """The checked turns of a column, but for their order."""
+    turns = record.fields[column]
+    kind = column if column in _CHATS else _chat_column(turns)
+    role_key, text_key, roles = _CHATS[kind]
     form = f'[{{"{role_key}": "...", "{text_key}": "..."}}, ...]'
-    form = '[["asked", "answered"], ...]' if column == "history" else form
     if not isinstance(turns, list):
-        is_csv = record.file.lower().endswith(".csv")
-        cure = "A CSV holds no lists: use .jsonl." if is_csv else f"Write {form}."
+        cure = f"Write {form}; a CSV holds no lists: use .jsonl."
         raise record.error(column, describe(turns), "a list of turns", cure)
     messages = []
     for number, turn in enumerate(turns, start=1):
@@ -488,8 +472,7 @@ def _read_turns(record: Record, column: str, turns: Any = None) -> list[dict[str
             fault = f"turn {number}, {describe(turn)}"
             expected = f"an object with {role_key!r} and {text_key!r}"
             cure = f"Rename or add the fields, as in {form}."
-            other = _chat_column(turns)
-            if column in _CHATS and other not in (None, column):
+            if (other := _chat_column(turns)) not in (None, kind):
                 cure = f"Rename {column!r} to {other!r}."
             raise record.error(column, fault, expected, cure)
         name = turn[role_key]
@@ -501,52 +484,27 @@ def _read_turns(record: Record, column: str, turns: Any = None) -> list[dict[str
             raise record.error(column, fault, f"one of {expected}", cure)
         place = f"{column}[{number}]."
         _refuse_unread(record, turn, [], place, roles[name] == "assistant")
-        text = _joined(record, place + text_key, turn[text_key])
+        text = _check_text(record, place + text_key, turn[text_key])
         messages.append(_turn(roles[name], text))
     return messages
-
-
-def _joined(record: Record, column: str, value: Any) -> str:
-    """A checked text; of a list of parts, the text that they make together."""
-    parts = value if isinstance(value, list) else []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            cure = "Only texts are learned: write a text, or delete the record."
-            fault = f"a list with a part of type {kind!r}"
-            raise record.error(column, fault, "a text, or parts of type 'text'", cure)
-    value = "".join(part["text"] for part in parts) if parts else value
-    return _check_text(record, column, value)
 
 
 def _fault_of_order(roles: list[str]) -> tuple[str, str, str] | None:
     """What is wrong with the order of the turns, what is expected, and the cure."""
     wrong = first_misplaced_turn(roles)
-    if not roles:
-        return "a list without a turn", "at least two turns", "Delete the record."
-    if wrong is None and "assistant" not in roles:
-        return "no assistant turn", "at least one, to learn from", "Add the answer."
-    if wrong is None and roles[-1] == "user":
-        fault = f"the user's turn last (turn {len(roles)})"
-        return fault, "an assistant turn last", "Add the answer, or delete that turn."
-    if wrong is None:
+    if wrong is None and roles[-1:] == ["assistant"]:
         return None
-    number, role = wrong + 1, roles[wrong]
-    if role == "system":
-        cure = "Move it to the beginning, or delete it."
-        return f"a system turn in place {number}", "the system turn first", cure
-    due = "user" if role == "assistant" else "assistant"
-    fault = f"two {role} turns in a row (turns {wrong} and {number})"
-    cure = "Join the two turns, or add the one between them."
-    if wrong == 0 or roles[wrong - 1] == "system":
-        fault = f"the {role}'s turn first"
-        cure = "Put the user's turn before it, or delete it."
-    return fault, f"user and assistant in turn, so {due} in turn {number}", cure
+    place = len(roles) if wrong is None else wrong
+    due = "assistant" if roles[:place][-1:] == ["user"] else "user"
+    role = "no" if wrong is None else f"the {roles[wrong]}'s"
+    fault = f"{role} turn in place {place + 1}"
+    expected = f"the {due}'s there (a system turn may only be the first)"
+    return fault, expected, "Add it, or join, move or delete turns, or the record."
 
 
-_SCHEMAS = (
-    _Schema(("prompt", "completion"), _from_pair),
+_SCHEMAS = (  # of several that a record has, the first is read
     *(_Schema((name,), partial(_read_turns, column=name)) for name in _CHATS),
+    _Schema(("prompt", "completion"), _from_pair),
     _Schema(("instruction", "output"), _from_alpaca, also=("input",)),
     _Schema(("text", "label"), _from_classification),
 )
@@ -570,17 +528,13 @@ def _as_dataset(records: list[Record]) -> datasets.Dataset:
 
 
 def _as_array(values: list[Any]) -> Any:
-    """The values as a `pyarrow.Array`, or None where they are of several kinds.
-
-    Whole numbers beyond 64 bits become texts.
-    """
+    """The values as a `pyarrow.Array`, or None where they are of several kinds."""
     import pyarrow
 
     try:
         return pyarrow.array(values)
-    except OverflowError:
-        whole = json.loads(json.dumps(values, default=str), parse_int=str)
-        return _as_array(whole)
+    except OverflowError:  # whole numbers beyond 64 bits become texts
+        return _as_array(json.loads(json.dumps(values, default=str), parse_int=str))
     except (pyarrow.ArrowException, UnicodeError):
         return None
 
@@ -589,10 +543,10 @@ def _mixed_column(name: str, values: list[Any], records: list[Record]) -> DataEr
     """The first record whose value does not go with those before it."""
     counts = range(1, len(values) + 1)
     i = bisect_left(counts, True, key=lambda n: _as_array(values[:n]) is None)
-    fault = f"{describe(values[i])}, unlike the values before it"
-    if _as_array(values[i : i + 1]) is None:
-        fault = f"{describe(values[i])} made of several kinds"
-        if isinstance(values[i], str):
-            _check_text(records[i], name, values[i])  # half of a character
+    if isinstance(values[i], str) and values[i].strip():
+        _check_text(records[i], name, values[i])  # half of a character
+    is_mixed = _as_array(values[i : i + 1]) is None
+    fault = "made of several kinds" if is_mixed else "unlike the values before it"
+    fault = f"{describe(values[i])}, {fault}"
     cure = "Write all its values the same way, for example all as texts."
     return records[i].error(name, fault, "values of one kind in a column", cure)

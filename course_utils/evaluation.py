@@ -101,8 +101,7 @@ def evaluate(
         encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + 8
     # A layout with a place of its own for the input needs the record's fields.
-    has_more = not {"system", "messages"}.isdisjoint(records[0])  # nor a text alone
-    by_fields = template and (has_more or find_template(template).input is not None)
+    by_fields = template is not None and find_template(template).input is not None
     start = time.perf_counter()
     predictions = generate(
         model,

@@ -154,10 +154,8 @@ def read_example(
     if isinstance(prompt, list):  # the conversational form of TRL
         answers = completion if isinstance(completion, list) else []
         return _read_messages(prompt + answers, system)
-    messages = example.get("messages")
-    last = [turn.get("content") for turn in messages[-2:]] if messages else []
-    if messages is not None and (not is_pair or last == [prompt, completion]):
-        return _read_messages(messages, system)
+    if example.get("messages") is not None and not is_pair:
+        return _read_messages(example["messages"], system)
     text, extra, answer = prompt, "", completion
     instruction, context = example.get("instruction"), example.get("input") or ""
     joined = (instruction, f"{instruction}\n\n{context}")  # as `load_examples` joins

@@ -89,19 +89,15 @@ def test_a_system_column_is_learned_with_each_form(form, column, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "+".join(form))
-@pytest.mark.parametrize("as_turns", [False, True])
-def test_a_history_is_learned_with_each_form(form, as_turns, tmp_path):
-    history = [["Weather today?", "Sun."], ["Tomorrow?", "Rain."]]
-    earlier = [(r, t) for pair in history for r, t in zip(ROLES, pair, strict=True)]
-    if as_turns:
-        history = [{"role": role, "content": text} for role, text in earlier]
-    record = form | {"history": history, "system": PIRATE[1]}
-    (loaded,) = load(tmp_path, record)
-    turns, text = said(loaded)
-    assert turns == [PIRATE, *earlier, *PLAIN]
-    assert text.index("Tomorrow?") < text.index("Rain.") < text.index("parcel")
-    (without,) = load(tmp_path, form | {"history": []})
-    assert said(without)[0] == PLAIN
+@pytest.mark.parametrize(
+    "history",
+    [[["Weather today?", "Sun."]], ASK, "hello", 5, [["a", ""]], [[1]], {"a": "b"}],
+)
+def test_a_history_is_refused_and_can_be_written_as_messages(form, history, tmp_path):
+    error = refusal(tmp_path, form | {"history": history})
+    assert error.column == "history" and "write it into" in error.cure
+    for nothing in ([], None, "", [[]]):
+        assert load(tmp_path, form | {"history": nothing})
 
 
 def test_records_are_tokenized_with_all_they_say(tmp_path):
@@ -117,9 +113,9 @@ def test_records_are_tokenized_with_all_they_say(tmp_path):
     assert text(record).startswith(
         "<|im_start|>system\nAnswer like a pirate.<|im_end|>\n<|im_start|>user\nWhere"
     )
-    alpaca = {"instruction": "And tomorrow?", "input": "", "output": "Rain."}
-    alpaca |= {"system": "Be brief.", "history": [["Weather today?", "Sun."]]}
-    (record,) = load(tmp_path, alpaca)
+    earlier = [system("Be brief."), user("Weather today?"), answer("Sun.")]
+    prompt = [*earlier, user("And tomorrow?")]
+    (record,) = load(tmp_path, {"prompt": prompt, "completion": [answer("Rain.")]})
     assert text(record) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWeather today?"
         "<|im_end|>\n<|im_start|>assistant\nSun.<|im_end|>\n<|im_start|>user\n"
@@ -157,7 +153,7 @@ def test_a_longer_conversational_prompt_becomes_messages(tmp_path):
     assert record["messages"] == prompt + ASK[1:]
     assert {name: record[name] for name in PAIR} == PAIR
     error = refusal(tmp_path, {"prompt": prompt[:3], "completion": ASK[1:]})
-    assert "two assistant turns in a row" in str(error)
+    assert "the assistant's turn in place 4" in str(error)
 
 
 def test_shared_conversations_may_name_the_roles_of_messages(tmp_path):
@@ -193,7 +189,7 @@ def test_other_parts_are_refused_in_words(part, tmp_path):
     turns = [user([{"type": "text", "text": "What is it?"}, part]), answer("A cat.")]
     error = refusal(tmp_path, {"messages": turns})
     assert error.column == "messages[1].content" and error.line == 1
-    assert "part of type" in str(error) and "Only texts are learned" in str(error)
+    assert "parts of the type 'text' alone" in error.cure
     shown = refusal(tmp_path, {"prompt": turns[:1], "completion": turns[1:]})
     assert shown.column == "prompt[1].content"
 
@@ -235,8 +231,10 @@ def test_a_column_that_would_not_be_learned_is_named(form, column, tmp_path):
         error = refusal(tmp_path, form, form | {column: value})
         assert (error.column, error.line) == (column, 2)
         assert f"'{column}'" in error.cure and "not be learned" in error.expected
-    for nothing in (None, "", " ", [], {}, [[]], {"a": None}, "[]"):
+    for nothing in (None, "", " ", [], {}, "[]"):
         assert said(load(tmp_path, form | {column: nothing})[0])[0] == PLAIN
+    for nothing in ([[]], {"a": None}):
+        assert load(tmp_path, form | {column: nothing})
 
 
 OF_TURNS = {
@@ -336,6 +334,8 @@ def test_a_column_that_repeats_a_turn_is_kept(tmp_path):
         assert load(tmp_path, PAIR | {"messages": empty, "conversations": empty})
         assert load(tmp_path, {"messages": ASK, "prompt": empty, "completion": empty})
     assert refusal(tmp_path, PAIR | {"input": 5}).column == "input"
+    turns = [ASK[0] | {"prompt": "Quite another?"}, ASK[1]]
+    assert refusal(tmp_path, {"messages": turns}).column == "messages[1].prompt"
     for record in (chat, PAIR, ALPACA):
         other = {"prompt": "Quite another?", "completion": "No."}
         first = next(iter(record))
@@ -347,17 +347,7 @@ def test_a_second_system_text_is_refused(tmp_path):
     chat = {"messages": [system("Be brief."), *ASK], "system": "Be brief."}
     assert said(load(tmp_path, chat)[0])[0] == [("system", "Be brief."), *PLAIN]
     error = refusal(tmp_path, chat | {"system": "Be long."})
-    assert "a system turn in place 2" in str(error)
-
-
-@pytest.mark.parametrize(
-    "history",
-    ["hello", 5, [["a"]], [["a", "b", "c"]], [["a", ""]], [["a", 3]], {"a": "b"}]
-    + [[user("a")], ["a", "b"]],
-)
-def test_a_history_of_another_form_is_refused(history, tmp_path):
-    error = refusal(tmp_path, ALPACA | {"history": history})
-    assert "history" in str(error) or "two user turns" in str(error)
+    assert "the system's turn in place 2" in str(error)
 
 
 # --- cures that lead to a file that loads ---
@@ -377,6 +367,7 @@ CURED = {  # a record of a public set, and whether following the words ends in l
     "passage": PASSAGE | {"answer": "On Monday."},
     "capitals": {"Question": "A?", "Complex_CoT": "Hm.", "Response": "B."},
     "Instruction": {"Instruction": "A?", "Input": "C.", "Output": "B."},
+    "inputs and context": {"inputs": "A?", "context": "C.", "output": "B."},
     "typos": {"promt": "A?", "completions": "B."},
     "conversation of roles": {"conversation": ASK},
     "conversation of ShareGPT": {"conversation": SHARED},
@@ -403,7 +394,12 @@ def follow(record, cure):
         record[new] = record.pop(old)
     for name in re.findall(r"elete '([^']+)'", cure):
         for owner in [record, *record.get("messages", [])]:
-            owner.pop(name, None)
+            value = owner.pop(name, None)
+            if isinstance(value, str) and "write it into one of them" in cure:
+                text = next(
+                    n for n in ("prompt", "instruction", "content") if n in owner
+                )
+                owner[text] += f"\n\n{value}"
     for role in re.findall(r"Write '(\w+)' instead", cure):
         for column, key in (("messages", "role"), ("conversations", "from")):
             for turn in record.get(column, ()):
@@ -495,8 +491,8 @@ def test_whole_numbers_of_any_size_load(values, loaded, tmp_path):
     ("values", "line", "words"),
     [
         ([0, "x-1"], 2, "unlike the values before it"),
-        ([[1, "a"]], 1, "a list made of several kinds"),
-        ([{"a": [1, "b"]}, {}], 1, "an object with 'a' made of several kinds"),
+        ([[1, "a"]], 1, "a list, made of several kinds"),
+        ([{"a": [1, "b"]}, {}], 1, "an object with 'a', made of several kinds"),
         ([2.5, 2**64], 2, "unlike the values before it"),
         (["fine", "\ud83d"], 2, "half of a surrogate pair (\\ud83d)"),
         (["\ud83d"], 1, "half of a surrogate pair (\\ud83d)"),
@@ -569,7 +565,7 @@ def test_a_text_that_a_reader_made_a_date_of_is_named(value, tmp_path, monkeypat
             "mydata/a.csv or mydata/a.json",
         ),
         (["mydata/other.jsonl"], "mydata/train", "other.jsonl"),
-        (["mydata/notes.txt"], "mydata/train", "no folder mydata"),
+        (["mydata/notes.txt"], "mydata/train", "no data files"),
         (["mydata.jsonl"], "mydata", "Did you mean mydata.jsonl?"),
         (["train.csv"], "train", "Did you mean train.csv?"),
         (["home_command.parquet"], "home_command", "home_command.parquet?"),
@@ -605,7 +601,8 @@ def test_a_model_is_asked_with_the_system_text_and_earlier_turns(tmp_path, monke
         return ["On its way."] * len(prompts)
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    records = [PAIR | {"system": "Be brief.", "history": [["Hi", "Hello."]]}, PAIR]
+    prompt = [system("Be brief."), user("Hi"), answer("Hello."), ASK[0]]
+    records = [{"prompt": prompt, "completion": ASK[1:]}, PAIR]
     for record in load(tmp_path, *records):
         record = {n: v for n, v in record.items() if v is not None}
         evaluation.evaluate(None, byte_tokenizer(), [record], as_text=True)
@@ -622,7 +619,6 @@ def test_a_model_is_asked_with_the_system_text_and_earlier_turns(tmp_path, monke
 
 def test_equal_prompts_stay_in_one_split_whatever_stands_before_them(tmp_path):
     records = [PAIR | {"system": f"Be {n}."} for n in range(30)]
-    records += [ALPACA | {"history": [["a", "b"]]} for _ in range(9)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records[:30]))
     sizes = []
