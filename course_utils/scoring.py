@@ -66,7 +66,7 @@ def exact_text(predictions: Sequence[str], references: Sequence[str]) -> float:
 def field_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Micro F1 over the fields of all answers, 0 to 1; 1 where there is no field.
 
-    Fields are pairs such as `(("actions", 0, "room"), "kitchen")`, and
+    Fields are (path, value) pairs such as `("actions[0].room", "kitchen")`, and
     F1 = 2 hits / (fields predicted + fields in the references), summed over all
     answers. A prediction that is not one JSON object has no fields.
 
@@ -104,8 +104,7 @@ def by_slice(
 def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Share of the references' fields that the predictions have, by a field's name.
 
-    A field within others has its own key alone as its name, `room` in
-    `{"actions": [{"room": "hall"}]}`; the commonest comes first.
+    `actions[0].room` and `room` are both the field `room`; the commonest comes first.
 
     >>> by_field(['{"a": 1, "b": 2}', "?"], ['{"a": 1, "b": 3}', '{"a": 1}'])
     {'a': 0.5, 'b': 0.0}
@@ -115,7 +114,7 @@ def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str,
         predicted, right = map(_fields, answers)
         for counts, fields in ((hits, predicted & right), (stated, right)):
             for (path, _), number in fields.items():
-                counts[[key for key in path if isinstance(key, str)][-1]] += number
+                counts[path.rpartition(".")[2].partition("[")[0]] += number
     return {name: hits[name] / count for name, count in stated.most_common()}
 
 
@@ -166,12 +165,12 @@ def _fields(answer: dict[str, Any] | None) -> Counter:
     return fields
 
 
-def _flatten(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple]:
-    """List pairs as (("actions", 0, "level"), 3); empty objects and lists are values.
-
-    A path holds keys (texts) and places in lists (numbers).
-    """
+def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """List pairs as ('actions[0].level', 3) of a JSON value; empty ones are values."""
     if not isinstance(value, dict | list) or not value:
         return [(path, value)]
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [pair for key, item in items for pair in _flatten(item, (*path, key))]
+    if isinstance(value, dict):
+        items = [(f"{path}.{key}" if path else key, value[key]) for key in value]
+    else:
+        items = [(f"{path}[{position}]", item) for position, item in enumerate(value)]
+    return [pair for inner, item in items for pair in _flatten(item, inner)]
