@@ -13,7 +13,7 @@ import json
 import random
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,10 +40,12 @@ def load_examples(
 ) -> datasets.Dataset:
     """Load one split of a data set, checked and with the course's column names.
 
-    Recognised columns: prompt + completion; messages (role, content); conversations
-    (from, value); instruction + output, with or without input; text + label.
-    Instruction and input joined by an empty line become the prompt; a label's name, or
-    else its number, becomes the completion. All original columns are kept.
+    Recognised columns: prompt + completion, texts or lists of turns; messages (role,
+    content); conversations (from, value); instruction + output, with or without input;
+    text + label. Instruction and input joined by an empty line become the prompt; a
+    label's name, or else its number, becomes the completion. A system text beside them
+    goes into `messages`; tools, thoughts, images and their like are refused. All
+    original columns are kept.
 
     Args:
         source: A bundled set's name; a .jsonl, .json, .csv or .parquet file; a folder
@@ -106,32 +108,28 @@ def _locate(source: str | Path) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    folder = path.parent
+    files = sorted(f.name for f in folder.glob("*") if f.suffix.lower() in READERS)
+    near = [name for name in files if Path(name).stem.lower() == path.name.lower()]
     is_path = isinstance(source, Path) or name.startswith((".", "/", "~"))
-    is_file = path.suffix.lower() in (*READERS, ".txt", ".tsv", ".xlsx", ".gz")
-    if is_path or is_file or "\\" in name or name.count("/") > 1:
-        cure = _cure_for_missing(path)
-        raise DataError("no such file", "an existing file", cure, file=path)
+    is_file = near or path.suffix.lower() in (*READERS, ".txt", ".tsv", ".xlsx", ".gz")
+    in_folder = folder != Path() and folder.is_dir()
+    if is_path or is_file or in_folder or "\\" in name or name.count("/") > 1:
+        expected = "an existing file (or a hub id, its owner's name being no folder)"
+        near = near or difflib.get_close_matches(path.name, files, cutoff=0.5)
+        cure = f"In {folder.resolve()} are {', '.join(files[:5]) or 'no data files'}."
+        if not folder.is_dir():
+            cure = f"There is no folder {folder} either: check the path."
+        elif near:
+            cure = f"Did you mean {' or '.join(str(folder / name) for name in near)}?"
+        raise DataError("no such file", expected, cure, file=path)
     if _HUB_ID.fullmatch(name):
         return None
-    cure = _did_you_mean(name, bundled)
-    cure = cure or "A file needs its ending (my.jsonl), a hub id its owner (org/name)."
+    cure = "A file needs its ending (my.jsonl), a hub id its owner (org/name)."
+    if near := difflib.get_close_matches(name, bundled, cutoff=0.5):
+        cure = f"Did you mean {' or '.join(near)}?"
     expected = "one of " + ", ".join(bundled)
     raise DataError(f"no bundled set named {name!r}", expected, cure)
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(near)}?" if near else ""
-
-
-def _cure_for_missing(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"There is no folder {folder} either: check the path."
-    names = sorted(entry.name for entry in folder.iterdir())
-    files = [name for name in names if Path(name).suffix.lower() in READERS]
-    listing = f"The data files in {folder.resolve()}: {', '.join(files[:5]) or 'none'}."
-    return _did_you_mean(path.name, names) or listing
 
 
 def _split_files(folder: Path, name: str) -> dict[str, Path]:
@@ -225,78 +223,183 @@ def _read_hub(name: str, split: str, limit: int | None, seed: int) -> list[Recor
 
 class _Schema(NamedTuple):
     needed: tuple[str, ...]
-    convert: Callable[[Record], dict[str, Any]]  # checks a record, renames its fields
+    read: Callable[[Record], list[dict[str, Any]]]  # checks a record; its turns
+    also: tuple[str, ...] = ()  # read, too, where it is there
 
     def __str__(self) -> str:
         return " + ".join(self.needed)
 
     def fits(self, record: Record) -> bool:
-        return all(record.fields.get(name) is not None for name in self.needed)
+        return all(_said(record.fields.get(name)) for name in self.needed)
 
 
 def _normalise(records: list[Record]) -> list[Record]:
-    """The same records with `prompt` and `completion`, or with `messages`."""
+    """The same records with `prompt` and `completion`, with `messages`, or with all."""
     if not records:
         raise DataError("no record", "at least one", "Add records.")
-    schema = _recognise(records[0])
-    normalised = []
+    first, normalised = records[0], []
     for record in records:
-        for name in schema.needed:
-            if name not in record.fields:
-                raise _no_field(record, name, schema, records[0])
-        normalised.append(record._replace(fields=schema.convert(record)))
-    if "label" in schema.needed and records[0].file.lower().endswith(".csv"):
-        _number_labels(normalised)
+        whole = [s for s in _SCHEMAS if s.fits(record)]
+        named = [s for s in _SCHEMAS if record.fields.keys() >= {*s.needed}]
+        if not named:
+            raise _not_recognised(record)
+        schema = whole[0] if whole else named[-1]  # an empty chat may stand beside it
+        if not first.fields.keys() >= {*schema.needed}:
+            expected = f"columns as in {first.unit} {first.line}"
+            cure = "Put each kind of record into a file of its own."
+            raise record.error(None, f"a record with {schema}", expected, cure)
+        normalised.append(record._replace(fields=_convert(record, schema)))
     return normalised
 
 
-def _number_labels(records: list[Record]) -> None:
-    """Make numbers of a CSV file's labels, all texts, where each is a plain number.
+def _convert(record: Record, schema: _Schema) -> dict[str, Any]:
+    """A record's fields, and what is learned of it in the course's columns."""
+    turns, fields = schema.read(record), dict(record.fields)
+    for name in [name for name in _SYSTEM if name in fields]:
+        if not _said(fields[name]):
+            fields[name] = None  # blanks are nothing
+            continue
+        turn = _turn("system", _check_text(record, name, fields[name]))
+        if turn not in turns:
+            turns.insert(0, turn)
+    if fault := _fault_of_order([turn["role"] for turn in turns]):
+        raise record.error(schema.needed[0], *fault)
+    texts, read = [turn["content"] for turn in turns], (*schema.needed, *schema.also)
+    others = {n: v for n, v in fields.items() if n not in (*read, *_SYSTEM)}
+    _refuse_unread(record, others, texts, "", True)
+    is_chat = schema.needed[0] in _CHATS
+    if not is_chat or {"prompt", "completion"} <= fields.keys():
+        fields |= {"prompt": texts[-2], "completion": texts[-1]}
+    return fields | ({"messages": turns} if is_chat or len(turns) > 2 else {})
 
-    Codes with leading zeros stay texts: "0111" and "111" are two classes.
+
+def _turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+# --- what would not be learned is refused ---
+
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_TEXTS = re.compile(  # learned where a learned text repeats them
+    r"prompt|completion|instruction|inputs?|output|messages|conversations|"
+    r"question|query|chosen|response|context|passage|documents?|rationale|"
+    r"system|system_(prompt|message|instruction)|reasoning(_content|_trace|_details)?|"
+    r"think|thinking|thoughts?|cot|complex_cot|chain_of_thought"
+)
+_UNREAD = re.compile(
+    r"(loss_)?(weight|mask)|rejected|kto_tag|history|tools|functions|"
+    r"(tool|function)_calls?|tool_call_id|(image|video|audio)s?|chat_template_kwargs"
+)
+_OF_TURNS = re.compile(r"loss|train|training|train_detail|name|refusal|prefix")
+_WEIGHTS = re.compile(r"(loss_)?(weight|mask)|loss|train|training")
+
+
+def _refuse_unread(
+    record: Record, fields: dict[str, Any], texts: list[str], place: str, answer: bool
+) -> None:
+    """An error about a column, or a field of a turn, that would not be learned.
+
+    `texts` are learned; `place` is a turn's, `answer` whether all in it is learned.
     """
-    labels = [str(record.fields["label"]) for record in records]
-    if all(label.isdecimal() and str(int(label)) == label for label in labels):
-        for record, label in zip(records, labels, strict=True):
-            record.fields["label"] = int(label)
+    usual = (answer, f"{answer:d}", f"{answer:.1f}")  # weights; 1 and 1.0 are True
+    for column, value in fields.items():
+        name, said = re.sub(r"[\s-]", "_", column.strip().lower()), _said(value)
+        if _TEXTS.fullmatch(name):
+            said = [t for t in said if not any(str(t) in text for text in texts)]
+        elif name == "label":
+            said = str(value).lower() in ("true", "false")  # a verdict, no class
+        elif not (_UNREAD.fullmatch(name) or (place and _OF_TURNS.fullmatch(name))):
+            continue
+        asked = "\n\n".join(texts[:-1]).split("\n\n") if name == "prompt" else [""]
+        is_rendering = any(asked) and all(part in str(value) for part in asked)
+        is_usual = _WEIGHTS.fullmatch(name) and value in usual
+        if said and not is_rendering and not is_usual:
+            fault = describe(value), "nothing there, for it would not be learned"
+            cure = "Only prompts and answers are learned, each once and whole: write "
+            cure += f"it into one of them, or delete {column!r} or the record."
+            raise record.error(place + column, *fault, cure)
 
 
-def _recognise(record: Record) -> _Schema:
-    whole = [schema for schema in _SCHEMAS if schema.fits(record)]
-    half = [s for s in _SCHEMAS if not record.fields.keys().isdisjoint(s.needed)]
-    if whole or half:  # what is missing of a half one is said later
-        return (whole or half)[0]
-    known = {name for schema in _SCHEMAS for name in schema.needed}
-    renames = []
-    for name in record.fields:
-        near = difflib.get_close_matches(name.strip().lower(), known, n=1, cutoff=0.8)
-        renames += [f"{name!r} to {near[0]!r}"] if near else []
-    names = ", ".join(map(repr, record.fields))
+def _said(value: Any) -> list[Any]:
+    """The texts and numbers in a value, but for blanks, nulls and names of roles."""
+    if isinstance(value, dict):
+        value = [v for k, v in value.items() if k not in ("role", "from")]
+    if isinstance(value, list):
+        return [text for inner in value for text in _said(inner)]
+    value = value.strip() if isinstance(value, str) else value
+    return [] if value in (None, "", "[]", "{}", "null") or value != value else [value]
+
+
+_ANSWERED = "response answer answers completion output targets"
+_OTHER_NAMES = {
+    "prompt": "question query instruction inputs input",
+    "completion": f"{_ANSWERED} chosen",
+    "instruction": "question query prompt inputs input",
+    "output": _ANSWERED,
+    "input": "context passage document",
+    "text": "sentence",
+}
+
+
+def _not_recognised(record: Record) -> DataError:
+    """An error about a record that lacks columns: what to rename, what to add."""
+    fields = record.fields
+    schema = max(_SCHEMAS, key=lambda s: len(_find_columns(s, fields)))
+    found = _find_columns(schema, fields)
+    lacking = [name for name in schema.needed if name not in found]
+    steps = [f"rename {old!r} to {new!r}" for new, old in found.items() if old != new]
+    steps += [f"add {name!r}" for name in lacking]
+    if not found or lacking == ["label"]:
+        steps = ["rename what is asked to 'prompt', what is answered to 'completion'"]
+        steps += ['or write {"messages": [{"role": "user", "content": "..."}, ...]}']
+    names = ", ".join(map(repr, fields))
     fault = f"the fields {names}" if names else "no fields"
-    expected = "one of " + ", ".join(map(str, _SCHEMAS))
-    cure = f"Rename {', '.join(renames) or 'the fields to one of these'}."
-    raise record.error(None, fault, expected, cure)
+    expected, cure = "one of " + ", ".join(map(str, _SCHEMAS)), ", ".join(steps)
+    return record.error(None, fault, expected, f"{cure[0].upper()}{cure[1:]}.")
 
 
-def _no_field(record: Record, name: str, schema: _Schema, first: Record) -> DataError:
-    other = next((other for other in _SCHEMAS if other.fits(record)), None)
-    if other and record is not first:
-        expected = f"{schema}, as in {first.unit} {first.line}"
-        cure = "Put each kind of record into a file of its own."
-        return record.error(None, f"a record with {other}", expected, cure)
-    near = difflib.get_close_matches(name, list(record.fields), n=1, cutoff=0.6)
-    cure = f"Rename {near[0]!r} to {name!r}." if near else f"Add {name!r}."
-    names = ", ".join(map(repr, record.fields)) or "no fields"
-    fault = f"no field {name!r}, only {names}"
-    return record.error(name, fault, f"a field {name!r}", cure)
+def _find_columns(schema: _Schema, fields: dict[str, Any]) -> dict[str, str]:
+    """A record's columns by the names that they have, or should have, in a schema."""
+    found = {}
+    kinds = list if isinstance(fields.get("prompt"), list) else (str, int, float)
+    for name in (*schema.needed, *schema.also):
+        others = [n for n in fields if n not in (*found.values(), "rejected")]
+        alike = {n.strip().lower(): n for n in others}
+        near = difflib.get_close_matches(name, alike, n=1, cutoff=0.7)
+        near += _OTHER_NAMES.get(name, "").split()
+        columns = [alike[n] for n in near if n in alike]
+        columns = [n for n in columns if isinstance(fields[n], kinds)]
+        if name in _CHATS:
+            columns = [n for n in others if _chat_column(fields[n]) == name]
+        if name in fields or columns:
+            found[name] = name if name in fields else columns[0]
+    return found
+
+
+def _chat_column(turns: Any) -> str | None:
+    """The column in which turns of this form belong, if they are turns."""
+    turn = turns[0] if isinstance(turns, list) and turns else None
+    keys = turn.keys() if isinstance(turn, dict) else ()
+    return next((c for c, (*pair, _) in _CHATS.items() if {*pair} <= {*keys}), None)
+
+
+# --- from a record to turns ---
 
 
 def _check_text(record: Record, column: str, value: Any) -> str:
-    """`value` if it is a usable text, or else an error about `column`."""
+    """A usable text, a list of its parts joined, or else an error about `column`."""
     cure = "Write one, or delete the record."
+    if isinstance(value, list):
+        cure = "Write one, or parts of the type 'text' alone, or delete the record."
+        parts = [part if isinstance(part, dict) else {} for part in value]
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
+            value = "".join(texts)
     if not isinstance(value, str):
         if isinstance(value, int | float):
             cure = "Put it in double quotes."
+        elif hasattr(value, "isoformat"):  # `datasets` makes dates of a hub's texts
+            cure = "Write it as a text; from a hub, load the downloaded file."
         raise record.error(column, describe(value), "a text", cure)
     try:
         value.encode("utf-8")
@@ -311,106 +414,98 @@ def _check_text(record: Record, column: str, value: Any) -> str:
     return value
 
 
-def _from_pair(record: Record) -> dict[str, Any]:
-    for name in ("prompt", "completion"):
-        _check_text(record, name, record.fields[name])
-    return record.fields
+def _from_pair(record: Record) -> list[dict[str, Any]]:
+    turns = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record.fields[name]
+        if _chat_column(value):
+            turns += _read_turns(record, name)
+        else:
+            turns.append(_turn(role, _check_text(record, name, value)))
+    return turns
 
 
-def _from_alpaca(record: Record) -> dict[str, Any]:
-    fields = dict(record.fields)
+def _from_alpaca(record: Record) -> list[dict[str, Any]]:
+    fields = record.fields
     if fields.get("input") is None:
         fields["input"] = ""
     names = ("instruction", "input", "output")
     instruction, context, answer = (_check_text(record, n, fields[n]) for n in names)
     prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
-    return {**fields, "prompt": prompt, "completion": answer}
+    return [_turn("user", prompt), _turn("assistant", answer)]
 
 
-def _from_classification(record: Record) -> dict[str, Any]:
+def _from_classification(record: Record) -> list[dict[str, Any]]:
     text = _check_text(record, "text", record.fields["text"])
     label = record.fields["label"]
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        expected, cure = "a whole number from 0 or a name", "Write one of the two."
+    is_number = isinstance(label, int) and not isinstance(label, bool)
+    if not isinstance(label, str) and not (is_number and label >= 0):
+        cure = "This split has no labels: use another." if is_number else "Write one."
+        expected = "a whole number from 0 or a name"
         raise record.error("label", describe(label), expected, cure)
-    if isinstance(label, int) and label < 0:
-        cure = "This split has no labels: use another."
-        raise record.error("label", describe(label), "a number from 0", cure)
     name = record.fields.get("label_text")
-    completion = _check_text(record, "label", str(label) if name is None else name)
-    return {**record.fields, "prompt": text, "completion": completion}
+    answer = _check_text(record, "label", str(label) if name is None else name)
+    return [_turn("user", text), _turn("assistant", answer)]
 
 
 _ROLES = {role: role for role in ("system", "user", "assistant")}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"} | _ROLES
 _CHATS = {  # by column: a turn's fields, and its roles' names
     "messages": ("role", "content", _ROLES),
     "conversations": ("from", "value", _SHAREGPT_ROLES),
 }
-_ROLE_HINTS = _ROLES | _SHAREGPT_ROLES | dict.fromkeys(("bot", "ai"), "assistant")
+_ROLE_HINTS = _SHAREGPT_ROLES | dict.fromkeys(("bot", "ai", "model"), "assistant")
 
 
-def _from_chat(record: Record, column: str) -> dict[str, Any]:
+def _read_turns(record: Record, column: str) -> list[dict[str, Any]]:
+    """The checked turns of a column, but for their order."""
     turns = record.fields[column]
-    role_key, text_key, roles = _CHATS[column]
+    kind = column if column in _CHATS else _chat_column(turns)
+    role_key, text_key, roles = _CHATS[kind]
+    form = f'[{{"{role_key}": "...", "{text_key}": "..."}}, ...]'
     if not isinstance(turns, list):
-        cure = f'Write [{{"{role_key}": "...", "{text_key}": "..."}}, ...].'
-        if record.file.lower().endswith(".csv"):
-            cure = "A CSV cell cannot hold a list: use .jsonl."
+        cure = f"Write {form}; a CSV holds no lists: use .jsonl."
         raise record.error(column, describe(turns), "a list of turns", cure)
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
             fault = f"turn {number}, {describe(turn)}"
-            if isinstance(turn, dict) and turn:
-                fault += " with " + ", ".join(map(repr, turn))
             expected = f"an object with {role_key!r} and {text_key!r}"
-            raise record.error(column, fault, expected, "Rename or add the fields.")
+            cure = f"Rename or add the fields, as in {form}."
+            if (other := _chat_column(turns)) not in (None, kind):
+                cure = f"Rename {column!r} to {other!r}."
+            raise record.error(column, fault, expected, cure)
         name = turn[role_key]
         if not isinstance(name, str) or name not in roles:
             hint = _ROLE_HINTS.get(str(name).strip().lower())
             cure = "Rename the role, or delete the turn."
-            if hint and roles is _ROLES:
-                cure = f"Write {hint!r} instead."
+            cure = f"Write {hint!r} instead." if hint else cure
             fault, expected = f"the role {name!r} in turn {number}", ", ".join(roles)
             raise record.error(column, fault, f"one of {expected}", cure)
-        text = _check_text(record, f"{column}[{number}].{text_key}", turn[text_key])
-        messages.append({"role": roles[name], "content": text})
-    if fault := _fault_of_order([message["role"] for message in messages]):
-        raise record.error(column, *fault)
-    return record.fields | ({} if column == "messages" else {"messages": messages})
+        place = f"{column}[{number}]."
+        _refuse_unread(record, turn, [], place, roles[name] == "assistant")
+        text = _check_text(record, place + text_key, turn[text_key])
+        messages.append(_turn(roles[name], text))
+    return messages
 
 
 def _fault_of_order(roles: list[str]) -> tuple[str, str, str] | None:
     """What is wrong with the order of the turns, what is expected, and the cure."""
     wrong = first_misplaced_turn(roles)
-    if not roles:
-        return "a list without a turn", "at least two turns", "Delete the record."
-    if wrong is None and "assistant" not in roles:
-        return "no assistant turn", "at least one, to learn from", "Add the answer."
-    if wrong is None and roles[-1] == "user":
-        fault = f"the user's turn last (turn {len(roles)})"
-        return fault, "an assistant turn last", "Add the answer, or delete that turn."
-    if wrong is None:
+    if wrong is None and roles[-1:] == ["assistant"]:
         return None
-    number, role = wrong + 1, roles[wrong]
-    if role == "system":
-        cure = "Move it to the beginning, or delete it."
-        return f"a system turn in place {number}", "the system turn first", cure
-    due = "user" if role == "assistant" else "assistant"
-    fault = f"two {role} turns in a row (turns {wrong} and {number})"
-    cure = "Join the two turns, or add the one between them."
-    if wrong == 0 or roles[wrong - 1] == "system":
-        fault = f"the {role}'s turn first"
-        cure = "Put the user's turn before it, or delete it."
-    return fault, f"user and assistant in turn, so {due} in turn {number}", cure
+    place = len(roles) if wrong is None else wrong
+    due = "assistant" if roles[:place][-1:] == ["user"] else "user"
+    role = "no" if wrong is None else f"the {roles[wrong]}'s"
+    fault = f"{role} turn in place {place + 1}"
+    expected = f"the {due}'s there (a system turn may only be the first)"
+    return fault, expected, "Add it, or join, move or delete turns, or the record."
 
 
-_SCHEMAS = (
+_SCHEMAS = (  # of several that a record has, the first is read
+    *(_Schema((name,), partial(_read_turns, column=name)) for name in _CHATS),
     _Schema(("prompt", "completion"), _from_pair),
-    _Schema(("messages",), partial(_from_chat, column="messages")),
-    _Schema(("conversations",), partial(_from_chat, column="conversations")),
-    _Schema(("instruction", "output"), _from_alpaca),
+    _Schema(("instruction", "output"), _from_alpaca, also=("input",)),
     _Schema(("text", "label"), _from_classification),
 )
 
@@ -438,7 +533,9 @@ def _as_array(values: list[Any]) -> Any:
 
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError, UnicodeError):
+    except OverflowError:  # whole numbers beyond 64 bits become texts
+        return _as_array(json.loads(json.dumps(values, default=str), parse_int=str))
+    except (pyarrow.ArrowException, UnicodeError):
         return None
 
 
@@ -446,6 +543,10 @@ def _mixed_column(name: str, values: list[Any], records: list[Record]) -> DataEr
     """The first record whose value does not go with those before it."""
     counts = range(1, len(values) + 1)
     i = bisect_left(counts, True, key=lambda n: _as_array(values[:n]) is None)
-    fault = f"{describe(values[i])}, unlike the values before it"
+    if isinstance(values[i], str) and values[i].strip():
+        _check_text(records[i], name, values[i])  # half of a character
+    is_mixed = _as_array(values[i : i + 1]) is None
+    fault = "made of several kinds" if is_mixed else "unlike the values before it"
+    fault = f"{describe(values[i])}, {fault}"
     cure = "Write all its values the same way, for example all as texts."
     return records[i].error(name, fault, "values of one kind in a column", cure)

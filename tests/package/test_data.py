@@ -158,12 +158,12 @@ BROKEN = {
     "missing completion": (
         "a.jsonl",
         PAIR + '{"prompt": "a", "completoin": "b"}\n',
-        *(2, "completion", ["no field 'completion'", "Rename 'completoin'"]),
+        *(2, None, ["the fields 'prompt', 'completoin'", "Rename 'completoin'"]),
     ),
     "missing from all": (
         "a.jsonl",
         '{"prompt": "a"}\n',
-        *(1, "completion", ["only 'prompt'", "Add 'completion'"]),
+        *(1, None, ["the fields 'prompt'", "Add 'completion'"]),
     ),
     "unknown columns": (
         "a.jsonl",
@@ -173,7 +173,7 @@ BROKEN = {
     "columns of nothing known": (
         "a.csv",
         "q,reply\n1,2\n",
-        *(2, None, ["'q', 'reply'", "expected one of prompt + completion", "Rename"]),
+        *(2, None, ["'q', 'reply'", ", prompt + completion, instruction", "Rename"]),
     ),
     "no columns": ("a.jsonl", "{}", 1, None, ["found no fields", "Rename"]),
     "number for a text": (
@@ -234,7 +234,7 @@ BROKEN = {
     "no turn": (
         "a.jsonl",
         '{"messages": []}',
-        *(1, "messages", ["without a turn", "Delete the record"]),
+        *(1, "messages", ["no turn in place 1", "delete turns, or the record"]),
     ),
     "turn without content": (
         "a.jsonl",
@@ -264,27 +264,43 @@ BROKEN = {
     "two user turns": (
         "a.jsonl",
         chat(("user", "a"), ("user", "b"), ("assistant", "c")),
-        *(1, "messages", ["two user turns in a row (turns 1 and 2)", "Join"]),
+        *(
+            1,
+            "messages",
+            ["the user's turn in place 2", "the assistant's there", "join"],
+        ),
     ),
     "assistant first": (
         "a.jsonl",
         chat(("system", "s"), ("assistant", "a")),
-        *(1, "messages", ["the assistant's turn first", "user in turn 2", "Put"]),
+        *(
+            1,
+            "messages",
+            ["the assistant's turn in place 2", "the user's there", "Add it"],
+        ),
     ),
     "system later": (
         "a.jsonl",
         chat(("user", "a"), ("assistant", "b"), ("system", "c")),
-        *(1, "messages", ["a system turn in place 3", "Move it"]),
+        *(
+            1,
+            "messages",
+            ["the system's turn in place 3", "may only be the first", "move"],
+        ),
     ),
     "no assistant": (
         "a.jsonl",
         chat(("system", "a"), ("user", "b")),
-        *(1, "messages", ["no assistant turn", "to learn from", "Add the answer"]),
+        *(1, "messages", ["no turn in place 3", "the assistant's there", "Add it"]),
     ),
     "user last": (
         "a.jsonl",
         chat(("user", "a"), ("assistant", "b"), ("user", "c")),
-        *(1, "messages", ["the user's turn last (turn 3)", "delete that turn"]),
+        *(
+            1,
+            "messages",
+            ["no turn in place 4", "the assistant's there", "delete turns"],
+        ),
     ),
     "empty turn": (
         "a.jsonl",
@@ -407,9 +423,9 @@ def test_broken_row_of_a_parquet_file_is_called_a_row(tmp_path):
 
 def test_missing_file_suggests_its_neighbours(tmp_path):
     write(tmp_path, "questions.jsonl", PAIR)
-    with pytest.raises(DataError, match="no such file.*mean questions.jsonl"):
+    with pytest.raises(DataError, match="no such file.*mean .*questions.jsonl"):
         load_examples(tmp_path / "question.jsonl")
-    with pytest.raises(DataError, match="The data files in .*: questions.jsonl"):
+    with pytest.raises(DataError, match="In .* are questions.jsonl"):
         load_examples(str(tmp_path / "zzz.csv"))
     with pytest.raises(DataError, match="There is no folder .*nowhere either"):
         load_examples(tmp_path / "nowhere" / "a.jsonl")
@@ -533,8 +549,7 @@ def test_chats_and_sharegpt_conversations(tmp_path):
 def test_classification_labels(tmp_path):
     path = write(tmp_path, "a.csv", "text,label\ngood,1\nbad,0\n")
     examples = load_examples(path, "all")
-    assert examples["label"] == [1, 0]
-    assert examples["completion"] == ["1", "0"]
+    assert examples["label"] == examples["completion"] == ["1", "0"]  # as a CSV has it
     path = write(tmp_path, "b.csv", "text,label\ngood,1\nbad,no\n")
     assert load_examples(path, "all")["label"] == ["1", "no"]
     line = '{"text": "good", "label": 1, "label_text": "positive"}\n'
@@ -809,7 +824,7 @@ def test_codes_with_leading_zeros_stay_apart(tmp_path):
     assert examples["label"] == ["0111", "0112", "111"]
     assert examples["completion"] == ["0111", "0112", "111"]
     path = write(tmp_path, "numbers.csv", "text,label\na,0\nb,10\n")
-    assert load_examples(path)["label"] == [0, 10]
+    assert load_examples(path)["label"] == ["0", "10"]
 
 
 @pytest.mark.parametrize("name", [r"D:\mine\data", "data/my/own"])
