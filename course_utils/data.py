@@ -277,8 +277,6 @@ def _turn(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-# --- what would not be learned is refused ---
-
 _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 _TEXTS = re.compile(  # learned where a learned text repeats them
     r"prompt|completion|instruction|inputs?|output|messages|conversations|"

@@ -13,7 +13,7 @@ from course_utils import scoring
 from course_utils.formatting import IGNORE, tokenize_example
 from course_utils.inference import decodes, generate, inference_state, last_logits
 from course_utils.scoring import exact_match, field_f1
-from course_utils.templates import Template, find_template
+from course_utils.templates import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,14 +85,11 @@ def evaluate(
     if max_new_tokens is None:
         encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + 8
-    # A layout with a place of its own for the input needs the record's fields.
-    has_more = not {"system", "messages"}.isdisjoint(records[0])  # nor a text alone
-    by_fields = template and (has_more or find_template(template).input is not None)
     start = time.perf_counter()
     predictions = generate(
         model,
         tokenizer,
-        records if by_fields else prompts,
+        prompts if template is None else records,
         template=template,
         system=system,
         max_new_tokens=max_new_tokens,

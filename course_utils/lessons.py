@@ -194,6 +194,11 @@ _number(
 )
 _number("8.1", "Set the standard error to 0.01, and solve for n.", 0.25 / 0.01**2, 2e-4)
 
+_exercise("0.2", "Count the pairs that are the same JSON, and divide by all.")(
+    lambda answer, *, given, references: math.isclose(
+        answer, scoring.exact_match(given, references), rel_tol=1e-3
+    )
+)
 _exercise("0.3", "Does the bot need a new form, or facts that change?")(
     lambda answer: answer.strip().lower() == "facts in the prompt"
 )
@@ -209,11 +214,11 @@ _exercise("6.2", "A prefix is (L, 2, H_kv, n, d_head): which one counts tokens?"
 _exercise("8.2", "Walk from the cheapest up, and keep each new best score.")(
     lambda answer, *, points: sorted(answer) == sorted(pareto_front(points))
 )
-
-
-@_exercise("0.2", "Count the pairs that are the same JSON, and divide by all.")
-def _(answer, *, given, references):
-    return math.isclose(answer, scoring.exact_match(given, references), rel_tol=1e-3)
+_exercise("8.3", "If the lowest loss is at an edge, go one rate further.")(
+    lambda answer, *, losses: math.isclose(
+        answer, neighbour(best_of(losses), -1), rel_tol=0.01
+    )
+)
 
 
 @_exercise("1.1", "Which tokens follow the word before the turn is over?")
@@ -256,9 +261,7 @@ def _(answer, *, config):
 
 @_exercise("3.2", "B A has the shape of W; how often does it count?")
 def _(answer, *, W, A, B, alpha, r):
-    import torch
-
-    return torch.allclose(answer, W + alpha / r * (B @ A), rtol=1e-5, atol=1e-6)
+    return answer.allclose(W + alpha / r * (B @ A), rtol=1e-5, atol=1e-6)
 
 
 @_exercise("3.3", "Layer 2 is `layers.2.`, layer 20 is `layers.20.`: mind the dot.")
@@ -294,10 +297,7 @@ def _(answer, *, labels, n):
 
 @_exercise("5.3", "`rows.flip(0)` turns the order round; the rest is as above.")
 def _(answer, *, model, rows, batch, with_soft_prompt):
-    import torch
-
-    with torch.no_grad():
-        loss = model(**with_soft_prompt(model, rows.flip(0), batch)).loss.item()
+    loss = model(**with_soft_prompt(model, rows.flip(0), batch)).loss.item()
     return math.isclose(answer, loss, rel_tol=1e-4)
 
 
@@ -320,14 +320,6 @@ def _(answer, *, four_bit, state, A, B, scale):
 def _(answer, *, recipe):
     options = {"sequence_length": 1024, "gradient_checkpointing": True, **recipe}
     options["double_quant"] = False
-
-    def fits(size):
-        return t4_plan("llama-2-7b", "qlora", batch_size=size, **options).fits("T4")
-
-    answer = operator.index(answer)
-    return fits(answer) and not fits(answer + 1)
-
-
-@_exercise("8.3", "If the lowest loss is at an edge, go one rate further.")
-def _(answer, *, losses):
-    return math.isclose(answer, neighbour(best_of(losses), -1), rel_tol=0.01)
+    sizes = operator.index(answer), answer + 1
+    plans = [t4_plan("llama-2-7b", "qlora", batch_size=n, **options) for n in sizes]
+    return [plan.fits("T4") for plan in plans] == [True, False]

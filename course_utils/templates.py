@@ -396,7 +396,11 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     rendered, state = _render(tokenizer, turns), _state(tokenizer)
     texts, marked = _mark(turns)
     before, places, asking = _own_layout(tokenizer, state, marked)
-    _check_shown(turns, texts, dict(places), asks)
+    shown = dict(places)
+    for number, (turn, text) in enumerate(texts):
+        if number not in shown and not (asks and turns[turn][0] == "assistant"):
+            fault = f"leaves out {text[:30]!r} of turn {turn + 1}: take it out"
+            raise _refusal(f"{fault}, end a record with that turn")
     # What follows each turn where no answer brings a thought of its own.
     bare = tuple((role, _MARK.format(i)) for i, (role, _) in enumerate(turns))
     follows = dict(_own_layout(tokenizer, state, bare)[1])
@@ -426,13 +430,6 @@ def _own_pieces(conversation: Conversation, tokenizer: Any) -> list[Piece]:
     if at != len(rendered):
         raise _refusal("rewrites the end of this chat: change that")
     return [*pieces, Piece(before)]
-
-
-def _check_shown(turns: list, texts: list, shown: Mapping, asks: bool) -> None:
-    for number, (turn, text) in enumerate(texts):
-        if number not in shown and not (asks and turns[turn][0] == "assistant"):
-            fault = f"leaves out {text[:30]!r} of turn {turn + 1}: take it out"
-            raise _refusal(f"{fault}, end a record with that turn")
 
 
 def _opening(before: str, follows_user: str, asking: str, turn: int) -> str:

@@ -27,8 +27,6 @@ from course_utils.memory.formula import (
 from course_utils.parameters import peft_config
 from course_utils.runtime import get_profile
 
-# --- what is asked ---------------------------------------------------------------
-
 _METHODS = ("full", "lora", "qlora", "prompt_tuning", "prefix_tuning")
 _CHOICES: dict[str, Any] = {
     "dtype": tuple(BYTES),
@@ -72,20 +70,18 @@ class Request:
             if not isinstance(size := getattr(self, name), int) or size < 1:
                 needed = "must be a whole number of at least 1"
                 raise ValueError(f"{name} {needed}, got {size!r}")
-        self._check_combinations()
         text = self.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None)
         tokens = self.sequence_length + self.virtual_tokens
-        if limit and tokens > limit:
+        if 0 < (limit or 0) < tokens:
             needed = f"sequence_length and virtual tokens come to {tokens}"
             raise ValueError(f"{needed}: the model has only {limit} positions")
-
-    def _check_combinations(self) -> None:
-        full = self.method == "full"
-        if full and self.quantization:
+        if self.method == "full" and self.quantization:
             advice = "use method='qlora', or leave quantization out"
             raise ValueError(f"full fine-tuning cannot train 4-bit weights: {advice}")
-        if full and self.dtype == "float16":  # the gradient scaler refuses them
+        if (
+            self.method == "full" and self.dtype == "float16"
+        ):  # the gradient scaler refuses them
             advice = "use dtype='float32' with autocast='float16', or bfloat16"
             raise ValueError(f"full fine-tuning cannot train fp16 weights: {advice}")
         if self.method == "prefix_tuning" and self.gradient_checkpointing:

@@ -321,36 +321,29 @@ def plot_by_slice(
 
 
 def plot_learning_rates(
-    scores: Mapping[str, Mapping[float, Any]],
-    *,
-    ylabel: str = "exact match (%)",
-    percent: bool = True,
-    higher_is_better: bool = True,
-    ax: Axes | None = None,
+    losses: Mapping[str, Mapping[float, Any]], *, ax: Axes | None = None
 ) -> Axes:
-    """Draw {method: {learning rate: scores of the seeds}}: mean, least and greatest.
+    """Draw {method: {learning rate: losses of the seeds}}: mean, least and greatest.
 
     The best learning rate of each method carries a ring; None or NaN is a run that
-    broke, and leaves a gap. With `percent`, scores are 0 to 1 and shown in per cent.
+    broke, and leaves a gap.
     """
     ax = new_axes(ax)
-    best = max if higher_is_better else min
-    for label, style in line_styles(scores).items():
-        rates = sorted(scores[label])
-        seeds = [_scores(scores[label][rate], percent) for rate in rates]
+    for label, style in line_styles(losses).items():
+        rates = sorted(losses[label])
+        seeds = [_scores(losses[label][rate], percent=False) for rate in rates]
         means = [sum(values) / len(values) for values in seeds]
         look = {"linewidth": 1.5, "markersize": 5} | style
         ax.plot(rates, means, label=display_name(label), **look)
         band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
         ax.fill_between(rates, [*map(min, seeds)], [*map(max, seeds)], **band)
-        pairs = zip(means, rates, strict=True)
-        if finite := [pair for pair in pairs if math.isfinite(pair[0])]:
-            mean, rate = best(finite, key=lambda pair: pair[0])
+        pairs = [(y, x) for y, x in zip(means, rates, strict=True) if math.isfinite(y)]
+        if pairs:
+            loss, rate = min(pairs)
             ring = {"markeredgecolor": style["color"], "markeredgewidth": 1.5}
-            ax.plot(rate, mean, "o", markersize=12, markerfacecolor="none", **ring)
+            ax.plot(rate, loss, "o", markersize=12, markerfacecolor="none", **ring)
     ax.set_xscale("log")
-    if percent:
-        ax.set_ylim(-3, 103)
+    ylabel = "validation loss (nats per token)"
     return finish(ax, xlabel="learning rate", ylabel=ylabel)
 
 

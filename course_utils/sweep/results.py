@@ -340,8 +340,6 @@ class OwnComparison:
     """Methods compared on the reader's data; a notebook shows it as a table."""
 
     results: tuple[MethodResult, ...]  # in the order asked for
-    sizes: dict[str, int]  # {split: examples there are}
-    as_text: bool  # answers were compared as text, not as JSON
     table: Table
     runs: tuple[dict[str, Any], ...]  # of `run_experiment`: losses, answers, metrics
 
@@ -420,5 +418,4 @@ def compare_on(
         f"{'text' if as_text else 'JSON'}, on {answered} test examples; one seed, so "
         "small differences are noise.",
     )
-    found, made = tuple(results.values()), tuple(runs.values())
-    return OwnComparison(found, sizes, as_text, table, made)
+    return OwnComparison(tuple(results.values()), table, tuple(runs.values()))

@@ -40,7 +40,7 @@ def answer_with(monkeypatch, answers):
 
     def fake(model, tokenizer, prompts, **options):
         asked.update(options, prompts=list(prompts))
-        return [answers[prompt] for prompt in prompts]
+        return [answers[record["prompt"]] for record in prompts]
 
     monkeypatch.setattr(evaluation, "generate", fake)
     return asked
@@ -303,7 +303,7 @@ def test_the_built_in_model_answers_on_a_card_as_on_the_cpu():
     assert worst(lacking(model, tokenizer, prompts, answers[::-1])) > 1
 
 
-def test_evaluate_asks_alpaca_records_with_their_input(monkeypatch):
+def test_evaluate_asks_whole_records_where_they_are_laid_out(monkeypatch):
     record = {"instruction": "Add.", "input": "2 and 3", "output": "{}"}
     record |= {"prompt": "Add.\n\n2 and 3", "completion": "{}"}
     asked = []
@@ -315,7 +315,7 @@ def test_evaluate_asks_alpaca_records_with_their_input(monkeypatch):
     monkeypatch.setattr(evaluation, "generate", fake)
     for template in ("alpaca", "chatml", None):
         evaluate(None, byte_tokenizer(), [record], template=template)
-    assert asked == [record, record["prompt"], record["prompt"]]
+    assert asked == [record, record, record["prompt"]]
 
 
 def test_an_empty_thought_before_an_answer_is_not_part_of_it(monkeypatch):

@@ -106,7 +106,7 @@ def test_a_check_loads_torch_only_where_its_test_needs_it():
         "import sys\nfrom course_utils.lessons import check\n"
         "assert check('0.1', 269_030_016) == check('8.1', 2500) == 'correct'\n"
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
-        "assert check('3.2', 0, W=0, A=0, B=0, alpha=1, r=1) == 'wrong'\n"
+        "assert check('4.2', (0, 0), weight=0, r=1) == 'wrong'\n"
         "assert 'torch' in sys.modules\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

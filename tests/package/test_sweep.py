@@ -375,8 +375,9 @@ def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
     lora, asked, full = found.results
     assert [r.name for r in found.results] == ["LoRA", ZERO_SHOT, "full"]
     assert (lora.learning_rate, full.learning_rate) == (1e-2, 1e-3)
-    assert sum(found.sizes.values()) == 60 and found.sizes == split_sizes(str(file), 4)
-    assert not found.as_text and len(lora.exact_match) == 1 == len(lora.field_f1)
+    sizes = split_sizes(str(file), 4)
+    assert sum(sizes.values()) == 60
+    assert len(lora.exact_match) == 1 == len(lora.field_f1)
     assert asked.learning_rate is None and len(asked.exact_match) == 1
     assert full.trainable_parameters == random_llama().num_parameters()
     assert 0 < lora.trainable_parameters < full.trainable_parameters
@@ -387,7 +388,7 @@ def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
     shares = {row[0]: row[6] for row in found.table.rows}
     assert shares["full fine-tuning"] == "100 %"
     text = str(found)
-    assert f"Examples: {found.sizes['train']} train" in text
+    assert f"Examples: {sizes['train']} train" in text
     assert "the reference's JSON, on 2 test examples" in text
     assert "incomplete" not in text and found.table._repr_markdown_() in (
         found._repr_markdown_()
@@ -427,7 +428,7 @@ def test_free_text_is_compared_as_text(tiny, tmp_path):
     file = write(tmp_path / "chat.jsonl", lambda i: f"It is {i}.")
     found = compare_on(file, methods=["LoRA"], **SMALL)
     (lora,) = found.results
-    assert found.as_text and lora.field_f1 == () and len(lora.exact_match) == 1
+    assert lora.field_f1 == () and len(lora.exact_match) == 1
     assert lora.loss is not None and "the reference's text" in str(found)
     assert found.runs[0]["metrics"].keys() >= {"exact_text", "final_eval_loss"}
     assert found.table.rows[0][3] == "–"

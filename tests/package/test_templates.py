@@ -524,4 +524,4 @@ def test_what_is_scored_is_asked_as_it_was_trained(monkeypatch, more):
     monkeypatch.setattr(evaluation, "generate", fake)
     record = {"prompt": "2+2?", "completion": "4"} | more
     evaluation.evaluate(None, byte_tokenizer(), [record], as_text=True)
-    assert asked == [record if more else "2+2?"]
+    assert asked == [record]
