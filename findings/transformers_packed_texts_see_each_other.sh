@@ -2,7 +2,7 @@
 # transformers 5.23.0 (torch 2.13.0, CPU): in gpt-oss and AFMoE, a text packed behind another one attends to it,
 # though its position_ids start again at 0. No error and no warning.
 #
-# In Llama and most other models, position_ids that start again (and no attention mask) keep the texts of a packed row
+# In Llama and most others, position_ids that start again (no attention mask, no cache) keep the texts of a packed row
 # apart, as padding-free collators rely on. These two models make their masks without the position_ids, so a packed
 # training mixes its examples.
 #
