@@ -21,12 +21,13 @@ _TOKENIZING = {"truncation": True, "max_length": 128, "return_token_type_ids": F
 
 
 def label_names(dataset: Any) -> list[str]:
-    """Return the classes of rows with a `label`, as texts in alphabetical order.
+    """Return the classes of rows with a `label`, as texts; numbers in their order.
 
     >>> label_names([{"label": "good"}, {"label": "bad"}, {"label": "good"}])
     ['bad', 'good']
     """
-    return [str(label) for label in sorted({row["label"] for row in dataset})]
+    labels = {str(row["label"]) for row in dataset}
+    return sorted(labels, key=int if all(map(str.isdecimal, labels)) else str)
 
 
 def parameter_groups(model: Any, rate: float, head_rate: float) -> list[dict]:

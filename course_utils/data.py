@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from course_utils.data_files import READERS, DataError, Record, describe, read_records
 from course_utils.runtime import data_folder
-from course_utils.templates import first_misplaced_turn
+from course_utils.templates import OF_TURNS, UNREAD, first_misplaced_turn
 
 if TYPE_CHECKING:
     import datasets
@@ -44,8 +44,7 @@ def load_examples(
     content); conversations (from, value); instruction + output, with or without input;
     text + label. Instruction and input joined by an empty line become the prompt; a
     label's name, or else its number, becomes the completion. A system text beside them
-    goes into `messages`; tools, thoughts, images and their like are refused. All
-    original columns are kept.
+    goes into `messages`; tools, thoughts and images are refused; other columns stay.
 
     Args:
         source: A bundled set's name; a .jsonl, .json, .csv or .parquet file; a folder
@@ -108,6 +107,9 @@ def _locate(source: str | Path) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
+    if (parts := name.rpartition("/"))[0] in bundled:
+        cure = f"Write load_examples({parts[0]!r}, {parts[2]!r})."
+        raise DataError(f"no bundled set named {name!r}", "its name alone", cure)
     folder = path.parent
     files = sorted(f.name for f in folder.glob("*") if f.suffix.lower() in READERS)
     near = [name for name in files if Path(name).stem.lower() == path.name.lower()]
@@ -218,7 +220,7 @@ def _read_hub(name: str, split: str, limit: int | None, seed: int) -> list[Recor
     return [Record(name, line, "row", row) for line, row in enumerate(rows, start=1)]
 
 
-# --- which columns it has: the first record decides, all others must follow ---
+# --- which columns it has ---
 
 
 class _Schema(NamedTuple):
@@ -249,6 +251,11 @@ def _normalise(records: list[Record]) -> list[Record]:
             cure = "Put each kind of record into a file of its own."
             raise record.error(None, f"a record with {schema}", expected, cure)
         normalised.append(record._replace(fields=_convert(record, schema)))
+    if data_folder() not in Path(first.file).parents:
+        read = {name for s in _SCHEMAS for name in (*s.needed, *s.also)} | {*_SYSTEM}
+        others = [f"{name!r}" for name in first.fields if name not in read]
+        if others:
+            print(f"{first.file}: kept, but not learned: {', '.join(others)}")
     return normalised
 
 
@@ -278,18 +285,16 @@ def _turn(role: str, text: str) -> dict[str, Any]:
 
 
 _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
-_TEXTS = re.compile(  # learned where a learned text repeats them
-    r"prompt|completion|instruction|inputs?|output|messages|conversations|"
-    r"question|query|chosen|response|context|passage|documents?|rationale|"
-    r"system|system_(prompt|message|instruction)|reasoning(_content|_trace|_details)?|"
-    r"think|thinking|thoughts?|cot|complex_cot|chain_of_thought"
+# Learned where what is asked, or all that is learned, repeats them.
+_ASKED = re.compile(
+    r"prompt|instruction|inputs?|question|query|contexts?|passages?|documents?|article|"
+    r"choices|options|system(_prompt|_message|_instruction)?"
 )
-_UNREAD = re.compile(
-    r"(loss_)?(weight|mask)|rejected|kto_tag|history|tools|functions|"
-    r"(tool|function)_calls?|tool_call_id|(image|video|audio)s?|chat_template_kwargs"
+_TOLD = re.compile(
+    r"messages|conversations|completion|output|chosen|response|rationale|"
+    r"reasoning(_trace|_details)?|think|thoughts?|cot|complex_cot|chain_of_thought"
 )
-_OF_TURNS = re.compile(r"loss|train|training|train_detail|name|refusal|prefix")
-_WEIGHTS = re.compile(r"(loss_)?(weight|mask)|loss|train|training")
+_WEIGHTS = re.compile(r"(loss_|sample_)?(weight|mask)s?|(do_)?train(ing|able)?|loss")
 
 
 def _refuse_unread(
@@ -302,16 +307,15 @@ def _refuse_unread(
     usual = (answer, f"{answer:d}", f"{answer:.1f}")  # weights; 1 and 1.0 are True
     for column, value in fields.items():
         name, said = re.sub(r"[\s-]", "_", column.strip().lower()), _said(value)
-        if _TEXTS.fullmatch(name):
-            said = [t for t in said if not any(str(t) in text for text in texts)]
+        is_unread = UNREAD.fullmatch(name) or re.search("(weight|mask)s?$", name)
+        if _ASKED.fullmatch(name) or _TOLD.fullmatch(name):
+            learned = texts if _TOLD.fullmatch(name) else texts[:-1]
+            said = [t for t in said if not any(str(t) in text for text in learned)]
         elif name == "label":
             said = str(value).lower() in ("true", "false")  # a verdict, no class
-        elif not (_UNREAD.fullmatch(name) or (place and _OF_TURNS.fullmatch(name))):
+        elif (place and OF_TURNS.fullmatch(name)) or not (place or is_unread):
             continue
-        asked = "\n\n".join(texts[:-1]).split("\n\n") if name == "prompt" else [""]
-        is_rendering = any(asked) and all(part in str(value) for part in asked)
-        is_usual = _WEIGHTS.fullmatch(name) and value in usual
-        if said and not is_rendering and not is_usual:
+        if said and not (_WEIGHTS.fullmatch(name) and value in usual):
             fault = describe(value), "nothing there, for it would not be learned"
             cure = "Only prompts and answers are learned, each once and whole: write "
             cure += f"it into one of them, or delete {column!r} or the record."
@@ -481,7 +485,10 @@ def _read_turns(record: Record, column: str) -> list[dict[str, Any]]:
             fault, expected = f"the role {name!r} in turn {number}", ", ".join(roles)
             raise record.error(column, fault, f"one of {expected}", cure)
         place = f"{column}[{number}]."
-        _refuse_unread(record, turn, [], place, roles[name] == "assistant")
+        if roles[name] == "system" and not _said(turn[text_key]):
+            continue
+        others = {k: v for k, v in turn.items() if k not in (role_key, text_key)}
+        _refuse_unread(record, others, [], place, roles[name] == "assistant")
         text = _check_text(record, place + text_key, turn[text_key])
         messages.append(_turn(roles[name], text))
     return messages

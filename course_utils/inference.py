@@ -248,8 +248,8 @@ def _one_block(module: Any, args: tuple) -> tuple:
 def decodes(model: Any) -> bool:
     """Whether the loop can run this model; others go through ``_library_rows``.
 
-    It needs explicit positions, a cache that only grows, and virtual tokens, if any,
-    before the prompt.
+    It needs explicit positions from 0 (RoBERTa's begin behind that of padding), a cache
+    that only grows, and virtual tokens, if any, before the prompt.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -262,7 +262,9 @@ def decodes(model: Any) -> bool:
     before_the_prompt = {None, "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
     grows = all(type(layer) is DynamicLayer for layer in layers)
     first = _prompt_method(model) in before_the_prompt
-    return grows and first and not mixing_adapter(model)
+    tables = (m for n, m in base.named_modules() if "position" in n)
+    from_0 = all(getattr(table, "padding_idx", None) is None for table in tables)
+    return grows and first and from_0 and not mixing_adapter(model)
 
 
 def mixing_adapter(model: Any) -> str | None:
@@ -381,6 +383,8 @@ def last_logits(
     """
     import torch
 
+    for row in rows:
+        _refuse_unreadable(model, row, "a record")
     if decodes(model):
         network, inputs = _left_batch(model, rows, share_at_most=share_at_most)
         return network(**inputs, logits_to_keep=keep).logits
@@ -464,10 +468,6 @@ def _token_rows(
         raise ValueError(f"max_new_tokens must be 1 or more, not {new}")
     if template is None and system is not None:
         raise ValueError("with template=None the system text stands in the prompt")
-    longest = getattr(base_model(model).config, "max_position_embeddings", 0)
-    rows_of_table = len(base_model(model).get_input_embeddings().weight)
-    learned = _prompt_method(model) is not None
-    virtual = model.active_peft_config.num_virtual_tokens if learned else 0
     rows = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str if template is None else str | Mapping):
@@ -480,19 +480,29 @@ def _token_rows(
             row = generation_prompt(prompt, tokenizer, template=template, system=system)
         if not row:
             raise ValueError(f"prompt {i} has no tokens")
-        if max(row) >= rows_of_table:
-            raise ValueError(
-                f"prompt {i}: token {max(row)} is beyond the {rows_of_table} embeddings"
-                ": call model.resize_token_embeddings(len(tokenizer))"
-            )
-        if 0 < longest < virtual + len(row) + new:
-            more = f" and {virtual} virtual ones" if virtual else ""
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens{more}; with {new} new ones it "
-                f"exceeds the {longest} that this model can read"
-            )
+        _refuse_unreadable(model, row, f"prompt {i}", new)
         rows.append(row)
     return rows
+
+
+def _refuse_unreadable(model: Any, row: Any, place: str, new: int = 0) -> None:
+    """A ValueError about tokens that a model has no embedding, or no position, for."""
+    base = base_model(model)
+    longest = getattr(base.config, "max_position_embeddings", 0)
+    embeddings = len(base.get_input_embeddings().weight)
+    learned = _prompt_method(model) is not None
+    virtual = model.active_peft_config.num_virtual_tokens if learned else 0
+    if max(row) >= embeddings:
+        raise ValueError(
+            f"{place}: token {max(row)} is beyond the {embeddings} embeddings: call "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    if 0 < longest < virtual + len(row) + new:
+        more = f" and {virtual} virtual ones" if virtual else ""
+        raise ValueError(
+            f"{place} has {len(row)} tokens{more}; with {new} new ones it exceeds the "
+            f"{longest} that this model can read"
+        )
 
 
 def _stop_ids(model: Any, tokenizer: Any, template: Any) -> set[int]:

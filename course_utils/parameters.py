@@ -137,7 +137,7 @@ def attach(model: Module, config: PeftConfig) -> PeftModel:
             if not isinstance(error, RuntimeError):
                 break
     advice = "choose other options or another method"
-    if hasattr(config, "target_modules"):
+    if "target" in str(reason):
         advice = f"choose target_modules among {', '.join(lora_target_names(model))}"
     where = f"PEFT puts no {kind} on {model.config.model_type!r}"
     raise ValueError(f"{where}: {reason_of(reason)}; {advice}") from reason

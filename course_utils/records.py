@@ -62,43 +62,6 @@ def load_record(name: str) -> dict[str, Any]:
     return record
 
 
-def lookup(path: str) -> Any:
-    """Find one figure of a record, as prose names it.
-
-    The path `"03_lora:exact_match.lora"` is the record, then keys into its summary, or,
-    where the summary lacks the first one, into the record itself
-    (`"03_lora:runs.0.metrics.exact_match"`). A key may hold dots.
-    Raises RecordError: there is no such record or key; names the keys there are.
-    """
-    name, _, keys = path.partition(":")
-    if not keys:
-        raise RecordError(f"{path!r} is not of the form 'record:key.key'")
-    record = load_record(name)
-    value = record | record["summary"]
-    if not _first_key(value, keys):
-        raise RecordError(f"{path}: no key {keys!r}; there are {', '.join(value)}")
-    while keys:
-        key = _first_key(value, keys)
-        if key is None:
-            is_dict = isinstance(value, dict)
-            known = ", ".join(value) if is_dict else type(value).__name__
-            raise RecordError(f"{path}: nothing at {keys!r}; there is {known}")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-        keys = keys[len(key) + 1 :]
-    return value
-
-
-def _first_key(value: Any, keys: str) -> str | None:
-    """The longest key of `value` with which `keys` begins."""
-    if isinstance(value, list):
-        first = keys.partition(".")[0]
-        return first if first.isdigit() and int(first) < len(value) else None
-    if not isinstance(value, dict):
-        return None
-    fits = [key for key in value if keys == key or keys.startswith(f"{key}.")]
-    return max(fits, key=len, default=None)
-
-
 @dataclass(frozen=True)
 class Table:
     """Texts in columns, the first one flush left; a notebook shows a Markdown table."""

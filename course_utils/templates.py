@@ -151,8 +151,10 @@ def read_example(
     missing, no texts or not learned, and turns out of order, raise ValueError.
     """
     template = find_template(template)
-    if _says_something(example.get("tools")):
-        raise ValueError("tools would not be learned: write them into a system text")
+    unread = [n for n in example if UNREAD.fullmatch(n) and _says_something(example[n])]
+    if unread:
+        cure = "write what it says into a text, or take it out"
+        raise ValueError(f"{', '.join(unread)} would not be learned: {cure}")
     if _says_something(example.get("system")):
         system = example["system"]
     prompt, completion = example.get("prompt"), example.get("completion")
@@ -171,9 +173,18 @@ def read_example(
     if isinstance(chat, list) and chat[-2:] == turns:
         told = _read_messages(chat, system)
         return told._replace(exchanges=(*told.exchanges[:-1], last))
-    if any(_says_something(example.get(n)) for n in ("history", "system_prompt")):
-        raise ValueError("history and system_prompt: put them into messages")
+    if _says_something(example.get("system_prompt")):
+        raise ValueError("system_prompt: put it into messages")
     return Conversation(system, (last,))
+
+
+# Fields of turns that may stand there, and columns that would not be learned.
+OF_TURNS = re.compile("role|content|id|index|turn|timestamp|date|source|url|score")
+UNREAD = re.compile(
+    r"rejected|kto_tag|(chat_|conversation_)?history|(available_)?tools|functions?|"
+    r"(tool|function)_(calls?|schema)|tool_call_id|chat_template_kwargs|attachments|"
+    r"(image|video|audio)s?(_path|_url)?|reasoning(_content|_text|_steps)?|thinking"
+)
 
 
 def _as_turns(role: str, said: Any) -> list:
@@ -219,7 +230,8 @@ def _read_messages(messages: list, system: str | None) -> Conversation:
     roles, texts = [], []
     for number, turn in enumerate(messages, start=1):
         filled = {name for name, value in turn.items() if _says_something(value)}
-        if unread := ", ".join(sorted(filled - {"role", "content"})):
+        filled = {name for name in filled if not OF_TURNS.fullmatch(name)}
+        if unread := ", ".join(sorted(filled)):
             fault = f"{unread} of turn {number} would not be learned"
             raise ValueError(f"{fault}: write it into the content, or take it out")
         role, content, text = turn.get("role"), turn.get("content"), ""
@@ -234,7 +246,8 @@ def _read_messages(messages: list, system: str | None) -> Conversation:
         texts.append(text)
     misplaced = first_misplaced_turn(roles)
     if roles and roles[0] == "system":
-        roles, (system, *texts) = roles[1:], texts
+        roles, (own, *texts) = roles[1:], texts
+        system = own if own.strip() else system
     if not texts or misplaced is not None:
         raise ValueError(f"turns must alternate user, assistant, user; found {roles}")
     pairs = itertools.zip_longest(texts[::2], texts[1::2])

@@ -91,13 +91,10 @@ def column(data: Any, name: str) -> tuple[Any, Any] | None:
     import pyarrow as pa
     from pyarrow import compute as pc
 
-    if isinstance(data, list) and name in data[0]:
-        rows = [np.asarray(row[name]).tolist() for row in data]
-        values = pa.chunked_array([rows])
-    elif hasattr(data, "__len__") and name in (getattr(data, "column_names", 0) or ()):
-        values = data.select_columns([name]).with_format("arrow")[:][name]
-    else:
+    names = getattr(data, "column_names", None) or ()
+    if name not in names or not hasattr(data, "__len__"):
         return None
+    values = data.select_columns([name]).with_format("arrow")[:][name]
     lengths = np.ones(len(values))
     if hasattr(values.type, "value_field"):
         lengths = pc.list_value_length(values).to_numpy()
@@ -254,6 +251,8 @@ def _library_keeps(model: Any, folder: Path) -> bool:
 
     PEFT's files lack P-tuning's encoder, and others rename the experts of a mixture.
     """
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -261,6 +260,11 @@ def _library_keeps(model: Any, folder: Path) -> bool:
         with safe_open(path, "pt") as file:
             names.update(file.keys())
     kept = {t.data_ptr() for name, t in model.state_dict().items() if name in names}
+    if isinstance(model, PeftModel):
+        with torch.random.fork_rng():  # where an encoder has dropout, PEFT draws
+            for name in model.peft_config:
+                saved = get_peft_model_state_dict(model, None, name, False, False)
+                kept |= {tensor.data_ptr() for tensor in saved.values()}
     return all(t.data_ptr() in kept for t in _trained_state(model).values())
 
 
@@ -304,6 +308,8 @@ class MarkCheckpoints(TrainerCallback):
         if not _library_keeps(model, folder):
             own = {n: t.contiguous().clone() for n, t in _trained_state(model).items()}
             save_file(own, folder / TRAINED_STATE)
+        if args.save_only_model:
+            return  # without an optimizer there is nothing to go on from
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))

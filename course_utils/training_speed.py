@@ -196,6 +196,7 @@ def _can_be_packed(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
         set(batch) == {"input_ids", "labels", "attention_mask"}
         and not virtual_tokens(model)
         and not router_configs(model)
+        and not hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
         and bool(batch["attention_mask"].any(dim=1).all())
         and not _draws(model.config.get_text_config())
         and _keeps_packed_apart(model)

@@ -1,10 +1,10 @@
-"""The numbers of the README and the lessons, and the README's pictures.
+"""The numbers of the README and the lessons, and the README's drawn pictures (PNG).
 
     python -m maintenance.readme           draw data/pictures/, write every number
     python -m maintenance.readme --times   first record the seconds of the last full run
 
 A number carries its source and its form in a comment that no reader sees, as in
-`93 %<!-- run:03_lora:exact_match.LoRA as .0% -->`: a path of `records.lookup`, then a
+`93 %<!-- run:03_lora:exact_match.LoRA as .0% -->`: a path of `recorded`, then a
 Python format and, after a space, a unit that is printed and divided by. `plan:lora` in
 the place of a record is the memory predicted for a training step on a T4.
 """
@@ -47,6 +47,30 @@ _NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?$")
 _EMPHASIS = "*_` \n"
 
 
+def recorded(path: str) -> Any:
+    """Find one figure of a record, as prose names it.
+
+    The path `"03_lora:exact_match.lora"` is the record, then keys into its summary, or
+    into itself (`"03_lora:runs.0.metrics.exact_match"`). A key may hold dots.
+    Raises RecordError: there is no such record or key; names the keys there are.
+    """
+    name, _, keys = path.partition(":")
+    record = records.load_record(name)
+    value, rest = record | record["summary"], keys or "a key"
+    while rest:
+        is_list = isinstance(value, list)
+        known = (
+            range(len(value)) if is_list else value if isinstance(value, dict) else ()
+        )
+        fits = [k for k in map(str, known) if f"{rest}.".startswith(f"{k}.")]
+        if not fits:
+            there = ", ".join(map(str, known)) or type(value).__name__
+            raise records.RecordError(f"{path}: nothing at {rest!r}; there is {there}")
+        key = max(fits, key=len)
+        value, rest = value[int(key) if is_list else key], rest[len(key) + 1 :]
+    return value
+
+
 def lookup(source: str, path: str) -> Any:
     """What a marker names, `"run"` a path of a record, `"plan"` one of `PLANS`.
 
@@ -54,7 +78,7 @@ def lookup(source: str, path: str) -> Any:
         RecordError: there is no such record, key or plan.
     """
     if source == "run":
-        return records.lookup(path)
+        return recorded(path)
     if path not in PLANS:
         raise records.RecordError(f"no plan {path!r}; there are {', '.join(PLANS)}")
     settings = {"batch_size": 16, "sequence_length": 128} | PLANS[path]
@@ -137,7 +161,7 @@ def write_page(path: Path) -> None:
 
 
 def path_of(result: MethodResult) -> str:
-    """Name a method's exact match at its best rate as `records.lookup` does."""
+    """Name a method's exact match at its best rate as `recorded` does."""
     rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
     return f"{result.record}:exact_match.{result.name}{rate}"
 

@@ -182,6 +182,8 @@ def _read_shapes(request: Request) -> Shapes:
         for layer, name, rank, d_in, d_out in _lora_layers(model, request.peft):
             trained.update([(rank * d_in, False), (rank * d_out, False)])
             ranks.setdefault(layer, {})[name] = rank, d_in
+        if 0 not in ranks:  # layers below the first adapted one keep nothing
+            raise _no_form("LoRA on the upper layers alone")
     elif method in ("prompt_tuning", "prefix_tuning"):
         if getattr(request.peft, "prefix_projection", False):
             raise _no_form("prefix_projection")

@@ -335,19 +335,12 @@ def _seeds_say(a: tuple[float, ...], b: tuple[float, ...]) -> str:
     return "their recorded seeds do not overlap: a shorter run, or other settings"
 
 
-@dataclass(frozen=True)
-class OwnComparison:
+@dataclass(frozen=True, repr=False)
+class OwnComparison(Table):
     """Methods compared on the reader's data; a notebook shows it as a table."""
 
-    results: tuple[MethodResult, ...]  # in the order asked for
-    table: Table
-    runs: tuple[dict[str, Any], ...]  # of `run_experiment`: losses, answers, metrics
-
-    def __str__(self) -> str:
-        return str(self.table)
-
-    def _repr_markdown_(self) -> str:
-        return self.table._repr_markdown_()
+    results: tuple[MethodResult, ...] = ()  # in the order asked for
+    runs: tuple[dict[str, Any], ...] = ()  # of `run_experiment`: losses, answers, ...
 
 
 def compare_on(
@@ -418,4 +411,5 @@ def compare_on(
         f"{'text' if as_text else 'JSON'}, on {answered} test examples; one seed, so "
         "small differences are noise.",
     )
-    return OwnComparison(tuple(results.values()), table, tuple(runs.values()))
+    found, made = tuple(results.values()), tuple(runs.values())
+    return OwnComparison(table.head, table.rows, table.caption, found, made)

@@ -134,7 +134,7 @@ def test_a_plan_is_predicted_memory():
 
 def test_a_lesson_is_written_anew_in_its_text_alone(tmp_path):
     name = "03_lora:runs.0.settings.batch_size"
-    value = records.lookup(name)
+    value = readme.recorded(name)
     marked = f"Batches of 0<!-- run:{name} as d -->.\nNext."
     notebook = nbformat.v4.new_notebook(
         cells=[
@@ -199,7 +199,7 @@ def test_each_method_has_a_path_to_its_score():
     results = recorded_methods()
     assert {bool(result.learning_rate) for result in results} == {True, False}
     for result in results:
-        score = records.lookup(readme.path_of(result))
+        score = readme.recorded(readme.path_of(result))
         assert score == pytest.approx(result.score), result.name
 
 
@@ -321,6 +321,6 @@ def half_minutes(seconds):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_the_head_of_a_lesson_says_the_recorded_time(stem):
-    seconds = records.lookup(f"{readme.TIMES}:seconds.{stem}")
+    seconds = readme.recorded(f"{readme.TIMES}:seconds.{stem}")
     text = (readme.ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8")
     assert f"| `cpu` | {half_minutes(seconds)} |" in text

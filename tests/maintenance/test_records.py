@@ -11,9 +11,10 @@ import pytest
 
 from course_utils import records
 from course_utils.data import data_hash
-from course_utils.records import RecordError, list_records, load_record, lookup
+from course_utils.records import RecordError, list_records, load_record
 from course_utils.runtime import data_folder
 from maintenance import store
+from maintenance.readme import recorded
 from maintenance.store import (
     differences,
     hardware,
@@ -63,7 +64,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_malformed_record_is_named(folder, text):
     folder.mkdir()
     (folder / "03_x.json").write_text(text)
-    for read in (load_record, lambda name: lookup(f"{name}:loss")):
+    for read in (load_record, lambda name: recorded(f"{name}:loss")):
         with pytest.raises(RecordError, match="03_x.json"):
             read("03_x")
 
@@ -80,13 +81,13 @@ def test_a_saved_record_is_computed_valid_and_found(folder):
         "by_slice": {"seen": 1.0, "typos": 0.5},
         "final_loss": 1.0,
     }
-    assert lookup("03_lora:exact_match.lora") == 0.625
-    assert lookup("03_lora:exact_match_min.lora") == 0.5
-    assert lookup("03_lora:exact_match.lr 0.001") == 0.25  # a key with a dot
-    assert lookup("03_lora:by_slice.lora.typos") == 0.25
-    assert lookup("03_lora:seeds.lora") == 2
-    assert lookup("03_lora:runs.1.metrics.final_loss") == 2.0
-    assert lookup("03_lora:hardware.cpu") == "two cores"
+    assert recorded("03_lora:exact_match.lora") == 0.625
+    assert recorded("03_lora:exact_match_min.lora") == 0.5
+    assert recorded("03_lora:exact_match.lr 0.001") == 0.25  # a key with a dot
+    assert recorded("03_lora:by_slice.lora.typos") == 0.25
+    assert recorded("03_lora:seeds.lora") == 2
+    assert recorded("03_lora:runs.1.metrics.final_loss") == 2.0
+    assert recorded("03_lora:hardware.cpu") == "two cores"
     assert len(path.read_text().splitlines()) < 20  # one line a run, not one a number
 
 
@@ -243,14 +244,14 @@ def test_unknown_names_and_paths_say_what_there_is(folder):
     save_record("03_lora", draft())
     for path, words in [
         ("04_pissa:x", "no record '04_pissa'; recorded: 03_lora.*runs LESSON=04`"),
-        ("03_lora", "is not of the form"),
-        ("03_lora:score", "no key 'score'; there are"),
+        ("03_lora", "nothing at 'a key'; there is"),
+        ("03_lora:score", "nothing at 'score'; there is .*exact_match"),
         ("03_lora:exact_match.full", "nothing at 'full'; there is lora, lr 0.001"),
         ("03_lora:seconds.lora.x", "nothing at 'x'; there is float"),
-        ("03_lora:runs.7", "nothing at '7'; there is list"),
+        ("03_lora:runs.7", "nothing at '7'; there is 0, 1"),
     ]:
         with pytest.raises(RecordError, match=words):
-            lookup(path)
+            recorded(path)
     (folder / "03_lora.json").rename(folder / "05_other.json")
     with pytest.raises(RecordError, match="holds the record '03_lora'"):
         load_record("05_other")

@@ -25,7 +25,7 @@ from course_utils.inference import (
     stream,
 )
 from course_utils.training import LossHistory, prepare_trainer
-from course_utils.training_speed import completion_loss
+from course_utils.training_speed import _can_be_packed, completion_loss
 
 PROMPTS = ["Hi", "Turn on the light in the kitchen, please", "b", "Download it", "Ho"]
 DATA = [{"prompt": text, "completion": "ok" * len(text)} for text in PROMPTS]
@@ -229,3 +229,21 @@ def test_prefixes_on_experts_are_refused_before_step_1_with_the_routers_loss(
         else:
             trainer.train()
             assert trainer.state.global_step == 1
+
+
+def test_perplexity_refuses_what_the_model_cannot_read():
+    model = make("llama")
+    long = [{"prompt": "a" * model.config.max_position_embeddings, "completion": "b"}]
+    with pytest.raises(ValueError, match="exceeds the"):
+        perplexity(model, byte_tokenizer(), long, template="plain")
+    model.resize_token_embeddings(100)
+    with pytest.raises(ValueError, match="beyond the 100 embeddings"):
+        perplexity(model, byte_tokenizer(), DATA, template="plain")
+
+
+def test_a_noisy_embedding_is_not_packed():
+    model = make("llama")
+    batch = dict.fromkeys(("input_ids", "labels", "attention_mask"), torch.ones(2, 9))
+    assert _can_be_packed(model, batch)
+    model.get_input_embeddings().neftune_noise_alpha = 5
+    assert not _can_be_packed(model, batch)

@@ -301,3 +301,18 @@ def test_an_adapter_that_mixes_the_rows_of_a_batch_is_known(method, options):
         )
     with pytest.raises(ValueError, match=f"packed examples and {method} do not"):
         refuse_packed(model)
+
+
+def test_what_the_library_saves_whole_is_not_saved_twice(tmp_path):
+    """So that checkpoints of LoRA from before, or of others, can be gone on from."""
+    for method, twice in (("LORA", False), ("P_TUNING", True)):
+        trainer = trainer_of(SFTTrainer, tmp_path / method, adapted(method, {}, 1))
+        trainer.train()
+        folder = tmp_path / method / "checkpoint-4"
+        assert (folder / callbacks.TRAINED_STATE).exists() == twice
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_complete(tmp_path):
+    model = adapted("LORA", {}, 1)
+    trainer_of(SFTTrainer, tmp_path, model, save_only_model=True).train()
+    assert (tmp_path / "checkpoint-4").exists() and find_checkpoint(tmp_path) is None

@@ -221,8 +221,6 @@ def test_amounts_and_several_classes_at_once_are_no_classes(tmp_path):
 
 
 def test_other_sets_of_records_are_read_or_left_alone(tmp_path):
-    listed = [{**GOOD[0]}, {**GOOD[1], "input_ids": torch.tensor([9, 10, 999])}]
-    refused("999 is beyond", train=listed, kind=Trainer, folder=tmp_path)
     formatted = GOOD.with_format("torch")
     refused("11 is beyond", random_llama(vocab_size=7), formatted, folder=tmp_path)
     shuffled = rows([5, 6], [7, 999]).shuffle(seed=0)

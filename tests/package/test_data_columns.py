@@ -324,7 +324,6 @@ def test_a_column_that_repeats_a_turn_is_kept(tmp_path):
         chat | {"prompt": ASK[0]["content"], "completion": "Here."},
         chat | {"chosen": "Here."},
         {"messages": ASK, "conversations": SHARED, "context": "my parcel"},
-        ALPACA | {"input": "No 7", "prompt": "Ask:\nWhere is my parcel?\nNo 7\nSay:"},
         ALPACA | {"text": "### Where is my parcel? ### On its way."},
     ):
         (loaded,) = load(tmp_path, record)
@@ -611,7 +610,7 @@ def test_a_model_is_asked_with_the_system_text_and_earlier_turns(tmp_path, monke
         "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n"
         "Where is my parcel?<|im_end|>\n<|im_start|>assistant\n"
     ]
-    assert asked[1:] == [PAIR["prompt"]]
+    assert asked[1:] == [PAIR]
     rows = load_examples(tmp_path / "a.jsonl", "all")
     result = evaluation.evaluate(None, byte_tokenizer(), rows, as_text=True)
     assert result.exact_match == 1.0 and asked[2:] == list(rows)
@@ -628,3 +627,29 @@ def test_equal_prompts_stay_in_one_split_whatever_stands_before_them(tmp_path):
         except DataError:
             continue
     assert sizes == [30]
+
+
+def test_what_stands_in_the_answer_alone_was_not_asked(tmp_path):
+    for asked, told in (("Repeat the input.", "The cat."), ("Is it prime?", "7 is.")):
+        record = {"prompt": asked, "completion": told, "input": told.split(" is")[0]}
+        assert refusal(tmp_path, record).column == "input"
+    assert load(tmp_path, {"prompt": "Is 7?", "completion": "Yes.", "input": "7"})
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, capsys):
+    load(tmp_path, PAIR | {"facts": "The sky is blue.", "id": 3})
+    assert "kept, but not learned: 'facts', 'id'" in capsys.readouterr().out
+    load(tmp_path, PAIR)
+    load_examples("home_commands", "validation")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_blank_system_turn_is_nothing(tmp_path):
+    turns = [{"role": "system", "content": " "}, *ASK]
+    (loaded,) = load(tmp_path, {"messages": turns})
+    assert loaded["messages"] == ASK
+
+
+def test_a_split_behind_a_bundled_set_is_named_at_once():
+    with pytest.raises(DataError, match=r"Write load_examples\('reviews', 'test'\)"):
+        load_examples("reviews/test")

@@ -616,3 +616,9 @@ def test_estimates_take_milliseconds():
         estimate_memory("llama-2-7b", "qlora", **run | {"batch_size": batch})
     assert (time.process_time() - start) / 10 < 0.1
     assert GIB == 2**30
+
+
+def test_adapters_on_the_upper_layers_alone_have_no_formula():
+    options = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [2]}
+    with pytest.raises(ValueError, match="upper layers alone: use engine='exact'"):
+        estimate_memory(short("smollm2-360m", 3), "lora", **PLAN, **options)

@@ -385,12 +385,12 @@ def test_own_json_is_compared_at_the_recorded_rates(tiny, tmp_path, capsys):
     assert [r.loss for r in (lora, full)] == [
         pytest.approx(found.runs[k]["eval_loss"][-1][1]) for k in (0, 2)
     ]
-    shares = {row[0]: row[6] for row in found.table.rows}
+    shares = {row[0]: row[6] for row in found.rows}
     assert shares["full fine-tuning"] == "100 %"
     text = str(found)
     assert f"Examples: {sizes['train']} train" in text
     assert "the reference's JSON, on 2 test examples" in text
-    assert "incomplete" not in text and found.table._repr_markdown_() in (
+    assert "incomplete" not in text and found._repr_markdown_() in (
         found._repr_markdown_()
     )
     printed = capsys.readouterr().out
@@ -431,7 +431,7 @@ def test_free_text_is_compared_as_text(tiny, tmp_path):
     assert lora.field_f1 == () and len(lora.exact_match) == 1
     assert lora.loss is not None and "the reference's text" in str(found)
     assert found.runs[0]["metrics"].keys() >= {"exact_text", "final_eval_loss"}
-    assert found.table.rows[0][3] == "–"
+    assert found.rows[0][3] == "–"
 
 
 def test_what_cannot_be_compared_is_said(tiny, tmp_path):

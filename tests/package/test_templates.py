@@ -502,7 +502,7 @@ def test_system_text_and_history_beside_a_pair_are_learned_or_refused():
     short = tokenize_example({"messages": CHATS["system"]}, tokenizer)
     assert tokenize_example(pair | {"system": "Be brief."}, tokenizer) == short
     for more in ({"history": [["Hi", "Hello"]]}, {"system_prompt": "Be brief."}):
-        with pytest.raises(ValueError, match="put them into messages"):
+        with pytest.raises(ValueError, match="would not be learned|into messages"):
             tokenize_example(pair | more, tokenizer)
     alpaca = {"instruction": "Add", "input": "2 2", "output": "4"}
     joined = {"prompt": "Add\n\n2 2", "completion": "4"}
