@@ -278,6 +278,14 @@ def test_the_map_has_each_method_in_its_own_colour():
     assert METHOD_COLOURS["prompt"] in prefix and METHOD_COLOURS["prefix"] in prefix
 
 
+def test_the_picture_of_prefixes_shows_the_request_of_its_lesson():
+    lesson = (readme.ROOT / "notebooks" / "06_prefix_tuning.ipynb").read_text("utf-8")
+    [request] = re.findall(r'request = tokenizer\(\\"(.+?)\\"', lesson)
+    picture = (PICTURES / "prefix.svg").read_text(encoding="utf-8")
+    words = re.findall(r'rotate\(-90\)" text-anchor="end">([^<]+)<', picture)
+    assert "".join(words[: len(words) // 2]) == request.replace(" ", "")
+
+
 # --- the seconds of a full run ---------------------------------------------------
 
 
