@@ -39,7 +39,7 @@ def matches(predictions: Sequence[str], references: Sequence[str]) -> list[bool]
     not one JSON object is wrong.
     """
     # None, for what is not an object, equals no reference.
-    return [_same_json(*answers) for answers in _parsed(predictions, references)]
+    return [given == right for given, right in _parsed(predictions, references)]
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -75,8 +75,8 @@ def field_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     0.5
     """
     hits = stated = 0
-    for answers in _parsed(predictions, references):
-        predicted, right = map(_fields, answers)
+    for given, right in _parsed(predictions, references):
+        predicted = given or {}
         hits += len(predicted.items() & right.items())
         stated += len(predicted) + len(right)
     return 2 * hits / stated if stated else 1.0
@@ -112,28 +112,17 @@ def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str,
     {'a': 0.5, 'b': 0.0}
     """
     hits, stated = Counter(), Counter()
-    for answers in _parsed(predictions, references):
-        predicted, right = map(_fields, answers)
+    for given, right in _parsed(predictions, references):
         for path, value in right.items():
             name = [key for key in path if isinstance(key, str)][-1]
             stated[name] += 1
-            hits[name] += predicted.get(path) == value
+            hits[name] += (given or {}).get(path) == value
     return {name: hits[name] / count for name, count in stated.most_common()}
-
-
-def _same_json(a: Any, b: Any) -> bool:
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b  # Python's True equals 1
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same_json(a[k], b[k]) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same_json, a, b))
-    return a == b
 
 
 def _parsed(
     predictions: Sequence[str], references: Sequence[str]
-) -> list[tuple[dict[str, Any] | None, dict[str, Any]]]:
+) -> list[tuple[dict[tuple, Any] | None, dict[tuple, Any]]]:
     if isinstance(predictions, str) or isinstance(references, str):
         raise TypeError("predictions and references are lists of strings, not a string")
     if len(predictions) != len(references):
@@ -141,18 +130,27 @@ def _parsed(
         raise ValueError(lengths)
     if not references:
         raise ValueError("nothing to score: there are no references")
-    rights = [parse_json_object(text) for text in references]
+    rights = [_answer(text) for text in references]
     if None in rights:
         row = rights.index(None)
         raise ValueError(f"reference {row} is not a JSON object: {references[row]!r}")
-    return list(zip(map(parse_json_object, predictions), rights, strict=True))
+    return list(zip(map(_answer, predictions), rights, strict=True))
+
+
+def _answer(text: str) -> dict[tuple, Any] | None:
+    """The fields of a JSON object; None for what is none, or is nested too deeply."""
+    try:
+        value = parse_json_object(text)
+        return None if value is None else _fields(value)
+    except RecursionError:
+        return None
 
 
 def _fields(value: Any, path: tuple[str | int, ...] = ()) -> dict[tuple, Any]:
     """The values of a JSON value by path, as {("actions", 0, "level"): 3}.
 
     A path holds keys and places in lists. Empty objects and lists are values, but an
-    answer that is {} or None has no fields.
+    answer that is {} has none. Objects are the same JSON where their fields are equal.
     """
     if isinstance(value, dict | list) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
