@@ -13,7 +13,6 @@ from course_utils.plotting.runs import (
     plot_learning_rates,
     plot_loss,
     plot_memory,
-    plot_predicted,
     plot_spectrum,
 )
 from course_utils.plotting.style import (

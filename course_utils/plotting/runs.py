@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from course_utils.plotting.style import (
-    METHOD_COLOURS,
-    METHOD_NAMES,
-    METHOD_STYLES,
     display_name,
     finish,
     legend_below,
     line_styles,
-    method_of,
     new_axes,
 )
 
@@ -25,24 +21,14 @@ if TYPE_CHECKING:
 _GIB = 2**30
 # Of the parts of memory, in turn; the hatches tell them apart in grey.
 _PART_LOOKS = [
-    ("#0072b2", ""),
-    ("#e69f00", "//"),
-    ("#009e73", ".."),
-    ("#cc79a7", "\\\\"),
-    ("#56b4e9", "xx"),
-    ("#d55e00", "--"),
-    ("#b3b3b3", "++"),
-    ("#6a3d9a", "oo"),
+    *(("#0072b2", ""), ("#e69f00", "//"), ("#009e73", ".."), ("#cc79a7", "\\\\")),
+    *(("#56b4e9", "xx"), ("#d55e00", "--"), ("#b3b3b3", "++"), ("#6a3d9a", "oo")),
 ]
 _MARKS = {"linestyle": "", "markersize": 6, "markeredgewidth": 1.4}  # of validation
 # Of a text a little to the right of its place.
-_BESIDE: dict[str, Any] = {
-    "xytext": (5, 0),
-    "textcoords": "offset points",
-    "fontsize": 8,
-    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
-    "zorder": 4,
-}
+_BESIDE: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
+_BESIDE |= {"fontsize": 8, "zorder": 4}
+_BESIDE["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 def plot_loss(
@@ -209,47 +195,6 @@ def plot_confusion(
     ax.set_yticks(range(len(names)), names)
     ax.grid(False)
     return finish(ax, xlabel="predicted", ylabel="true")
-
-
-def plot_predicted(
-    points: Mapping[str, tuple[float, float]],
-    *,
-    hollow: Collection[str] = (),
-    ax: Axes | None = None,
-    title: str = "",
-) -> Axes:
-    """Draw measured above predicted GiB, and a grey band where they differ by a tenth.
-
-    `points` are {label: (predicted, measured)}, a label beginning with its method;
-    those of the labels in `hollow` are not filled.
-    Raises ValueError: there are no points, or one has no place on a logarithmic axis.
-    """
-    values = [value for pair in points.values() for value in pair]
-    if not values or min(values) <= 0:
-        raise ValueError("predicted against measured needs points above 0")
-    ax = new_axes(ax)
-    ends = [min(values) / 1.25, max(values) * 1.25]
-    below, above = ([end * factor for end in ends] for factor in (0.9, 1.1))
-    look = {"color": "#dddddd", "linewidth": 0, "zorder": 1}
-    ax.fill_between(ends, below, above, label="within 10%", **look)
-    ax.plot(ends, ends, color="#777777", linewidth=1, zorder=2)
-    for label, point in points.items():
-        method = method_of(label)
-        look = METHOD_STYLES.get(method, {"marker": "o"}) | {"linestyle": ""}
-        name = METHOD_NAMES.get(method, "other")
-        if label in hollow:
-            look["markerfacecolor"] = "white"
-        elif name not in ax.get_legend_handles_labels()[1]:
-            look["label"] = name
-        colour = METHOD_COLOURS.get(method, "#555555")
-        ax.plot(*point, color=colour, markersize=6, zorder=3, **look)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log", base=2)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set(xlim=ends, ylim=ends)
-    labels = {"xlabel": "predicted (GiB)", "ylabel": "measured (GiB)", "title": title}
-    return finish(ax, **labels, legend=True, loc="lower right", handlelength=1.5)
 
 
 def _scores(seeds: Any, percent: bool) -> list[float]:

@@ -35,13 +35,8 @@ METHOD_COLOURS = {key: colour for key, _, colour, *_ in _METHODS}
 METHOD_STYLES = {
     key: {"linestyle": line, "marker": marker} for key, *_, line, marker in _METHODS
 }
-_ALIASES = {
-    "prompting": "baseline",
-    "zero_shot": "baseline",
-    "ptuning": "p_tuning",
-    "rslora": "lora",
-    "last_6_layers": "frozen",
-}
+_ALIASES = {"prompting": "baseline", "zero_shot": "baseline", "ptuning": "p_tuning"}
+_ALIASES |= {"rslora": "lora", "last_6_layers": "frozen"}
 # For what is no method: dark and light in turn, each with its own line and marker.
 _OTHERS = [
     ("#0072b2", "-", "o"),

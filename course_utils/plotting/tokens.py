@@ -47,9 +47,8 @@ def _visible(text: str) -> str:
     shown = []
     for char in text:
         sign = _SIGNS.get(char, char)
-        drawable = unicodedata.category(sign)[0] != "C" and any(
-            font.get_char_index(ord(sign)) for font in _token_fonts()[1]
-        )
+        glyphs = (font.get_char_index(ord(sign)) for font in _token_fonts()[1])
+        drawable = unicodedata.category(sign)[0] != "C" and any(glyphs)
         shown.append(sign if drawable else ascii(char)[1:-1])
     return "".join(shown)
 
@@ -118,13 +117,11 @@ def _states(labels: Any, attention_mask: Any, lengths: list[int]) -> list[list[s
     for name, given in (("labels", rows), ("attention_mask", masks)):
         if (sizes := [len(row) for row in given]) != lengths:
             raise ValueError(f"{name} has lengths {sizes}, input_ids {lengths}")
-    return [
-        [
-            "padding" if not seen else "prompt" if label == -100 else "learned"
-            for label, seen in zip(row, mask, strict=True)
-        ]
-        for row, mask in zip(rows, masks, strict=True)
-    ]
+
+    def state(label: Any, seen: Any) -> str:
+        return "padding" if not seen else "prompt" if label == -100 else "learned"
+
+    return [[*map(state, *pair)] for pair in zip(rows, masks, strict=True)]
 
 
 def _draw_grid(ax: Axes | None, states: list[list[str]]) -> Axes:

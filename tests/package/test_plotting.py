@@ -74,11 +74,6 @@ DRAWINGS = {
     "confusion": lambda **k: plotting.plot_confusion(
         [[9, 1, 0], [3, 4, 3], [0, 0, 0]], ["bad", "mixed", "good"], **k
     ),
-    "predicted": lambda **k: plotting.plot_predicted(
-        {f"{m} {i}": (2**i, 1.1 * 2**i) for i, m in enumerate(METHODS)},
-        hollow=["lora 3"],
-        **k,
-    ),
     "trade_off": lambda **k: plotting.plot_scatter(
         {m: (10 * i, 0.09 * i, 10**i) for i, m in enumerate(METHODS)},
         xlabel="seconds",
@@ -132,9 +127,8 @@ def test_a_legend_below_covers_nothing(name, given):
     assert box.x0 >= 0 and box.x1 <= ax.figure.bbox.x1
 
 
-@pytest.mark.parametrize("name", ["memory", "predicted"])
-def test_a_title_stands_at_the_left(name):
-    ax = DRAWINGS[name](title="A title")
+def test_a_title_stands_at_the_left():
+    ax = DRAWINGS["memory"](title="A title")
     assert ax.get_title(loc="left") == "A title"
 
 
@@ -404,24 +398,6 @@ def test_importing_needs_neither_matplotlib_nor_a_display():
     if sys.platform == "win32":  # it has a display, and needs its own variables
         environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": root}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_predicted_and_measured_are_drawn_where_they_are():
-    points = {"LoRA, a": (2.0, 2.1), "LoRA, b": (4.0, 5.0), "QLoRA, c": (1.0, 0.9)}
-    ax = plotting.plot_predicted(points, hollow=["LoRA, b"])
-    drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines[1:]}
-    assert drawn == set(points.values())
-    diagonal = ax.lines[0]
-    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
-    colours = [to_hex(line.get_color()) for line in ax.lines[1:]]
-    lora, qlora = METHOD_COLOURS["lora"], METHOD_COLOURS["qlora"]
-    assert colours == [lora, lora, qlora]
-    assert ax.lines[2].get_markerfacecolor() == "white"
-    texts = [text.get_text() for text in ax.get_legend().texts]
-    assert texts == ["within 10%", "LoRA", "QLoRA"]
-    for bad in ({}, {"full": (1.0, 0.0)}):
-        with pytest.raises(ValueError, match="above 0"):
-            plotting.plot_predicted(bad)
 
 
 def test_rslora_is_not_called_lora():
