@@ -1,7 +1,7 @@
 """An interactive memory planner, and the static figure that it draws.
 
-Where ipywidgets is missing, or in the profile `smoke`, which no one watches, the figure
-alone is shown. Only what ipywidgets 7 and 8 share is used.
+In the profile `smoke`, which no one watches, the figure alone is shown. Only what
+ipywidgets 7 and 8 share is used.
 """
 
 from __future__ import annotations
@@ -79,10 +79,7 @@ def memory_planner(**start: Any) -> Any:
     """Plan a run, from `start` on, values of `planner_figure`: a bar and a verdict."""
     if runtime.get_profile().name == "smoke":
         return planner_figure(**start)
-    try:
-        import ipywidgets as w
-    except ImportError:
-        return planner_figure(**start)
+    import ipywidgets as w
     import matplotlib.pyplot as plt
 
     def choose(name: str, label: str, options: Iterable, default: Any) -> Any:

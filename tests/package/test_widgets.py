@@ -1,7 +1,5 @@
 """The memory planner and its static twin: the same figure, with widgets or without."""
 
-import sys
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -102,13 +100,8 @@ def test_planner_begins_with_what_its_figure_accepts(live):
 # --- without widgets -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("why", ["smoke", "missing"])
-def test_the_twin_is_shown_where_widgets_are_not(why, monkeypatch):
-    if why == "smoke":
-        monkeypatch.setenv("COURSE_PROFILE", "smoke")
-    else:
-        monkeypatch.setenv("COURSE_PROFILE", "cpu")
-        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+def test_the_twin_is_shown_where_widgets_are_not(monkeypatch):
+    monkeypatch.setenv("COURSE_PROFILE", "smoke")
     assert isinstance(widgets.memory_planner(model="smollm2-360m"), plt.Axes)
 
 
