@@ -86,24 +86,18 @@ def evaluate(
         encoded = tokenizer(list(references), add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + 8
     start = time.perf_counter()
-    predictions = generate(
-        model,
-        tokenizer,
-        prompts if template is None else records,
-        template=template,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
+    options = {"template": template, "system": system, "batch_size": batch_size}
+    options |= {"max_new_tokens": max_new_tokens}
+    asked = prompts if template is None else records
+    predictions = generate(model, tokenizer, asked, **options)
     seconds = time.perf_counter() - start
     predictions = tuple(_EMPTY_THOUGHT.sub("", text) for text in predictions)
+    answers = predictions, references
     if as_text:
-        scores = scoring.exact_text(predictions, references), math.nan
+        scores = scoring.exact_text(*answers), math.nan
     else:
-        scores = exact_match(predictions, references), field_f1(predictions, references)
-    return Evaluation(
-        *scores, predictions, references, prompts, slices, seconds, as_text
-    )
+        scores = exact_match(*answers), field_f1(*answers)
+    return Evaluation(*scores, *answers, prompts, slices, seconds, as_text)
 
 
 def free_text(references: Iterable[str]) -> bool:
@@ -252,9 +246,8 @@ def answer_share(
     records = stratified(dataset, limit)
     prompts = _column(records, "prompt")
     expected = [_expected(i, record) for i, record in enumerate(records)]
-    answers = generate(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options
-    )
+    options["max_new_tokens"] = max_new_tokens
+    answers = generate(model, tokenizer, prompts, **options)
     correct = tuple(map(_contains_answer, answers, expected))
     return AnswerShare(sum(correct) / len(correct), correct, tuple(answers), prompts)
 
