@@ -25,18 +25,12 @@ from course_utils.templates import OF_TURNS, UNREAD, first_misplaced_turn
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["SPLITS", "DataError", "data_hash", "load_examples"]
-
 SPLITS = ("train", "validation", "test")
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 def load_examples(
-    source: str | Path,
-    split: str = "train",
-    *,
-    limit: int | None = None,
-    seed: int = 0,
+    source: str | Path, split: str = "train", *, limit: int | None = None, seed: int = 0
 ) -> datasets.Dataset:
     """Load one split of a data set, checked and with the course's column names.
 
@@ -269,8 +263,16 @@ def _convert(record: Record, schema: _Schema) -> dict[str, Any]:
         turn = _turn("system", _check_text(record, name, fields[name]))
         if turn not in turns:
             turns.insert(0, turn)
-    if fault := _fault_of_order([turn["role"] for turn in turns]):
-        raise record.error(schema.needed[0], *fault)
+    roles = [turn["role"] for turn in turns]
+    wrong = first_misplaced_turn(roles)
+    if wrong is not None or roles[-1:] != ["assistant"]:
+        place = len(roles) if wrong is None else wrong
+        due = "assistant" if roles[:place][-1:] == ["user"] else "user"
+        fault = "no" if wrong is None else f"the {roles[wrong]}'s"
+        fault += f" turn in place {place + 1}"
+        expected = f"the {due}'s there (a system turn may only be the first)"
+        cure = "Add it, or join, move or delete turns, or the record."
+        raise record.error(schema.needed[0], fault, expected, cure)
     texts, read = [turn["content"] for turn in turns], (*schema.needed, *schema.also)
     others = {n: v for n, v in fields.items() if n not in (*read, *_SYSTEM)}
     _refuse_unread(record, others, texts, "", True)
@@ -492,19 +494,6 @@ def _read_turns(record: Record, column: str) -> list[dict[str, Any]]:
         text = _check_text(record, place + text_key, turn[text_key])
         messages.append(_turn(roles[name], text))
     return messages
-
-
-def _fault_of_order(roles: list[str]) -> tuple[str, str, str] | None:
-    """What is wrong with the order of the turns, what is expected, and the cure."""
-    wrong = first_misplaced_turn(roles)
-    if wrong is None and roles[-1:] == ["assistant"]:
-        return None
-    place = len(roles) if wrong is None else wrong
-    due = "assistant" if roles[:place][-1:] == ["user"] else "user"
-    role = "no" if wrong is None else f"the {roles[wrong]}'s"
-    fault = f"{role} turn in place {place + 1}"
-    expected = f"the {due}'s there (a system turn may only be the first)"
-    return fault, expected, "Add it, or join, move or delete turns, or the record."
 
 
 _SCHEMAS = (  # of several that a record has, the first is read
