@@ -15,16 +15,9 @@ from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from course_utils import templates
 from course_utils.templates import TEMPLATES as TEMPLATES  # passed on to the lessons
-from course_utils.templates import (
-    Conversation,
-    Piece,
-    Template,
-    find_template,
-    lay_out,
-    leading_bos,
-    read_example,
-)
+from course_utils.templates import Conversation, Piece, Template, read_example
 from course_utils.templates import with_examples as with_examples
 
 if TYPE_CHECKING:
@@ -52,7 +45,8 @@ def format_prompt(
     'Human: Hello\\n\\nAssistant: '
     """
     asked = read_example(example, template, system).without_last_answer()
-    return "".join(piece.text for piece in lay_out(asked, template, tokenizer))
+    pieces = templates.lay_out(asked, template, tokenizer)
+    return "".join(piece.text for piece in pieces)
 
 
 def tokenize_example(
@@ -144,10 +138,7 @@ def _end_of_turn_suffix(tokenizer: Any, template: str | Template) -> list[int]:
 
 
 def _cut_to(
-    conversation: Conversation,
-    template: str | Template,
-    reader: _Reader,
-    max_length: int,
+    conversation: Conversation, template: str | Template, reader: _Reader, limit: int
 ) -> tuple[list[int], list[int]]:
     """Cut the fewest characters (found by halving) with which one exchange fits."""
 
@@ -157,14 +148,12 @@ def _cut_to(
     (exchange,) = conversation.exchanges
     most = len(exchange.text + exchange.input + (conversation.system or ""))
     ids, labels = cut(most)
-    if len(ids) > max_length:
+    if len(ids) > limit:
         learned = sum(label != IGNORE for label in labels)
-        raise ValueError(
-            f"the completion has {learned} tokens and the template's markers "
-            f"{len(ids) - learned}, more than max_length={max_length}: "
-            "raise max_length or shorten the completion"
-        )
-    fewest = bisect_left(range(most), True, key=lambda n: len(cut(n)[0]) <= max_length)
+        fault = f"the completion has {learned} tokens and the template's markers "
+        fault += f"{len(ids) - learned}, more than max_length={limit}"
+        raise ValueError(f"{fault}: raise max_length or shorten the completion")
+    fewest = bisect_left(range(most), True, key=lambda n: len(cut(n)[0]) <= limit)
     return cut(fewest)
 
 
@@ -310,15 +299,16 @@ def _encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation."""
     tokenizer, special = reader.tokenizer, reader.special
-    layout = find_template(template)
-    pieces = lay_out(conversation, layout, tokenizer)
+    layout = templates.find_template(template)
+    pieces = templates.lay_out(conversation, layout, tokenizer)
     has_markers = "<|im_start|>" in special and "<|im_end|>" in special
     if not has_markers and "<|im_end|>" in (layout.end or ""):
         own = "'tokenizer' (its own), " * bool(tokenizer.chat_template)
         cure = f"use template={own}'alpaca' or 'plain'"
         raise ValueError(f"this tokenizer has no <|im_start|> and <|im_end|>: {cure}")
-    runs = _runs(pieces, special, reader.pattern)
-    bos = None if layout.end or layout.name == "tokenizer" else leading_bos(tokenizer)
+    runs = _runs(pieces, reader)
+    own_start = layout.end or layout.name == "tokenizer"
+    bos = None if own_start else templates.leading_bos(tokenizer)
     ids: list[int] = [special[bos].id] if bos else []
     labels = [IGNORE] * len(ids)
     for run, new in zip(runs, _ids_of(runs, reader), strict=True):
@@ -329,15 +319,14 @@ def _encode(
     return ids, labels
 
 
-def _runs(
-    pieces: list[Piece], special: dict[str, _Special], pattern: re.Pattern
-) -> list[_Run]:
+def _runs(pieces: list[Piece], reader: _Reader) -> list[_Run]:
     """Join neighbouring texts, so that they are tokenized as in the whole rendering."""
     runs: list[_Run] = []
     strip = False  # a special token may swallow the white space that follows it
     for piece in pieces:
-        for part in [piece.text] if piece.literal else pattern.split(piece.text):
-            token = None if piece.literal else special.get(part)
+        text, literal = piece.text, piece.literal
+        for part in [text] if literal else reader.pattern.split(text):
+            token = None if literal else reader.special.get(part)
             part = part.lstrip() if strip else part
             last = runs[-1] if runs and isinstance(runs[-1].part, str) else None
             if token:
@@ -346,10 +335,9 @@ def _runs(
                 runs.append(_Run(token.id, piece.learned, False))
                 strip = token.rstrip
             elif part and last and last.learned == piece.learned:
-                literal = last.literal or piece.literal
-                runs[-1] = _Run(last.part + part, last.learned, literal)
+                runs[-1] = _Run(last.part + part, last.learned, last.literal or literal)
             elif part:
-                runs.append(_Run(part, piece.learned, piece.literal))
+                runs.append(_Run(part, piece.learned, literal))
                 strip = False
     return runs
 
@@ -385,9 +373,8 @@ def _ids_of(runs: list[_Run], reader: _Reader) -> list[list[int]]:
 
 
 def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    return tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    return tokenizer(texts, verbose=False, **options)["input_ids"]
 
 
 def _break_look_alikes(
