@@ -81,7 +81,6 @@ class Guess:
     """A guess made before the result is seen; `value` is `...` where there is none."""
 
     value: Any
-    question: str
 
     def _ipython_display_(self) -> None:
         """Show nothing: `guess` has already printed its line."""
@@ -107,7 +106,7 @@ def guess(value: Any, question: str) -> Guess:
         print(f"{question} No guess yet; replace the dots to make one.")
     else:
         print(f"{question} Your guess: {value}.")
-    return Guess(value, question)
+    return Guess(value)
 
 
 def result_card(title: str, **rows: Any) -> Table:
