@@ -168,14 +168,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _refuse_nan(name: str) -> None:
+def _no_nan(name: str) -> None:
     cure = "Write null, or leave the field out."
     raise DataError(f"{name}, which is not JSON", "a number, a text or null", cure)
 
 
-STRICT_JSON = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_refuse_nan
-)
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_nan)
 
 
 def _decode(
@@ -303,9 +301,5 @@ def _read_parquet(path: Path) -> list[Record]:
     return [Record(str(path), line, "row", row) for line, row in enumerate(rows, 1)]
 
 
-READERS = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+READERS = {".jsonl": _read_json_lines, ".json": _read_json}
+READERS |= {".csv": _read_csv, ".parquet": _read_parquet}

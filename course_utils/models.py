@@ -168,10 +168,8 @@ def _quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
     if not isinstance(quantization, str):
         return quantization
     if quantization not in ("nf4", "fp4", "int8"):
-        raise ValueError(
-            f"there is no quantization {quantization!r}; choose nf4, fp4, int8, or "
-            "pass a BitsAndBytesConfig."
-        )
+        cure = "choose nf4, fp4, int8, or pass a BitsAndBytesConfig."
+        raise ValueError(f"there is no quantization {quantization!r}; {cure}")
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -305,15 +303,11 @@ def _explain(
     elif name == bundle.name:
         cure = f"Cure: delete the damaged folder {source} and try again."
     elif in_folder and source.is_dir():
-        cure = (
-            "Cures: bring config.json, *.safetensors and the tokenizer's files from one"
-            " save_pretrained, or one download; or unset COURSE_MODEL."
-        )
+        cure = "Cures: bring config.json, *.safetensors and the tokenizer's files from "
+        cure += "one save_pretrained, or one download; or unset COURSE_MODEL."
     else:
-        cure = (
-            'Cures: check the name ("org/name" on the hub, or a folder with config.json'
-            " and *.safetensors) and the network, or unset COURSE_MODEL."
-        )
+        cure = 'Cures: check the name ("org/name" on the hub, or a folder with '
+        cure += "config.json and *.safetensors) and the network, or unset COURSE_MODEL."
     return "\n".join([*lines, cure])
 
 

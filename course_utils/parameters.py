@@ -41,9 +41,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def peft_config(method: Method, **options: Any) -> PeftConfig:
     """PEFT's config for a key of `METHODS` and PEFT's options; a config is copied.
 
-    Raises:
-        ValueError: the method is unknown, or options come with a PEFT config.
-        TypeError: PEFT has no option of that name.
+    Raises ValueError: the method is unknown, or options come with a PEFT config;
+    TypeError: PEFT has no option of that name.
     """
     import peft
 
@@ -189,9 +188,8 @@ def adapter_parameters(config: PretrainedConfig, method: Method, **options: Any)
     The method is `"full"`, a key of `METHODS` or any PEFT config; options are PEFT's
     fields, with PEFT's defaults.
 
-    Raises:
-        ValueError: unknown method, or PEFT cannot adapt this model so: its reason.
-        TypeError: PEFT has no option of that name.
+    Raises ValueError: unknown method, or PEFT cannot adapt this model so: its reason;
+    TypeError: PEFT has no option of that name.
 
     >>> from transformers import LlamaConfig
     >>> adapter_parameters(LlamaConfig(), "lora", r=64)  # Llama-2-7B, q and v
@@ -259,10 +257,8 @@ class ParameterCount:
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        return (
-            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-            f"trainable%: {self.trainable_percent:.4f}"
-        )
+        counts = f"trainable params: {self.trainable:,} || all params: {self.total:,}"
+        return f"{counts} || trainable%: {self.trainable_percent:.4f}"
 
 
 def count_parameters(model: Module) -> ParameterCount:

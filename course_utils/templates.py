@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ALPACA = (
-    "Below is an instruction that describes a task{}. "
-    "Write a response that appropriately completes the request.\n\n"
-)
+_ALPACA = "Below is an instruction that describes a task{}. "
+_ALPACA += "Write a response that appropriately completes the request.\n\n"
 
 
 @dataclass(frozen=True)
