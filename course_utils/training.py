@@ -112,7 +112,7 @@ def sft_config(
 
 
 def prepare_trainer(
-    trainer: Any, *, every: int | None = None, fast: bool = True
+    trainer: Any, *, every: int | None = None, fast: bool = True, int8: bool = False
 ) -> None:
     """Make a built `Trainer` or `SFTTrainer` ready for the course.
 
@@ -120,7 +120,8 @@ def prepare_trainer(
     parameters in float32; errors before step 1; a model that can generate afterwards;
     checkpoints that resume with the same batches; advice where memory runs out. On a
     CPU, `fast` takes what `course_utils.training_speed` lists: the same losses, within
-    1e-4 a step in float32.
+    1e-4 a step in float32. `int8` takes `training_speed.int8_products` as well, where a
+    product timed at the start gains by it: the losses are then near, not the same.
     """
     from transformers import PrinterCallback
 
@@ -138,10 +139,10 @@ def prepare_trainer(
         if fast:
             training_speed.use_completion_loss(trainer)
             trainer.add_callback(callbacks.QuickAttention())
-    _wrap_train_and_evaluate(trainer)
+    _wrap_train_and_evaluate(trainer, int8)
 
 
-def _wrap_train_and_evaluate(trainer: Any) -> None:
+def _wrap_train_and_evaluate(trainer: Any, int8: bool) -> None:
     """What has to happen around the trainer's own methods, also after an error."""
     from course_utils import training_callbacks as callbacks
 
@@ -172,7 +173,8 @@ def _wrap_train_and_evaluate(trainer: Any) -> None:
                 if plan.static > room and not own_optimizer:
                     raise OutOfMemory(f"not enough memory for this run. {advice()}")
                 print(f"Memory may run out. {advice()}")
-            with _advised(advice):
+            model = trainer.model
+            with _advised(advice), training_speed.int8_where_faster(model, int8):
                 return library_train(resume_from_checkpoint, **options)
         finally:
             training_speed.set_attention(trainer.model, attention)

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
+from functools import cache
 from itertools import takewhile
+from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from course_utils.formatting import IGNORE, pack_examples
 from course_utils.inference import (
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 # By model and by the attention it was asked with: what `_keeps_packed_apart` found.
 _KEPT_APART: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 WIDEST = 256  # tokens, unless an example is longer: attention costs their square
+INT8_AT_LEAST = 64  # rows and columns: smaller matrices, as adapters, stay exact
 SHARED_AT_LEAST = 8  # tokens: fewer are not worth a mask of their own
 
 
@@ -406,3 +411,182 @@ def set_attention(model: Any, name: str | None) -> None:
     base = base_model(model)
     if getattr(base.config, "_attn_implementation", None) not in (None, name):
         base.set_attn_implementation(name)
+
+
+class _Int8Weight:
+    """A weight (o, i) in int8 with a scale for each row, packed for products."""
+
+    def __init__(self, weight: torch.Tensor, levels: int) -> None:
+        import torch
+
+        self.scale = weight.abs().amax(dim=1).clamp(min=1e-30) / levels  # (o,)
+        values = (weight / self.scale[:, None]).round().to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), None)
+        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
+
+    def times(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ (M, o), in float32, of what `rounded` makes of x (M, i)."""
+        import torch
+
+        product = torch.ops.onednn.qlinear_pointwise(
+            *(values, 1.0, 128, self.packed, self.scale, self.zero, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        return product.mul_(scale)
+
+
+def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor (..., i) as bytes (M, i), and a scale for each row (M, 1) in float32.
+
+    x is (bytes - 128) · scale, within half a scale: 1/254 of the row's greatest number.
+    """
+    import torch
+
+    x = x.detach().reshape(-1, x.shape[-1]).float()
+    scale = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True)
+    scale = scale.clamp_(min=1e-30).mul_(1 / 127)
+    half = torch.full_like(scale, 128.5)  # what is behind the point is cut off
+    return torch.addcmul(half, x, scale.reciprocal()).to(torch.uint8), scale
+
+
+def int8_levels() -> int:
+    """The greatest int8 weight whose products are right on this processor.
+
+    127, or 63: without VNNI two products are added in 16 bits, and a sum above 32,767
+    becomes 32,767 without a word.
+    """
+    import torch
+
+    greatest = torch.full((64, 64), 255, dtype=torch.uint8), torch.ones(64, 1)
+    product = _Int8Weight(torch.ones(64, 64), 127).times(*greatest)
+    return 127 if product.allclose(torch.tensor(64 * 127.0)) else 63
+
+
+@contextmanager
+def int8_products(model: Any, levels: int | None = None) -> Iterator[list[Any]]:
+    """While inside, a model in training multiplies by its frozen matrices in int8.
+
+    That is x Wᵀ forward and g W backward, for each frozen `Linear` on a CPU, one in 4
+    bits too, but the output layer. x and g (M, d) are rounded by row, W by row for the
+    way forward and by column for the way back: 2 bytes a weight more. Adapters, norms
+    and attention stay as they are; in evaluation mode everything does. After SwitchBack
+    (Wortsman and others, 2023, arXiv 2304.13013).
+
+    Args:
+        levels: the greatest int8 weight; None asks `int8_levels`.
+
+    Yields the layers. Raises ValueError if there is none.
+    """
+    layers = _frozen_linear(model)
+    levels, shared = levels or int8_levels(), {}
+    for layer in layers:
+        layer.forward = _int8_forward(layer, levels, shared)
+    try:
+        yield layers
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _frozen_linear(model: Any) -> list[Any]:
+    """A model's frozen linear layers on a CPU, without its head and small ones."""
+    from torch.nn import Linear
+
+    head = getattr(base_model(model), "get_output_embeddings", lambda: None)()
+    linear = [m for m in model.modules() if isinstance(m, Linear) and m is not head]
+    layers = [
+        layer
+        for layer in linear
+        if not layer.weight.requires_grad and layer.weight.device.type == "cpu"
+        if min(layer.in_features, layer.out_features) >= INT8_AT_LEAST
+    ]
+    if not layers:
+        raise ValueError(
+            f"{type(base_model(model)).__name__} has no frozen Linear layer on the CPU "
+            "to multiply in int8. Leave int8 out."
+        )
+    return layers
+
+
+def _int8_forward(layer: Any, levels: int, shared: dict[str, Any]) -> Any:
+    """A layer's forward, in int8 while it trains; q, k and v round their x once."""
+    import torch
+
+    exact = layer.forward
+    with torch.no_grad():  # what the layer does to the identity: Wᵀ, 4-bit ones too
+        probe = torch.eye(layer.in_features)
+        weight = exact(probe) - exact(torch.zeros_like(probe[:1]))
+    forth, back = _Int8Weight(weight.t(), levels), _Int8Weight(weight, levels)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not layer.training:
+            return exact(x)
+        last = shared.get("of")
+        if last is None or last() is not x or shared["version"] != x._version:
+            shared.update(of=ref(x), version=x._version, rounded=rounded(x))
+        y = _int8_function().apply(x, *shared["rounded"], forth, back)
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+    return forward
+
+
+@cache
+def _int8_function() -> Any:
+    import torch
+
+    class Int8Product(torch.autograd.Function):
+        """x Wᵀ (..., o), and on the way back g W (..., i), both of rounded numbers."""
+
+        @staticmethod
+        def forward(ctx, x, values, scale, forth, back):
+            ctx.back, ctx.like = back, (x.shape, x.dtype)
+            under = torch.is_autocast_enabled("cpu")
+            dtype = torch.get_autocast_dtype("cpu") if under else x.dtype
+            return forth.times(values, scale).to(dtype).unflatten(0, x.shape[:-1])
+
+        @staticmethod
+        def backward(ctx, gradient):
+            shape, dtype = ctx.like
+            to_x = ctx.back.times(*rounded(gradient)).to(dtype)
+            return to_x.view(shape), None, None, None, None
+
+    return Int8Product
+
+
+def int8_gain(model: Any, tokens: int = 512, pairs: int = 5) -> float:
+    """How many times as fast the largest frozen matrix is in int8, both ways, here.
+
+    The median of `pairs` taken in turn, rounding included, under the caller's autocast.
+    """
+    import torch
+
+    layer = max(_frozen_linear(model), key=lambda m: m.in_features * m.out_features)
+    layer, x = copy(layer).train(), torch.randn(tokens, layer.in_features)
+    x.requires_grad_()
+    int8 = _int8_forward(layer, int8_levels(), {})
+
+    def seconds(forward: Any) -> float:
+        start = perf_counter()
+        y = forward(x.view_as(x))  # a new tensor, which nobody has rounded
+        torch.autograd.grad(y, x, torch.ones_like(y))
+        return perf_counter() - start
+
+    return median(seconds(layer.forward) / seconds(int8) for _ in range(pairs + 1))
+
+
+@contextmanager
+def int8_where_faster(model: Any, wanted: bool = True) -> Iterator[None]:
+    """`int8_products` if they are wanted and gain a tenth or more; a line says so."""
+    if not wanted:
+        yield
+        return
+    gain = int8_gain(model)
+    if gain < 1.1:
+        print(f"int8 products: {gain:.2g} times as fast as exact ones; not taken.")
+        yield
+        return
+    with int8_products(model) as layers:
+        print(
+            f"int8 products: {len(layers)} frozen matrices, {gain:.2g} times as fast."
+        )
+        yield

@@ -6,6 +6,7 @@ adapters that start from what 4 bits lose, long runs that go on from a checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -28,6 +29,7 @@ from course_utils.models import load_model, load_tokenizer, model_name
 from course_utils.runtime import build_folder, data_folder, get_profile, set_seed
 from course_utils.sweep import experiment as sweep_runs
 from course_utils.training import find_checkpoint
+from course_utils.training_speed import int8_gain, int8_products
 from maintenance.runs.rounding import LoftQ, QPiSSA, set_start, six_digits
 from maintenance.store import compute_metrics
 
@@ -35,7 +37,7 @@ LONG_RUN_STEPS = 500  # from here on a run with validation keeps checkpoints
 # Younger than the first records, which know nothing of them.
 ABSENT_WHEN_UNSET = {
     *("quantization", "keep_adapter", "start", "prefix_from", "validation_answers"),
-    *("costs", "also", "also_test"),
+    *("costs", "also", "also_test", "int8"),
 }
 
 
@@ -58,6 +60,7 @@ class RecordedExperiment(sweep_runs.Experiment):
     keep_adapter: str | None = None  # in `data/adapters/`, under this name
     also: str | None = None  # a second data set, whose training sentences are mixed in
     also_test: str | None = None  # another data set, whose test is answered in full
+    int8: bool | None = None  # frozen matrices multiplied in int8, faster here or not
 
     def settings(self) -> dict[str, Any]:
         """As a record holds them; a run that is found by them is not made again."""
@@ -123,20 +126,25 @@ def _train_and_measure(
     before = {name: weight_of(model, name).clone() for name in experiment.spectra}
     checkpoint = find_checkpoint(folder)
     before_s = elapsed_seconds(checkpoint) if checkpoint else 0.0
-    run = sweep_runs.train(
-        experiment,
-        model,
-        make_recorded_rows(experiment),
-        folder,
-        progress=progress,
-        optimizer=_loraplus(model, experiment) if experiment.loraplus_ratio else None,
-        callbacks=[ElapsedSeconds(before_s)],
-        resume_from=checkpoint,
-        before_s=before_s,
-        max_grad_norm=experiment.max_grad_norm,
-        save_strategy=save,
-        save_steps=experiment.eval_every or 1,
-    )
+    with int8_products(model) if experiment.int8 else contextlib.nullcontext():
+        run = sweep_runs.train(
+            experiment,
+            model,
+            make_recorded_rows(experiment),
+            folder,
+            progress=progress,
+            optimizer=_loraplus(model, experiment)
+            if experiment.loraplus_ratio
+            else None,
+            callbacks=[ElapsedSeconds(before_s)],
+            resume_from=checkpoint,
+            before_s=before_s,
+            max_grad_norm=experiment.max_grad_norm,
+            save_strategy=save,
+            save_steps=experiment.eval_every or 1,
+        )
+    if experiment.int8:
+        run["measured"]["int8_gain"] = int8_gain(model)
     if experiment.keep_adapter:
         folder = data_folder() / "adapters" / experiment.keep_adapter
         size = keep_adapter(model, folder, model_name(experiment.model))

@@ -362,6 +362,11 @@ def _qlora(label: str, base: str | None) -> Run:
     return Run(label, LORA, 3e-3, quantization=base, **settings)
 
 
+def _int8(label: str, int8: bool | None) -> list[Run]:
+    settings = NO_TEST | {"steps": 24, "eval_every": 12, "base_dtype": "float32"}
+    return Run(label, LORA, 3e-3, int8=int8, **settings).seeds(0, 1, 2)
+
+
 def _nf4_start(label: str, start: LoftQ | QPiSSA | None) -> list[Run]:
     settings = NO_TEST | {"quantization": "nf4", "start": start}
     return Run(label, LORA, 1e-3, **settings).seeds(0, 1, 2)
@@ -398,6 +403,7 @@ LESSON_RUNS["07"] = {
             )
         ),
     ],
+    "07_int8": [*_int8("exact", None), *_int8("int8", True)],
     "07_card": card_cases(),  # last: it needs a card
 }
 
