@@ -3,6 +3,7 @@
 Broken data files have a table of their own in test_data.
 """
 
+import ast
 import json
 import os
 import re
@@ -343,3 +344,20 @@ def test_a_broken_environment_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelUnavailable, match="cannot be written.*COURSE_CACHE"):
         models.prepare(models.SMOLLM2)
+
+
+@pytest.mark.parametrize(
+    "lesson",
+    sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb")),
+    ids=lambda path: path.stem,
+)
+def test_a_lesson_imports_the_course_before_what_reads_its_settings(lesson):
+    cells = json.loads(lesson.read_text(encoding="utf-8"))["cells"]
+    [text] = ["".join(c["source"]) for c in cells if c["id"] == "imports"]
+    names = [
+        getattr(node, "module", None) or node.names[0].name
+        for node in ast.parse(text).body
+    ]
+    packages = [name.split(".")[0] for name in names]
+    ours, *_ = [p for p in packages if p not in sys.stdlib_module_names]
+    assert ours == "course_utils"
