@@ -1,7 +1,7 @@
 """A training beside other work: its steps alone and beside a busy process, in turn.
 
-Waiting OpenMP threads spin on a core that the other process needs; `course_utils` lets
-them sleep soon (GOMP_SPINCOUNT), which is compared here with what the library does.
+OpenMP threads that wait spin on a core that the other process needs; GNU's library
+lets them sleep after so many turns as GOMP_SPINCOUNT says when it is loaded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from maintenance.benchmarks import paths, training
 from maintenance.benchmarks.turns import Task
 
 ROOT = Path(__file__).resolve().parents[2]
-# What GOMP_SPINCOUNT is; libgomp's own is 300,000 turns.
-SPINS = {"as the course sets it": "1000", "as OpenMP comes": "300000"}
+# Turns; 300,000 is the library's own.
+SPINS = {"spins as it comes": "300000", "soon sleeps": "1000"}
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 

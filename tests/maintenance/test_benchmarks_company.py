@@ -23,5 +23,5 @@ def test_every_second_step_has_company_that_ends_with_it():
 
 def test_both_ways_of_waiting_are_measured():
     tasks = company.company_tasks(3)
-    assert [task.settings["spins"] for task in tasks] == [1000, 300_000]
+    assert [task.settings["spins"] for task in tasks] == [300_000, 1000]
     assert {task.part for task in tasks} == {"company"}

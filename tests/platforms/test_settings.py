@@ -346,6 +346,23 @@ def test_a_broken_environment_is_named(tmp_path, monkeypatch):
         models.prepare(models.SMOLLM2)
 
 
+@pytest.mark.skipif(
+    not any(Path(torch.__file__).parent.glob("lib/libgomp*")),
+    reason="PyTorch without GNU's OpenMP",
+)
+def test_what_the_readme_says_of_waiting_threads_is_what_openmp_reads():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [turns] = re.findall(r"`GOMP_SPINCOUNT=(\d+) make lab`", text)
+    run = subprocess.run(
+        [sys.executable, "-c", "import course_utils, torch"],
+        env=os.environ | {"GOMP_SPINCOUNT": turns, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"GOMP_SPINCOUNT = '{turns}'" in run.stderr  # as the runtime took it
+
+
 @pytest.mark.parametrize(
     "lesson",
     sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb")),
