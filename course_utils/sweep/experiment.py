@@ -278,16 +278,15 @@ def _with_adapter(experiment: Experiment) -> Any:
     from peft import get_peft_config, get_peft_model, initialize_kv_prefix_from_text
 
     method, name = experiment.method, experiment.model
-    tokenizer = load_tokenizer(name)
     if method.get("prompt_tuning_init") == "TEXT":  # a record holds no paths
-        method = {"tokenizer_name_or_path": tokenizer.name_or_path, **method}
+        method = {"tokenizer_name_or_path": load_tokenizer(name).name_or_path, **method}
     dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None
     base = load_model(name, dtype=dtype, quantization=experiment.quantization)
     model = get_peft_model(base, get_peft_config({"task_type": "CAUSAL_LM", **method}))
     if experiment.prefix_from:
         file = data_folder() / experiment.data / f"{experiment.prefix_from}.txt"
         text = file.read_text(encoding="utf-8")
-        initialize_kv_prefix_from_text(model, tokenizer, text=text)
+        initialize_kv_prefix_from_text(model, load_tokenizer(name), text=text)
     return model
 
 
@@ -362,12 +361,10 @@ def train(
     clock = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume_from)
     seconds = before_s + time.perf_counter() - clock - peak.seconds
+    # Validation inside the training is not training time.
+    seconds -= sum(e.get("eval_runtime", 0) for e in trainer.state.log_history)
     if not every or steps % every:
         trainer.evaluate()
-    # Validation inside the training is not training time; the last one may be outside.
-    log = trainer.state.log_history
-    waits = [entry["eval_runtime"] for entry in log if "eval_runtime" in entry]
-    seconds -= sum(waits[: steps // every] if every else ())
     run = trained_run(experiment, trainer, seconds)
     if experiment.costs:
         costs = {"peak_bytes": peak.peak_bytes, "adapter_bytes": saved_bytes(model)}

@@ -3,6 +3,7 @@
 Broken data files have a table of their own in test_data.
 """
 
+import ast
 import json
 import os
 import re
@@ -343,3 +344,37 @@ def test_a_broken_environment_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelUnavailable, match="cannot be written.*COURSE_CACHE"):
         models.prepare(models.SMOLLM2)
+
+
+@pytest.mark.skipif(
+    not any(Path(torch.__file__).parent.glob("lib/libgomp*")),
+    reason="PyTorch without GNU's OpenMP",
+)
+def test_what_the_readme_says_of_waiting_threads_is_what_openmp_reads():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [turns] = re.findall(r"`GOMP_SPINCOUNT=(\d+) make lab`", text)
+    run = subprocess.run(
+        [sys.executable, "-c", "import course_utils, torch"],
+        env=os.environ | {"GOMP_SPINCOUNT": turns, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"GOMP_SPINCOUNT = '{turns}'" in run.stderr  # as the runtime took it
+
+
+@pytest.mark.parametrize(
+    "lesson",
+    sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb")),
+    ids=lambda path: path.stem,
+)
+def test_a_lesson_imports_the_course_before_what_reads_its_settings(lesson):
+    cells = json.loads(lesson.read_text(encoding="utf-8"))["cells"]
+    [text] = ["".join(c["source"]) for c in cells if c["id"] == "imports"]
+    names = [
+        getattr(node, "module", None) or node.names[0].name
+        for node in ast.parse(text).body
+    ]
+    packages = [name.split(".")[0] for name in names]
+    ours, *_ = [p for p in packages if p not in sys.stdlib_module_names]
+    assert ours == "course_utils"
