@@ -3,7 +3,7 @@
 # make test     install, then ruff, unit tests, and every lesson with its exercises
 # make test-colab  all tests, slow ones of Colab too, on the packages of its image
 # make lessons  the lessons' tests alone · make runs LESSON=02 · make readme
-# make bench    20 minutes on a quiet machine; LitGPT in an environment of its own
+# make bench    30 minutes on a quiet machine; others' libraries in build/
 # make links REPO=owner/name   name the repository everywhere · make clean
 PYTHON ?= python3
 PROFILE ?= cpu
@@ -36,12 +36,16 @@ test-colab:
 lessons: $(STAMP)
 	$(RUN) pytest -q tests/lessons/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
 
-bench: $(STAMP) build/litgpt
+bench: $(STAMP) build/litgpt build/others
 	COURSE_DEVICE=cpu $(RUN) maintenance.benchmarks
 
 build/litgpt: maintenance/benchmarks/litgpt.txt
 	rm -rf $@ && $(PYTHON) -m venv $@
 	$@/bin/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
+	@touch $@
+
+build/others: maintenance/benchmarks/others.txt $(STAMP)
+	rm -rf $@ && $(RUN) pip install -q --no-deps --target $@ -r $<
 	@touch $@
 
 runs: $(STAMP)

@@ -4,9 +4,10 @@
                                [--rounds 3] [--steps 3] [--fresh]
 
 Nothing else should run meanwhile: each run keeps the load it met. Each finished run is
-kept in `build/bench/` and not repeated until `--fresh`; the record is written when all
-parts are there. A round measures the things of a group one after the other, beginning
-with another one each time.
+kept in `build/bench/` and not repeated until `--fresh`. Whole parts, with three rounds
+and steps or more, take the place of the same parts in the record; the rest of it stays,
+and what was made on another machine says so. A round measures the things of a group
+one after the other, beginning with another one each time.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
+from course_utils import records
 from course_utils.data import data_hash
 from course_utils.models import load_model, release
 from course_utils.runtime import build_folder, versions
-from maintenance.benchmarks import everyday, paths, summary, training, where
+from maintenance.benchmarks import (
+    everyday,
+    paths,
+    products,
+    rivals,
+    summary,
+    training,
+    where,
+)
 from maintenance.benchmarks.turns import Task, in_turn
 from maintenance.store import hardware, save_record
 
@@ -35,6 +46,11 @@ PARTS = (
     "answers",
     "profile",
     "compile",
+    "block",
+    "company",
+    "products",
+    "int8",
+    "server",
 )
 
 
@@ -50,6 +66,9 @@ def tasks_of(
         *training.thread_tasks(steps),
         *where.profile_tasks(),
         *training.compile_tasks(steps + 2),
+        *training.neighbour_tasks(4 * steps),
+        *products.product_tasks(4 * steps),
+        *rivals.rival_tasks(4 * steps),
     ]
     return [task for task in every if task.part in parts]
 
@@ -76,6 +95,29 @@ def key_of(run: dict) -> tuple:
     return run["label"], run["seed"], json.dumps(run["settings"], sort_keys=True)
 
 
+def record_parts(runs: Sequence[dict], parts: Sequence[str]) -> None:
+    """Put the runs of whole parts into the record, in place of those that it has.
+
+    The lessons' seconds, of another command, are renewed with all parts only. A record
+    that was begun on another machine, or with other versions, keeps those; each new run
+    then says where it was made.
+    """
+    machine: dict[str, Any] = {"hardware": hardware(), "versions": versions()}
+    kept, begun_on = [], machine
+    if set(parts) != set(PARTS):
+        runs = [run for run in runs if summary.part_of(run) in parts]
+        if "bench" in records.list_records():
+            record = records.load_record("bench")
+            begun_on = {key: record[key] for key in machine}
+            kept = [r for r in record["runs"] if summary.part_of(r) not in parts]
+    if machine != begun_on:
+        runs = [run | {"machine": machine} for run in runs]
+    every = [*kept, *runs]
+    source = {"name": "home_commands", "sha256": data_hash("home_commands")}
+    record = {"command": "make bench", **begun_on, "data": source, "runs": every}
+    save_record("bench", record | {"seconds": sum(run["seconds"] for run in every)})
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command line; see the module's own text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,6 +135,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     done = {key_of(run): run for run in map(json.loads, lines)}
     if not paths.litgpt_python():
         print("LitGPT is left out: it has no environment; `make build/litgpt` makes it")
+    if not rivals.others_folder():
+        print("torchao and llama.cpp fail: `make build/others` installs them")
     release(load_model())  # the conversion, the first time, is measured by itself
     begun, runs = time.perf_counter(), []
     tasks = tasks_of(options.only, options.methods, options.rounds, options.steps)
@@ -107,23 +151,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         runs.append(run)
     runs += everyday.lesson_runs()
     print("\n".join(summary.table(summary.summarise(runs))))
-    all_parts = set(options.only) == set(PARTS)
     all_methods = set(options.methods) == set(paths.METHODS)
-    if not (all_parts and all_methods) or options.rounds < 3:
-        print("a part, or fewer than 3 rounds: data/runs/bench.json stays as it is")
+    if not all_methods or min(options.rounds, options.steps) < 3:
+        print("not all methods, or fewer than 3 rounds or steps: nothing is recorded")
         return
-    source = {"name": "home_commands", "sha256": data_hash("home_commands")}
-    save_record(
-        "bench",
-        {
-            "command": "make bench",
-            "hardware": hardware(),
-            "versions": versions(),
-            "data": source,
-            "seconds": sum(run["seconds"] for run in runs),
-            "runs": runs,
-        },
-    )
+    record_parts(runs, options.only)
 
 
 if __name__ == "__main__":

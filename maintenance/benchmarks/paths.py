@@ -7,6 +7,7 @@ schedule and the same rates; they differ in what their recipes differ in.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -42,6 +43,11 @@ EXAMPLES = 8  # a step
 METHODS = ("full", "lora", "qlora")
 RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 CHILD = Path(__file__).with_name("litgpt_child.py")
+TORCHAO = {
+    "torchao, weights": "Int8WeightOnlyConfig",
+    "torchao, weights and inputs": "Int8DynamicActivationInt8WeightConfig",
+}
+LAYERS = ("bitsandbytes", *TORCHAO)
 
 
 @dataclass
@@ -92,16 +98,25 @@ class Clock(TrainerCallback):
         return Timing(seconds, tokens, loss)
 
 
-def make_model(method: str, dtype: torch.dtype):
-    """The model as a recipe loads it: float32 for full, else frozen in `dtype`."""
+def make_model(method: str, dtype: torch.dtype, layers: str | None = None):
+    """The model as a recipe loads it: float32 for full, else frozen in `dtype`.
+
+    `layers` names another library's frozen layers of 8 bits for LoRA: one of `LAYERS`.
+    """
     if method == "full":
         return load_model(dtype=torch.float32)
-    four_bits = None
+    quantization = None
     if method == "qlora":
-        four_bits = BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    model = load_model(dtype=dtype, quantization=four_bits)
+    elif layers == "bitsandbytes":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = load_model(dtype=dtype, quantization=quantization)
+    if layers in TORCHAO:
+        import torchao.quantization as torchao
+
+        torchao.quantize_(model.model, getattr(torchao, TORCHAO[layers])())
     return get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **LORA}))
 
 
@@ -217,20 +232,37 @@ def side_by_side(
     }
 
 
-def bare_steps(method, records, tokenizer, steps) -> Iterator[tuple]:
+def compile_blocks(model) -> None:
+    """Compile the decoder's block: once, since all layers run the same code.
+
+    Inductor keeps what it made in the course's cache folder.
+    """
+    folder = prepare(SMOLLM2).parent / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.compile(dynamic=True)
+
+
+def bare_steps(
+    method, records, tokenizer, steps, *, layers=None, compiled=False
+) -> Iterator[tuple]:
     """What a strong engineer writes without a trainer: every trick, in plain PyTorch.
 
     Packed rows, bfloat16 where the processor has it, no logits that no label needs,
-    plain attention (the fused kernel's backward is slow here), one fused AdamW.
+    plain attention (the fused kernel's backward is slow here), one fused AdamW;
+    `compiled`, too, or on other `layers`, as in `make_model`.
 
     Yields:
         Of each step: loss, seconds, real tokens.
     """
     dtype = get_profile().dtype
-    model = make_model(method, dtype).train()
+    model = make_model(method, dtype, layers).train()
     base = model if method == "full" else model.get_base_model()
     set_attention(model, "eager")
     cast_lora_inputs(model, dtype != torch.bfloat16)
+    if compiled:
+        compile_blocks(base.model)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, RATES[method], weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / steps)
@@ -264,24 +296,29 @@ def bare_loop(method, records, tokenizer, steps, folder) -> Timing:
 
 
 class InTurn(TrainerCallback):
-    """After each step of a training, takes one of `bare_steps`.
+    """After each step of a training, takes one of `bare_steps`; ends it at a limit.
 
     Attributes:
         own, others: seconds of the training's steps and of the others.
-        other_tokens: real tokens of the others.
+        other_tokens, other_loss: real tokens and losses of the others.
     """
 
-    def __init__(self, steps: Iterator[tuple]) -> None:
-        self.steps, self.own, self.others, self.other_tokens = steps, [], [], []
+    def __init__(self, steps: Iterator[tuple], limit_s: float = math.inf) -> None:
+        self.steps, self.own, self.others = steps, [], []
+        self.other_tokens, self.other_loss = [], []
+        self.end = time.perf_counter() + limit_s
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.own.append(time.perf_counter() - self.start)
-        _, seconds, tokens = next(self.steps)
+        loss, seconds, tokens = next(self.steps)
         self.others.append(seconds)
         self.other_tokens.append(tokens)
+        self.other_loss.append(loss)
+        late = time.perf_counter() > self.end
+        control.should_training_stop = control.should_training_stop or late
         self.start = time.perf_counter()
 
 

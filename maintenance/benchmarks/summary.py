@@ -204,6 +204,102 @@ def _compiled(run: dict) -> dict[str, float]:
     return costs
 
 
+def _failed(run: dict) -> str | None:
+    return run["measured"].get("failed")
+
+
+def _by_turn(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The spread of ratios of what was measured in turn."""
+    pairs = zip(above, below, strict=False)
+    return spread(a / b for a, b in pairs)
+
+
+def _rival(run: dict) -> dict[str, Any]:
+    """Course ÷ bare loop on other layers, and that loop's losses; or the error.
+
+    Where no pair but the first was taken, that one counts.
+    """
+    if failed := _failed(run):
+        return {"failed": failed}
+    found: dict[str, Any] = {}
+    by_step = _beside(run) or _beside(run | {"measured": _twice(run["measured"])})
+    found["course_against"] = spread(by_step.values())
+    losses = run["measured"]["bare_loop_loss"]
+    pairs = list(zip(losses, run["loss"], strict=False))
+    found["loss"] = {"first": losses[0], "last": losses[-1]}
+    found["loss_from_course"] = max(abs(a - b) for a, b in pairs)
+    found["trains"] = len(losses) > 1 and losses[-1] < losses[0]
+    return found
+
+
+def _twice(measured: dict) -> dict:
+    return {key: value[:1] * 2 for key, value in measured.items() if key[-1] in "sn"}
+
+
+def _products(run: dict) -> dict[str, Any]:
+    """Share of a step that its products take alone, and speed against float32.
+
+    `share` is of the training's own arithmetic, `share_with_others` with the products
+    of adapters and attention.
+    """
+    measured = run["measured"]
+    steps, seconds = measured["step_s"], measured["product_s"]
+    own, others = seconds[measured["own"]], seconds["others"]
+    both = [a + b for a, b in zip(own, others, strict=True)]
+    flops = measured["operations"]["frozen"] / 1e9
+    return {
+        "share": _by_turn(own, steps),
+        "share_with_others": _by_turn(both, steps),
+        "against_float32": {
+            name: _by_turn(seconds["float32"], found)
+            for name, found in seconds.items()
+            if name not in ("float32", "others")
+        },
+        "gflops": {
+            name: spread(flops / s for s in found)
+            for name, found in seconds.items()
+            if name != "others"
+        },
+        "failed": measured["failed"],
+    }
+
+
+def _neighbours(runs: Sequence[dict]) -> dict[str, Any]:
+    """What newer parts found; a record without them has none of these keys."""
+    found: dict[str, Any] = {}
+    for run in runs:
+        part, name = part_of(run), run["settings"]["name"]
+        if part == "block":
+            found["compiled_block"] = _block(run)
+        elif part == "products":
+            found["products"] = _products(run)
+        elif part == "int8":
+            found.setdefault("int8", {})[name] = _rival(run)
+        elif part == "company":
+            measured = run["measured"]
+            alone, beside = measured["alone_s"][1:], measured["beside_s"][1:]
+            found["beside_a_busy_process"] = _by_turn(beside, alone)
+        elif part == "server" and (failed := _failed(run)):
+            found["server"] = {"failed": failed}
+        elif part == "server":
+            measured = run["measured"]
+            own, others = measured["course_s"][1:], measured["server_s"][1:]
+            each = spread(seconds / measured["answers"] for seconds in own)
+            found["server"] = {"course_against": _by_turn(others, own), "s_each": each}
+    return found
+
+
+def _block(run: dict) -> dict[str, Any]:
+    """Course ÷ compiled bare loop once compiled, and the seconds of compiling."""
+    if failed := _failed(run):
+        return {"failed": failed}
+    first = run["measured"]["bare_loop_s"]
+    usual = statistics.median(first[3:])
+    later = {step: ratio for step, ratio in _beside(run).items() if step > 2}
+    cost = sum(first[:3]) - 3 * usual
+    return {"course_against": spread(later.values()), "own_cost_s": cost}
+
+
 @summary_of("bench")
 def summarise(runs: list[dict]) -> dict[str, Any]:
     """Every figure that `make bench` prints, and that prose may quote.
@@ -212,7 +308,9 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
         `tokens_per_s`, `course_against`, `losses` by method and path;
         `course_against_bare_loop` step beside step; `taken_away`, the share of the
         course's speed that is left without an ingredient; `threads`;
-        `compile`; `seconds` of single things; `answers`; `profile` by method.
+        `compile`; `seconds` of single things; `answers`; `profile` by method; of the
+        parts that were measured `compiled_block`, `products`, `int8`, `server`,
+        `beside_a_busy_process`.
     """
     summary = _training(runs)
     summary["course_against_bare_loop"] = {
@@ -249,7 +347,7 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
     summary["lessons"] = {name: by_round[0] for name, by_round in lessons.items()}
     if lessons:
         summary["lessons_s"] = sum(summary["lessons"].values())
-    return summary
+    return summary | _neighbours(runs)
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -298,8 +396,40 @@ def table(summary: dict[str, Any]) -> list[str]:
     for method, kinds in summary.get("profile", {}).items():
         parts = [f"{kind} {share:.0%}" for kind, share in kinds.items()]
         lines.append(f"profile of a {method} step: {', '.join(parts)}")
+    lines += _limits(summary)
     for name, seconds in summary.get("lessons", {}).items():
         lines.append(f"  lesson {name:<25}{seconds:8.0f} s")
+    return lines
+
+
+def _limits(summary: dict[str, Any]) -> list[str]:
+    """How near the limit, and what others do."""
+    lines = []
+
+    def against(name: str, found: dict) -> None:
+        said = found.get("failed") or _ratio(found["course_against"])
+        if "trains" in found:
+            loss = found["loss"]
+            said += f", losses {loss['first']:.3f} to {loss['last']:.3f}"
+        lines.append(f"course ÷ {name}: {said}")
+
+    if found := summary.get("products"):
+        lines.append(
+            f"products with frozen weights alone are {_ratio(found['share'])} of a "
+            f"step, with all others {_ratio(found['share_with_others'])}"
+        )
+        for name, ratio in found["against_float32"].items():
+            lines.append(f"  products in {name} ÷ float32, speed: {_ratio(ratio)}")
+        for name, error in found["failed"].items():
+            lines.append(f"  products in {name}: {error}")
+    if found := summary.get("compiled_block"):
+        against("bare loop with a compiled block", found)
+    for name, found in summary.get("int8", {}).items():
+        against(f"8-bit layers of {name}", found)
+    if found := summary.get("server"):
+        against("llama.cpp's server, Q8_0, 8 at once", found)
+    if found := summary.get("beside_a_busy_process"):
+        lines.append(f"a step beside a busy process ÷ alone, seconds: {_ratio(found)}")
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from transformers import TrainerCallback
 
 from course_utils import training_callbacks, training_speed
 from course_utils.data import load_examples
@@ -63,15 +65,18 @@ def training_tasks(steps: int, methods=paths.METHODS) -> list[Task]:
     return tasks
 
 
-def run_pairs(method: str, steps: int, records=None, **settings) -> dict:
+def run_pairs(
+    method: str, steps: int, records=None, bare=None, limit_s=math.inf, **settings
+) -> dict:
     """A step of the course's path, then one of the bare loop, and so on.
 
     On a machine with neighbours two runs one after the other meet different ones; a
-    difference of a tenth shows only where step stands beside step.
+    difference of a tenth shows only where step stands beside step. `bare` are options
+    of `paths.bare_steps`; no pair begins after `limit_s` seconds.
     """
     start, (plain, tokenizer) = time.perf_counter(), training_data(steps)
-    bare = paths.bare_steps(method, plain, tokenizer, steps)
-    turns = paths.InTurn(bare)
+    bare = paths.bare_steps(method, plain, tokenizer, steps, **bare or {})
+    turns = paths.InTurn(bare, limit_s)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         data = (records or plain, tokenizer, steps, folder)
@@ -79,6 +84,7 @@ def run_pairs(method: str, steps: int, records=None, **settings) -> dict:
     bare.close()
     measured = {"course_s": turns.own, "course_tokens": timing.tokens}
     measured |= {"bare_loop_s": turns.others, "bare_loop_tokens": turns.other_tokens}
+    measured["bare_loop_loss"] = turns.other_loss
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "loss": timing.loss, "measured": measured}
 
@@ -305,3 +311,81 @@ def compile_tasks(steps: int) -> list[Task]:
     """`torch.compile`, once: it costs minutes."""
     settings = {"method": "lora", "steps": steps}
     return [Task("compile", "step", lambda _: run_compiled(steps), settings, once=True)]
+
+
+def run_block(steps: int) -> dict:
+    """The course's LoRA step beside a bare loop whose decoder block is compiled.
+
+    The first steps, which compile, stand in it too.
+    """
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return {"seconds": 0.0, "measured": {"failed": "there is no C++ compiler"}}
+    return run_pairs("lora", steps, bare={"compiled": True})
+
+
+class Company(TrainerCallback):
+    """Lets a busy process run beside every other step, beginning with the second.
+
+    Attributes:
+        seconds: of each step.
+    """
+
+    BUSY = (sys.executable, "-c", "while True: pass")
+
+    def __init__(self) -> None:
+        self.seconds, self.busy = [], None
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if len(self.seconds) % 2:
+            self.busy = subprocess.Popen(self.BUSY)
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        self.stop()
+
+    def stop(self) -> None:
+        """End the busy process, if there is one."""
+        if self.busy:
+            self.busy.kill()
+            self.busy.wait()
+            self.busy = None
+
+
+def same_records(steps: int):
+    """Records of which each step sees the same ones, so that steps can be compared."""
+    records, tokenizer = training_data(1)
+    first = list(range(paths.EXAMPLES))
+    return records.select(first * (steps + 1)), tokenizer
+
+
+def run_company(steps: int) -> dict:
+    """The course's LoRA step alone and beside one busy process, in turn.
+
+    The first two steps, a warm-up, stand in it too.
+    """
+    start, company = time.perf_counter(), Company()
+    set_seed(0)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            data = (*same_records(2 * steps), 2 * steps, folder)
+            timing = paths.course("lora", *data, callbacks=[company])
+    finally:
+        company.stop()
+    measured = {"alone_s": company.seconds[::2], "beside_s": company.seconds[1::2]}
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "loss": timing.loss, "measured": measured}
+
+
+def neighbour_tasks(steps: int) -> list[Task]:
+    """A compiled block, and a busy process, each beside the course's step."""
+    settings = {"method": "lora", "steps": steps}
+    parts = ("block", "compiled", run_block), ("company", "step", run_company)
+    return [
+        Task(part, name, lambda _, f=function: f(steps), settings, once=True)
+        for part, name, function in parts
+    ]

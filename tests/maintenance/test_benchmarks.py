@@ -1,17 +1,26 @@
-"""The benchmark's arithmetic: medians, ratios, shares, turns. It measures nothing."""
+"""The benchmark's arithmetic and what it does on tiny models. No second is judged."""
 
 import copy
 import dataclasses
 import doctest
 import importlib
 import json
+import subprocess
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
+from small_models import byte_tokenizer, random_llama
 
 from course_utils import records
+from course_utils.formatting import generation_prompt
+from course_utils.models import SMOLLM2
+from course_utils.runtime import Profile
 from maintenance import readme
-from maintenance.benchmarks import summary
+from maintenance.benchmarks import __main__ as command
+from maintenance.benchmarks import paths, products, rivals, summary
+from maintenance.benchmarks import training as trainings
 from maintenance.benchmarks.summary import (
     kind_of,
     shares,
@@ -172,10 +181,20 @@ def test_what_the_benchmark_takes_away_is_there():
         assert callable(getattr(owner, name)) and callable(replacement), name
 
 
-def test_the_environment_of_litgpt_is_pinned():
-    lines = (ROOT / "maintenance/benchmarks/litgpt.txt").read_text().split()
+def pins_of(name):
+    lines = (ROOT / "maintenance/benchmarks" / name).read_text().split()
     assert all("==" in line for line in lines)
-    pins = dict(line.split("==") for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
+def test_others_are_pinned_and_their_model_is_ours():
+    pins = pins_of("others.txt")
+    assert {"torchao", "xllamacpp"} < pins.keys()
+    assert pins[SMOLLM2.package] == SMOLLM2.version
+
+
+def test_the_environment_of_litgpt_is_pinned():
+    pins = pins_of("litgpt.txt")
     assert "litgpt" in pins
     ours = dict(
         line.split("==")
@@ -192,3 +211,247 @@ def test_the_record_came_from_this_summary():
     record = records.load_record("bench")
     assert differences(record) == []
     assert json.loads(json.dumps(summary.summarise(record["runs"])))
+
+
+LAYERS = 2
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A tiny random model and a tokenizer of bytes in place of the built-in ones."""
+
+    def load(name=None, *, dtype=None, quantization=None):
+        torch.manual_seed(0)
+        return random_llama(num_hidden_layers=LAYERS).to(dtype or torch.float32)
+
+    for module in (trainings, rivals):
+        monkeypatch.setattr(module, "load_tokenizer", byte_tokenizer)
+    for module in (paths, rivals):
+        monkeypatch.setattr(module, "load_model", load)
+    profile = Profile("cpu", "cpu", torch.float32, 0)
+    monkeypatch.setattr(paths, "get_profile", lambda: profile)
+    monkeypatch.setattr(products, "PATIENCE_S", 0.0)
+    trainings.training_data.cache_clear()
+    yield
+    trainings.training_data.cache_clear()
+
+
+def test_the_products_of_a_step_are_all_listed(small, monkeypatch):
+    listed = []
+    monkeypatch.setattr(
+        products.AfterEachStep,
+        "_make_ready",
+        lambda self, own: listed.append(self.listing) or {"float32": [], "others": []},
+    )
+    run = products.run_products(3)
+    # Seven layers a block and the head, forward and backward; the first block's q, k
+    # and v pass no gradient on.
+    assert listed[0].frozen.total() == 2 * (7 * LAYERS + 1) - 3
+    # Seven adapters a block of two matrices each, and attention's two products.
+    forward = 14 * LAYERS, 2 * LAYERS
+    assert listed[0].others.total() >= 2 * sum(forward)
+    shapes = listed[0].frozen.items()
+    assert run["measured"]["operations"]["frozen"] == sum(
+        2 * m * k * n * times for (m, k, n), times in shapes
+    )
+    assert len(run["measured"]["step_s"]) == 1, "the second step is only listed"
+
+
+def test_products_are_timed_in_each_arithmetic_that_runs(small, monkeypatch):
+    def refuse(shape):
+        raise RuntimeError("no such kernel\nat all")
+
+    monkeypatch.setitem(products.ARITHMETIC, "int8, _int_mm", refuse)
+    run = products.run_products(4)
+    run["settings"] = {"part": "products", "name": "step"}
+    assert run["measured"]["failed"]["int8, _int_mm"] == "no such kernel"
+    assert set(run["measured"]["product_s"]) >= {"float32", "bfloat16", "others"}
+    found = summarise([run])["products"]
+    assert found["share"]["rounds"] == 2
+    assert found["share_with_others"]["median"] > found["share"]["median"]
+    assert "no such kernel" in "\n".join(table(summarise([run])))
+
+
+@pytest.mark.parametrize("name", products.ARITHMETIC)
+def test_a_product_has_its_shape(name):
+    try:
+        product = products.ARITHMETIC[name]((24, 32, 16))()
+    except RuntimeError as error:
+        pytest.skip(f"{name}: {error}")
+    assert product.shape == (24, 16)
+
+
+def test_a_product_is_computed_often_enough(monkeypatch):
+    done = []
+    monkeypatch.setattr(products, "PATIENCE_S", 1e9)
+    products.seconds_of(lambda: done.append(1), 5)
+    assert len(done) == 5
+    monkeypatch.setattr(products, "PATIENCE_S", 0.0)
+    products.seconds_of(lambda: done.append(1), 5)
+    assert len(done) == 6
+
+
+def test_every_other_step_has_company(small, monkeypatch):
+    alive = []
+
+    class Spy(trainings.Company):
+        def on_step_end(self, *args, **kwargs):
+            alive.append(self.busy is not None and self.busy.poll() is None)
+            self.last = self.busy or getattr(self, "last", None)
+            super().on_step_end(*args, **kwargs)
+            assert self.busy is None and (not self.last or self.last.poll() is not None)
+
+    monkeypatch.setattr(trainings, "Company", Spy)
+    run = trainings.run_company(2)
+    assert alive == [False, True, False, True]
+    assert len(run["measured"]["alone_s"]) == len(run["measured"]["beside_s"]) == 2
+
+
+def test_each_step_beside_company_sees_the_same_records(small):
+    rows, _ = trainings.same_records(2)
+    assert len(rows) == 3 * paths.EXAMPLES
+    assert rows[: paths.EXAMPLES] == rows[paths.EXAMPLES : 2 * paths.EXAMPLES]
+
+
+def test_a_compiled_block_computes_the_same(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "prepare", lambda bundle: tmp_path / "model")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def compile_eagerly(module, **options):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    run = trainings.run_pairs("lora", 2, bare={"compiled": True})
+    assert compiled == ["LlamaDecoderLayer"] * LAYERS
+    plain = trainings.run_pairs("lora", 2)
+    losses = [r["measured"]["bare_loop_loss"] for r in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_without_a_compiler_a_line_says_so(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    run = trainings.run_block(3)
+    run["settings"] = {"part": "block", "name": "compiled"}
+    lines = "\n".join(table(summarise([run])))
+    assert "compiled block: there is no C++ compiler" in lines
+
+
+def test_pairs_end_at_the_limit(small):
+    run = trainings.run_pairs("lora", 3, limit_s=0.0)
+    assert len(run["measured"]["course_s"]) == len(run["loss"]) == 1
+    run["settings"] = {"part": "int8", "name": "slow"}
+    found = summarise([run])["int8"]["slow"]
+    assert found["course_against"]["rounds"] == 1 and not found["trains"]
+
+
+def test_a_library_that_fails_is_recorded_by_its_error(monkeypatch):
+    stderr = "Traceback:\n  File\nNotImplementedError: no kernel\nWarning: much else\n"
+    done = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(rivals.subprocess, "run", lambda *args, **options: done)
+    run = rivals.beside("layers", "torchao, weights", 3)
+    assert run["measured"] == {"failed": "NotImplementedError: no kernel"}
+    run["settings"] = {"part": "int8", "name": "torchao, weights"}
+    lines = "\n".join(table(summarise([run])))
+    assert "8-bit layers of torchao, weights: NotImplementedError: no kernel" in lines
+    done.stderr = ""
+    assert rivals.beside("server", "x", 3)["measured"] == {"failed": "ended with 1"}
+
+
+def test_whether_other_layers_train_is_read_off_their_losses():
+    run = beside("bitsandbytes", [9.0, 1.0, 1.0], [9.0, 4.0, 4.0], part="int8")
+    run["measured"]["bare_loop_loss"], run["loss"] = [2.0, 1.5, 1.0], [2.0, 1.5, 1.1]
+    found = summarise([run])["int8"]["bitsandbytes"]
+    assert found["course_against"]["median"] == 8.0 and found["trains"]
+    assert found["loss_from_course"] == pytest.approx(0.1)
+    run["measured"]["bare_loop_loss"] = [2.0, 2.0, 2.0]
+    assert not summarise([run])["int8"]["bitsandbytes"]["trains"]
+
+
+def test_the_server_gets_the_prompts_that_the_course_gets(small, monkeypatch):
+    asked, answered = [], []
+    generate = rivals.inference.generate
+
+    def watched(model, tokenizer, prompts, **options):
+        rows = [generation_prompt(prompt, tokenizer) for prompt in prompts]
+        answered.extend(rows)
+        assert options["max_new_tokens"] == rivals.NEW_TOKENS
+        assert not rivals.inference._stop_ids(model, tokenizer, "chatml")
+        return generate(model, tokenizer, prompts, **options | {"max_new_tokens": 1})
+
+    monkeypatch.setattr(rivals.inference, "generate", watched)
+    tokens = rivals.NEW_TOKENS
+
+    def ask(ids):
+        asked.append(ids)
+        return {"usage": {"completion_tokens": tokens}}
+
+    run = rivals.server("llama.cpp", 2, ask)
+    assert len(asked) == 2 * rivals.TOGETHER and sorted(asked) == sorted(answered)
+    run["settings"] = {"part": "server", "name": "llama.cpp"}
+    run["measured"] |= {"course_s": [9.0, 2.0], "server_s": [9.0, 1.0]}
+    found = summarise([run])["server"]
+    assert found["course_against"]["median"] == 0.5
+    assert found["s_each"]["median"] == 2.0 / rivals.TOGETHER
+    tokens -= 1
+    with pytest.raises(RuntimeError, match="not 32"):
+        rivals.server("llama.cpp", 1, ask)
+
+
+def test_a_gguf_file_is_written_again_in_eight_bits(tmp_path):
+    from gguf import GGMLQuantizationType as Types
+    from gguf import GGUFReader, GGUFWriter, dequantize, quantize
+
+    values = numpy.random.default_rng(0).normal(size=(4, 64)).astype(numpy.float32)
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(3)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_file_type(3)
+    writer.add_tensor("w", quantize(values, Types.Q4_1), raw_dtype=Types.Q4_1)
+    writer.add_tensor("norm", values[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    rivals.as_q8_0(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    old, new = (GGUFReader(tmp_path / f"{name}.gguf") for name in "ab")
+    assert old.fields.keys() == new.fields.keys()
+    for name in ("llama.block_count", "tokenizer.ggml.tokens"):
+        assert old.fields[name].contents() == new.fields[name].contents()
+    kinds = {tensor.name: tensor.tensor_type for tensor in new.tensors}
+    assert kinds == {"w": Types.Q8_0, "norm": Types.F32}
+    was, now = (
+        dequantize(tensor.data, tensor.tensor_type)
+        for tensor in (old.tensors[0], new.tensors[0])
+    )
+    assert now.shape == values.shape
+    assert 0 < numpy.abs(was - now).max() < 0.02
+
+
+def test_a_part_takes_the_place_of_its_own_in_the_record(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "runs_folder", lambda: tmp_path)
+    monkeypatch.setattr(command, "hardware", lambda: {"processor": "first"})
+    lesson = training("00", 0, 1.0, part="lessons")
+    runs.append(lesson)
+    command.record_parts(runs, command.PARTS)
+    first = records.load_record("bench")
+    assert first["runs"] == runs and first["hardware"] == {"processor": "first"}
+    monkeypatch.setattr(command, "hardware", lambda: {"processor": "second"})
+    new = [beside("course and bare loop", [9.0, 2.0], [9.0, 2.0], part="pairs")]
+    command.record_parts([*new, lesson | {"seconds": 1.0}], ["pairs"])
+    saved = records.load_record("bench")
+    assert differences(saved) == [] and saved["hardware"] == {"processor": "first"}
+    *kept, last = saved["runs"]
+    assert kept == [run for run in runs if run["settings"]["part"] != "pairs"]
+    assert last["machine"]["hardware"] == {"processor": "second"}
+    assert saved["summary"]["course_against_bare_loop"]["lora"]["median"] == 2.0
+    assert saved["seconds"] == pytest.approx(sum(r["seconds"] for r in saved["runs"]))
+    command.record_parts(runs, command.PARTS)
+    assert records.load_record("bench")["hardware"] == {"processor": "second"}
+
+
+def test_every_part_has_a_task():
+    tasks = command.tasks_of(command.PARTS, paths.METHODS, 3, 3)
+    assert {task.part for task in tasks} == set(command.PARTS)
