@@ -26,6 +26,7 @@ from course_utils.data import data_hash
 from course_utils.models import load_model, release
 from course_utils.runtime import build_folder, versions
 from maintenance.benchmarks import (
+    company,
     everyday,
     paths,
     products,
@@ -66,7 +67,8 @@ def tasks_of(
         *training.thread_tasks(steps),
         *where.profile_tasks(),
         *training.compile_tasks(steps + 2),
-        *training.neighbour_tasks(4 * steps),
+        *training.block_tasks(4 * steps),
+        *company.company_tasks(steps),
         *products.product_tasks(4 * steps),
         *rivals.rival_tasks(4 * steps),
     ]

@@ -276,9 +276,10 @@ def _neighbours(runs: Sequence[dict]) -> dict[str, Any]:
         elif part == "int8":
             found.setdefault("int8", {})[name] = _rival(run)
         elif part == "company":
+            pairs = found.setdefault("beside_a_busy_process", {}).setdefault(name, [])
             measured = run["measured"]
-            alone, beside = measured["alone_s"][1:], measured["beside_s"][1:]
-            found["beside_a_busy_process"] = _by_turn(beside, alone)
+            both = zip(measured["beside_s"], measured["alone_s"], strict=True)
+            pairs += [beside / alone for beside, alone in both]
         elif part == "server" and (failed := _failed(run)):
             found["server"] = {"failed": failed}
         elif part == "server":
@@ -286,6 +287,8 @@ def _neighbours(runs: Sequence[dict]) -> dict[str, Any]:
             own, others = measured["course_s"][1:], measured["server_s"][1:]
             each = spread(seconds / measured["answers"] for seconds in own)
             found["server"] = {"course_against": _by_turn(others, own), "s_each": each}
+    if company := found.get("beside_a_busy_process"):
+        found["beside_a_busy_process"] = {n: spread(p) for n, p in company.items()}
     return found
 
 
@@ -428,8 +431,8 @@ def _limits(summary: dict[str, Any]) -> list[str]:
         against(f"8-bit layers of {name}", found)
     if found := summary.get("server"):
         against("llama.cpp's server, Q8_0, 8 at once", found)
-    if found := summary.get("beside_a_busy_process"):
-        lines.append(f"a step beside a busy process ÷ alone, seconds: {_ratio(found)}")
+    for name, found in summary.get("beside_a_busy_process", {}).items():
+        lines.append(f"a step beside a busy process ÷ alone, {name}: {_ratio(found)}")
     return lines
 
 

@@ -21,7 +21,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import TrainerCallback
 
 from course_utils import training_callbacks, training_speed
 from course_utils.data import load_examples
@@ -327,65 +326,7 @@ def run_block(steps: int) -> dict:
     return run_pairs("lora", steps, bare={"compiled": True})
 
 
-class Company(TrainerCallback):
-    """Lets a busy process run beside every other step, beginning with the second.
-
-    Attributes:
-        seconds: of each step.
-    """
-
-    BUSY = (sys.executable, "-c", "while True: pass")
-
-    def __init__(self) -> None:
-        self.seconds, self.busy = [], None
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if len(self.seconds) % 2:
-            self.busy = subprocess.Popen(self.BUSY)
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
-        self.stop()
-
-    def stop(self) -> None:
-        """End the busy process, if there is one."""
-        if self.busy:
-            self.busy.kill()
-            self.busy.wait()
-            self.busy = None
-
-
-def same_records(steps: int):
-    """Records of which each step sees the same ones, so that steps can be compared."""
-    records, tokenizer = training_data(1)
-    first = list(range(paths.EXAMPLES))
-    return records.select(first * (steps + 1)), tokenizer
-
-
-def run_company(steps: int) -> dict:
-    """The course's LoRA step alone and beside one busy process, in turn.
-
-    The first two steps, a warm-up, stand in it too.
-    """
-    start, company = time.perf_counter(), Company()
-    set_seed(0)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            data = (*same_records(2 * steps), 2 * steps, folder)
-            timing = paths.course("lora", *data, callbacks=[company])
-    finally:
-        company.stop()
-    measured = {"alone_s": company.seconds[::2], "beside_s": company.seconds[1::2]}
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "loss": timing.loss, "measured": measured}
-
-
-def neighbour_tasks(steps: int) -> list[Task]:
-    """A compiled block, and a busy process, each beside the course's step."""
+def block_tasks(steps: int) -> list[Task]:
+    """A compiled block beside the course's step, once: it costs half a minute."""
     settings = {"method": "lora", "steps": steps}
-    parts = ("block", "compiled", run_block), ("company", "step", run_company)
-    return [
-        Task(part, name, lambda _, f=function: f(steps), settings, once=True)
-        for part, name, function in parts
-    ]
+    return [Task("block", "compiled", lambda _: run_block(steps), settings, once=True)]

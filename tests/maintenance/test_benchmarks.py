@@ -291,28 +291,6 @@ def test_a_product_is_computed_often_enough(monkeypatch):
     assert len(done) == 6
 
 
-def test_every_other_step_has_company(small, monkeypatch):
-    alive = []
-
-    class Spy(trainings.Company):
-        def on_step_end(self, *args, **kwargs):
-            alive.append(self.busy is not None and self.busy.poll() is None)
-            self.last = self.busy or getattr(self, "last", None)
-            super().on_step_end(*args, **kwargs)
-            assert self.busy is None and (not self.last or self.last.poll() is not None)
-
-    monkeypatch.setattr(trainings, "Company", Spy)
-    run = trainings.run_company(2)
-    assert alive == [False, True, False, True]
-    assert len(run["measured"]["alone_s"]) == len(run["measured"]["beside_s"]) == 2
-
-
-def test_each_step_beside_company_sees_the_same_records(small):
-    rows, _ = trainings.same_records(2)
-    assert len(rows) == 3 * paths.EXAMPLES
-    assert rows[: paths.EXAMPLES] == rows[paths.EXAMPLES : 2 * paths.EXAMPLES]
-
-
 def test_a_compiled_block_computes_the_same(small, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "prepare", lambda bundle: tmp_path / "model")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
