@@ -1,5 +1,6 @@
 """Profile and dtype for each kind of machine, faked; files; memory that is kept."""
 
+import gc
 import importlib.metadata
 import json
 import mmap
@@ -7,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy
@@ -291,6 +293,8 @@ for _ in range(3):
 kept = resident()
 if "give" in sys.argv:
     runtime.give_back_memory()
+if "again" in sys.argv:
+    assert runtime.keep_freed_memory()
 print(json.dumps({"faults": last, "given": 1024 * (kept - resident()) / size}))
 """
 
@@ -311,7 +315,22 @@ def test_a_block_that_was_freed_is_taken_again_without_page_faults():
 @needs_glibc
 def test_what_is_kept_can_be_given_back():
     assert child("keep", "give")["given"] > 0.9
+    assert child("keep", "again")["given"] > 0.9, "as when the next model is loaded"
     assert child("keep")["given"] < 0.1
+
+
+def test_what_refers_to_itself_is_given_back_too():
+    trainer = SimpleNamespace(tensor=torch.ones(1))
+    trainer.train = trainer.__init__  # as prepare_trainer's `train` names its trainer
+    kept = weakref.ref(trainer.tensor)
+    gc.disable()
+    try:
+        del trainer
+        assert kept() is not None
+        runtime.give_back_memory()
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @needs_glibc
@@ -322,6 +341,9 @@ def test_an_older_glibc_gets_the_most_that_it_accepts(monkeypatch):
         def mallopt(self, what, value):
             settings.append((what, value))
             return value <= 2**25 or what != runtime.M_MMAP_THRESHOLD
+
+        def malloc_trim(self, kept):
+            assert kept == 0
 
     monkeypatch.setattr(runtime, "_glibc", Old)
     assert runtime.keep_freed_memory()
