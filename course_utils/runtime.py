@@ -182,6 +182,7 @@ def keep_freed_memory() -> bool:
     `training_callbacks.BoundedMemory` gives back what is too much, and each call here
     what is free. Returns False where there is no glibc (macOS, Windows, Alpine).
     """
+    gc.collect()  # a trainer refers to itself, and keeps its model until then
     give_back_memory()
     if not (libc := _glibc()):
         return False
@@ -190,8 +191,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> None:
-    """Collect garbage, and return freed memory to the system, which sees it then."""
-    gc.collect()  # a trainer refers to itself, and keeps its model until then
+    """Return freed memory to the system: only then is it seen to be free."""
     if libc := _glibc():
         libc.malloc_trim(0)
 

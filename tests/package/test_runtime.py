@@ -319,7 +319,7 @@ def test_what_is_kept_can_be_given_back():
     assert child("keep")["given"] < 0.1
 
 
-def test_what_refers_to_itself_is_given_back_too():
+def test_a_trainer_that_nobody_has_any_more_is_given_back():
     trainer = SimpleNamespace(tensor=torch.ones(1))
     trainer.train = trainer.__init__  # as prepare_trainer's `train` names its trainer
     kept = weakref.ref(trainer.tensor)
@@ -327,7 +327,7 @@ def test_what_refers_to_itself_is_given_back_too():
     try:
         del trainer
         assert kept() is not None
-        runtime.give_back_memory()
+        runtime.keep_freed_memory()
         assert kept() is None
     finally:
         gc.enable()
@@ -383,11 +383,11 @@ def test_a_long_training_gives_back_what_is_too_much(monkeypatch):
     monkeypatch.setattr(runtime, "give_back_memory", lambda: given.append(held[-1]))
     callback, state = BoundedMemory(), SimpleNamespace(global_step=10)  # resumed
     callback.on_train_begin(None, state, None)
-    for held_now in (50, 100, 80, 150, 151, 90, 149, 200):
+    for held_now in (50, 100, 80, 120, 121, 90, 119, 200):
         held.append(held_now)
         state.global_step += 1
         callback.on_step_end(None, state, None)
-    assert given == [151, 200]
+    assert given == [121, 200]
 
 
 @needs_glibc
