@@ -77,7 +77,7 @@ def load_model(
         options["quantization_config"] = _quantization_config(quantization, dtype)
         options["device_map"] = {"": profile.device}
     if profile.device == "cpu":
-        keep_freed_memory()
+        keep_freed_memory()  # and give back what earlier models left
     model = _from_pretrained(AutoModelForCausalLM, model_name(name), SMOLLM2, options)
     if quantization is None:
         model = model.to(profile.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import os
 import platform
@@ -178,9 +179,11 @@ def keep_freed_memory() -> bool:
     Otherwise each block of 32 MiB or more comes from the system, page by page and
     filled with zeros, and goes back when freed: 36 s instead of 30 s of processor time
     for lesson 2's half by hand. A long training's process grows by what is kept;
-    `training_callbacks.BoundedMemory` gives back what is too much. Returns False, and
-    does nothing, where there is no glibc (macOS, Windows, Alpine).
+    `training_callbacks.BoundedMemory` gives back what is too much, and each call here
+    what is free. Returns False where there is no glibc (macOS, Windows, Alpine).
     """
+    gc.collect()  # a trainer refers to itself, and keeps its model until then
+    give_back_memory()
     if not (libc := _glibc()):
         return False
     taken = any(libc.mallopt(M_MMAP_THRESHOLD, n) for n in (LARGEST, OLD_LARGEST))

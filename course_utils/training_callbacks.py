@@ -218,12 +218,12 @@ class QuickAttention(TrainerCallback):
 
 
 class BoundedMemory(TrainerCallback):
-    """Gives back what glibc keeps, where the process holds half more than at first.
+    """Gives back what glibc keeps, where the process holds a fifth more than at first.
 
     The first three steps say what is usual: gradients and optimiser state are there.
     """
 
-    most = 1.5  # times the usual
+    most = 1.2  # times the usual
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.usual, self.settled = 0, state.global_step + 3

@@ -25,12 +25,20 @@ NOTEBOOKS = runner.ROOT / "notebooks"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one lesson went: `result` is its headline, or where and why it failed."""
+    """How one lesson went: `result` is its headline, or where and why it failed.
+
+    `peak_bytes` is the memory that its kernel held, None where that is not known.
+    """
 
     lesson: str
     ok: bool
     seconds: float
     result: str
+    peak_bytes: int | None = None
+
+    @property
+    def peak(self) -> str:
+        return "–" if self.peak_bytes is None else f"{self.peak_bytes / 2**30:.1f} GiB"
 
 
 def find_lessons(folder: Path = NOTEBOOKS, only: str | None = None) -> list[Path]:
@@ -57,7 +65,8 @@ def run_lesson(path: Path, out: Path) -> Outcome:
     nbformat.write(run.notebook, target)
     saved = lessons.load_result(number) or {"headline": "ran; it saved no result"}
     result = run.failure or saved["headline"]
-    return Outcome(path.stem, run.failure is None, run.seconds, result)
+    ok, seconds = run.failure is None, run.seconds
+    return Outcome(path.stem, ok, seconds, result, run.peak_bytes)
 
 
 def run_course(paths: Sequence[Path], out: Path) -> list[Outcome]:
@@ -66,8 +75,8 @@ def run_course(paths: Sequence[Path], out: Path) -> list[Outcome]:
     for path in paths:
         outcome = run_lesson(path, out)
         outcomes.append(outcome)
-        sign = "✓" if outcome.ok else "✗"
-        print(f"{sign} {outcome.lesson:<22} {outcome.seconds:6.0f} s  {outcome.result}")
+        line = f"{'✓' if outcome.ok else '✗'} {outcome.lesson:<22}"
+        print(f"{line} {outcome.seconds:6.0f} s {outcome.peak:>8}  {outcome.result}")
     lines = [asdict(outcome) for outcome in outcomes]
     course = {"profile": runtime.get_profile().name, "lessons": lines}
     path = out / "results" / "course.json"
@@ -78,13 +87,14 @@ def run_course(paths: Sequence[Path], out: Path) -> list[Outcome]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The closing table, in Markdown, with the total time."""
-    lines = ["| lesson | seconds | result |", "|---|---:|---|"]
+    lines = ["| lesson | seconds | peak memory | result |", "|---|---:|---:|---|"]
     for o in outcomes:
         result = ("" if o.ok else "FAILED: ") + o.result.replace("|", "\\|")
-        lines.append(f"| {o.lesson} | {o.seconds:.0f} | {result} |")
+        lines.append(f"| {o.lesson} | {o.seconds:.0f} | {o.peak} | {result} |")
     total, good = sum(o.seconds for o in outcomes), sum(o.ok for o in outcomes)
     ran = f"{good} of {len(outcomes)} ran"
-    lines.append(f"| {ran} | {total:.0f} | {total / 60:.1f} minutes |")
+    largest = max(outcomes, key=lambda o: o.peak_bytes or 0).peak
+    lines.append(f"| {ran} | {total:.0f} | {largest} | {total / 60:.1f} minutes |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """The numbers of the README and the lessons, and the README's drawn pictures (PNG).
 
     python -m maintenance.readme           draw data/pictures/, write every number
-    python -m maintenance.readme --times   first record the seconds of the last full run
+    python -m maintenance.readme --times   first record how the last full run went
 
 A number carries its source and its form in a comment that no reader sees, as in
 `93 %<!-- run:03_lora:exact_match.LoRA as .0% -->`: a path of `recorded`, then a
@@ -208,7 +208,7 @@ def lesson_paths(root: Path = ROOT) -> list[Path]:
 
 
 def keep_times(path: Path, stems: Iterable[str]) -> None:
-    """Record the seconds that a full run of all lessons left in `course.json`."""
+    """Record the seconds and the memory that a full run left in `course.json`."""
     course = json.loads(path.read_text(encoding="utf-8"))
     ran = {line["lesson"]: line for line in course["lessons"] if line["ok"]}
     if course["profile"] != "cpu" or list(ran) != list(stems):
@@ -220,7 +220,11 @@ def keep_times(path: Path, stems: Iterable[str]) -> None:
     for stem, line in ran.items():
         settings = {"profile": "cpu", "result": line["result"]}
         run = {"label": stem, "settings": settings, "seed": runtime.DEFAULT_SEED}
-        runs.append(run | {"loss": [], "metrics": [], "seconds": line["seconds"]})
+        run |= {"loss": [], "metrics": [], "seconds": line["seconds"]}
+        if line.get("peak_bytes"):  # not on Windows
+            measured = {"peak_bytes": line["peak_bytes"]}
+            run |= {"metrics": [*measured], "measured": measured}
+        runs.append(run)
     record = {"command": "make course", "hardware": hardware()}
     record |= {"versions": runtime.versions(), "runs": runs}
     record |= {"data": {"name": "all lessons", "sha256": ""}}

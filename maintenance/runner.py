@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL_TIMEOUT_S = 1800
+LOOK_EVERY_S = 0.05
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -22,12 +25,15 @@ class Run:
     """A notebook as far as it was executed, in seconds that include the kernel's start.
 
     `failure` says in one line which cell failed and why, `details` with its traceback.
+    `peak_bytes` is the most that the kernel was seen to hold (resident memory, looked
+    at every `LOOK_EVERY_S`); None on Windows, which may move it out meanwhile.
     """
 
     notebook: Any
     seconds: float
     failure: str | None = None
     details: str = ""
+    peak_bytes: int | None = None
 
 
 def execute(
@@ -48,13 +54,34 @@ def execute(
         shutdown_kernel="immediate",
         resources={"metadata": {"path": str(folder)}},
     )
+    held: list[int] = []
+    ended = threading.Event()
+
+    def watch(**_: Any) -> None:
+        seen = (client.km.provisioner.pid, held, ended)
+        threading.Thread(target=_watch, args=seen, daemon=True).start()
+
+    client.on_notebook_start = watch if os.name != "nt" else None
     started, failure, details = time.perf_counter(), None, ""
     try:  # a kernel that is left keeps GBs: cleanup_kc
         client.execute(env=dict(environment or kernel_environment()), cleanup_kc=True)
     except Exception as error:  # whatever a lesson does, the next ones still run
         failure = describe_failure(notebook, error)
         details = f"{failure}\n{_COLOUR.sub('', str(error))}"
-    return Run(notebook, time.perf_counter() - started, failure, details)
+    finally:
+        ended.set()
+    seconds = time.perf_counter() - started
+    return Run(notebook, seconds, failure, details, max(held, default=None))
+
+
+def _watch(pid: int, held: list[int], ended: threading.Event) -> None:
+    """Note how many bytes a process holds, again and again, until all has `ended`."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        while not held or not ended.wait(LOOK_EVERY_S):
+            held.append(process.memory_info().rss)
 
 
 def _kernel_manager() -> Any:

@@ -179,6 +179,7 @@ METRICS: dict[str, Metric] = {
     "predicted_gib": _measured(lambda m: m["predicted_bytes"] / 2**30),
     "measured_gib": _measured(lambda m: m["peak_bytes"] / 2**30),
     "step_s": _measured(lambda m: m["step_seconds"]),
+    "peak_bytes": _measured(lambda m: m["peak_bytes"]),
 }
 
 
@@ -227,6 +228,15 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
     for label, run in cases.items():
         for key, value in run["metrics"].items():
             summary.setdefault(key, {})[label] = value
+    return summary
+
+
+@summary_of("course_cpu")
+def _course_summary(runs: list[dict]) -> dict[str, Any]:
+    """By lesson, and `most_bytes`: the peak of the largest, where it is known."""
+    summary: dict[str, Any] = default_summary(runs)
+    if peaks := summary.get("peak_bytes"):
+        summary["most_bytes"] = max(peaks.values())
     return summary
 
 

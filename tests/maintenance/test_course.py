@@ -106,6 +106,20 @@ def test_no_kernel_outlives_its_lesson(folder, tmp_path):
         assert not psutil.pid_exists(int(done.cells[0].outputs[0].text))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no peak is measured there")
+def test_a_lesson_has_the_peak_of_its_own_kernel(folder, tmp_path):
+    """Whatever this process holds, or the lesson before it held."""
+    mine = b"x" * 2**29
+    source = "held = b'x' * 2**29\nimport time\ntime.sleep(2)\ndel held\n1 / {}"
+    peaks = {}
+    for name, code in (("95_large", source.format(0)), ("96_small", "1 / 1")):
+        cell = nbformat.v4.new_code_cell(code)
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / f"{name}.ipynb")
+        peaks[name] = course.run_lesson(folder / f"{name}.ipynb", tmp_path).peak_bytes
+    assert len(mine) < peaks["95_large"] < 1.5 * 2**29, "also of a lesson that fails"
+    assert 2**24 < peaks["96_small"] < 2**28
+
+
 def test_a_dead_kernel_is_a_failure_and_not_a_crash(folder, tmp_path):
     cell = nbformat.v4.new_code_cell("import os\nos._exit(1)", id="dies")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "94_dies.ipynb")
@@ -116,7 +130,12 @@ def test_a_dead_kernel_is_a_failure_and_not_a_crash(folder, tmp_path):
 
 def test_the_table_escapes_bars():
     text = course.table([course.Outcome("02_x", False, 3.0, "a | b")])
-    assert "FAILED: a \\| b |" in text and "| 0 of 1 ran | 3 |" in text
+    assert "FAILED: a \\| b |" in text and "| 0 of 1 ran | 3 | – |" in text
+
+
+def test_the_table_ends_with_the_largest_peak():
+    lessons = [course.Outcome(f"0{n}_x", True, 1.0, "", n * 2**30) for n in (1, 3, 2)]
+    assert "| 3 of 3 ran | 3 | 3.0 GiB |" in course.table(lessons)
 
 
 def test_kernels_find_folders_named_from_where_the_command_was_given(

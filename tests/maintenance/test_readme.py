@@ -305,7 +305,19 @@ def course(tmp_path, monkeypatch):
 
 def test_times_of_a_full_run_are_kept(course):
     readme.keep_times(course, STEMS)
-    assert records.load_record(readme.TIMES)["seconds"] == 10.0 * len(STEMS)
+    record = records.load_record(readme.TIMES)
+    assert record["seconds"] == 10.0 * len(STEMS)
+    assert "most_bytes" not in record["summary"], "a run on Windows"
+
+
+def test_the_peak_of_the_largest_lesson_is_kept(course):
+    kept = json.loads(course.read_text())
+    for i, line in enumerate(kept["lessons"]):
+        line["peak_bytes"] = 10 - i
+    course.write_text(json.dumps(kept))
+    readme.keep_times(course, STEMS)
+    assert readme.recorded(f"{readme.TIMES}:most_bytes") == 10
+    assert readme.recorded(f"{readme.TIMES}:peak_bytes.{STEMS[2]}") == 8
 
 
 def test_times_of_half_a_run_are_refused(course):

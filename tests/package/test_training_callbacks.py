@@ -1,5 +1,6 @@
 """Progress, checks before step 1, honest checkpoints, finished runs."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from small_models import random_llama
 from small_training import build, wrapped
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from course_utils import training_callbacks as callbacks
+from course_utils.memory.estimate import _live_tensor_bytes
 from course_utils.training import (
     LossHistory,
     find_checkpoint,
@@ -132,3 +134,33 @@ def test_a_run_that_stopped_early_is_not_trained_on(load_best, tmp_path, capsys)
     prepare_trainer(patient)
     patient.train(resume_from_checkpoint=find_checkpoint(tmp_path))
     assert patient.state.global_step > last  # more patience, more steps
+
+
+class KeepsACopy(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.copy = [p.detach().clone() for p in model.parameters()]
+
+
+class KeepsGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients = [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("fault", [None, KeepsACopy, KeepsGradients])
+def test_full_training_holds_16_bytes_a_parameter_and_few_more(tmp_path, fault):
+    """Between steps weights and AdamW's averages, at the peak gradients, too."""
+    gc.collect()
+    before = _live_tensor_bytes()
+    model = random_llama(hidden_size=256, intermediate_size=1024, vocab_size=4096)
+    sizes = {"max_steps": 3, "per_device_train_batch_size": 1}
+    trainer = build(SFTTrainer, tmp_path, model, **sizes)
+    prepare_trainer(trainer)
+    peak = callbacks.PeakOfStep()
+    for callback in (peak, fault and fault()):
+        if callback:
+            trainer.add_callback(callback)
+    trainer.train()
+    parameters = sum(p.numel() for p in model.parameters())
+    start = (peak._used.start_bytes - before) / parameters
+    most = (peak.peak_bytes - before) / parameters
+    assert (start <= 12.5 and most <= 17) == (fault is None), (start, most)
