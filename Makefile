@@ -11,8 +11,10 @@ LESSON ?=
 TORCH_INDEX ?=
 VENV ?= .venv
 LAB_ARGS ?=
+WORKERS ?= 2
 PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/python -m
+PYTEST = pytest -q -n $(WORKERS) --dist worksteal
 STAMP = $(VENV)/.installed
 COLAB = .venv-colab/bin/python -m
 .PHONY: course lab test test-colab lessons bench runs readme links clean install
@@ -25,16 +27,16 @@ lab: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) ruff check . && $(RUN) ruff format --check .
-	$(RUN) pytest -q
+	$(RUN) $(PYTEST)
 
 test-colab:
 	$(PYTHON) -m venv .venv-colab
 	$(COLAB) pip install $(subst constraints,constraints-colab,$(PIP_ARGS)) -e ".[dev]"
-	$(COLAB) pytest -q
+	$(COLAB) $(PYTEST)
 	$(COLAB) pytest -q -m slow tests/platforms/test_colab.py
 
 lessons: $(STAMP)
-	$(RUN) pytest -q tests/lessons/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
+	$(RUN) $(if $(LESSON),pytest -q -k $(LESSON)_,$(PYTEST)) tests/lessons/test_notebooks.py
 
 bench: $(STAMP) build/litgpt
 	COURSE_DEVICE=cpu $(RUN) maintenance.benchmarks

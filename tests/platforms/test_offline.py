@@ -65,12 +65,13 @@ PLANTED = (
 )
 
 
-def test_a_session_that_tries_in_secret_fails(tmp_path):
+@pytest.mark.parametrize("workers", [[], ["-p", "xdist", "-n", "1"]], ids=["", "xdist"])
+def test_a_session_that_tries_in_secret_fails(tmp_path, workers):
     """A test that passes, in a session of its own with the same conftest."""
     (tmp_path / "test_planted.py").write_text(PLANTED, encoding="utf-8")
     here = str(Path(__file__).parents[1])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path)]
+    command += ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path), *workers]
     done = subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": here, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
