@@ -1,6 +1,7 @@
 # make course   install, fetch the model, run every lesson (PROFILE=smoke|cpu|t4, LESSON=02)
 # make lab      install, then JupyterLab at lesson 00
-# make test     install, then ruff, unit tests, and every lesson with its exercises
+# make test     install, then ruff, unit tests, and every lesson with its exercises,
+#               in two processes at once; WORKERS=0: in one
 # make test-colab  all tests, slow ones of Colab too, on the packages of its image
 # make lessons  the lessons' tests alone · make runs LESSON=02 · make readme
 # make bench    20 minutes on a quiet machine; LitGPT in an environment of its own
