@@ -1,6 +1,7 @@
 # make course   install, fetch the model, run every lesson (PROFILE=smoke|cpu|t4, LESSON=02)
 # make lab      install, then JupyterLab at lesson 00
-# make test     install, then ruff, unit tests, and every lesson with its exercises
+# make test     install, then ruff, unit tests, and every lesson with its exercises,
+#               in two processes at once; WORKERS=0: in one
 # make test-colab  all tests, slow ones of Colab too, on the packages of its image
 # make lessons  the lessons' tests alone · make runs LESSON=02 · make readme
 # make bench    30 minutes on a quiet machine; others' libraries in build/
@@ -11,8 +12,10 @@ LESSON ?=
 TORCH_INDEX ?=
 VENV ?= .venv
 LAB_ARGS ?=
+WORKERS ?= 2
 PIP_ARGS = -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN = $(VENV)/bin/python -m
+PYTEST = pytest -q -n $(WORKERS) --dist worksteal
 STAMP = $(VENV)/.installed
 COLAB = .venv-colab/bin/python -m
 .PHONY: course lab test test-colab lessons bench runs readme links clean install
@@ -25,16 +28,16 @@ lab: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) ruff check . && $(RUN) ruff format --check .
-	$(RUN) pytest -q
+	$(RUN) $(PYTEST)
 
 test-colab:
 	$(PYTHON) -m venv .venv-colab
 	$(COLAB) pip install $(subst constraints,constraints-colab,$(PIP_ARGS)) -e ".[dev]"
-	$(COLAB) pytest -q
+	$(COLAB) $(PYTEST)
 	$(COLAB) pytest -q -m slow tests/platforms/test_colab.py
 
 lessons: $(STAMP)
-	$(RUN) pytest -q tests/lessons/test_notebooks.py $(if $(LESSON),-k $(LESSON)_)
+	$(RUN) $(if $(LESSON),pytest -q -k $(LESSON)_,$(PYTEST)) tests/lessons/test_notebooks.py
 
 bench: $(STAMP) build/litgpt build/others
 	COURSE_DEVICE=cpu $(RUN) maintenance.benchmarks

@@ -2,6 +2,10 @@
 
 import os
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processors
+    share = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 import course_utils  # noqa: F401  sets the libraries' manners: no telemetry, no bars
 
 # No doctests there: builders are loaded by their paths, benchmarks by their own test.

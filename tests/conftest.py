@@ -2,8 +2,11 @@
 
 Before the first test the models that tests need are fetched; from then on this process
 and those it starts can connect to nothing outside, and an attempt fails the session.
+With `-n 2` all this holds for each worker; what they tell is gathered by the first
+process, which runs no test.
 """
 
+import gc
 import os
 import runpy
 import signal
@@ -23,7 +26,6 @@ LOG = pytest.StashKey[Path]()
 # Without this signal, on Windows, it ends the whole session.
 TEST_LIMIT_S = 900 if hasattr(signal, "SIGALRM") else 1800
 MODEL_LIMIT_S = 1800  # where the built-in model is loaded
-SECONDS = pytest.StashKey[dict]()
 BUDGET_S = {"00": 60, "01": 60}  # the smoke profile on two cores; other lessons: 85
 
 
@@ -38,11 +40,21 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("course")
 
 
+def is_worker(config):
+    return hasattr(config, "workerinput")
+
+
 def pytest_configure(config):
-    config.stash[SECONDS] = {}
+    """One log of blocked connections for this session and its workers."""
+    if not is_worker(config):
+        log = Path(tempfile.mkdtemp(prefix="blocked-")) / "log"
+        os.environ["COURSE_BLOCKED_LOG"] = str(log)
+    config.stash[LOG] = Path(os.environ["COURSE_BLOCKED_LOG"])
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if is_worker(config):  # the longest first, so that no worker ends long after others
+        items.sort(key=lambda item: "lesson_seconds" not in item.fixturenames)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -69,6 +81,7 @@ def pytest_collection_finish(session):
     """Fetch models, then refuse outward connections."""
     if session.config.option.collectonly:
         return
+    gc.freeze()  # trainers collect often: what is imported stays, and is not looked at
     if any(item.get_closest_marker("model") for item in session.items):
         from course_utils import models
 
@@ -77,9 +90,6 @@ def pytest_collection_finish(session):
                 models.prepare(bundle)
             except models.ModelUnavailable as error:
                 print(f"{bundle.name}: {error}")  # the tests that need it will fail
-    log = Path(tempfile.mkdtemp(prefix="blocked-")) / "log"
-    session.config.stash[LOG] = log
-    os.environ["COURSE_BLOCKED_LOG"] = str(log)
     paths = [str(GUARD), str(GUARD.parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     runpy.run_path(str(GUARD / "sitecustomize.py"))
@@ -87,23 +97,29 @@ def pytest_collection_finish(session):
 
 def pytest_sessionfinish(session):
     """Fail where anything tried to connect outward, a caught error too."""
-    log = session.config.stash.get(LOG, None)
-    if log and log.exists():
+    if session.config.stash[LOG].exists() and not is_worker(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.fixture(scope="session")
-def lesson_seconds(request):
-    """Seconds of each lesson by the clock and of processors, printed at the end."""
-    return request.config.stash[SECONDS]
+@pytest.fixture
+def lesson_seconds(record_property):
+    """Note a lesson's seconds by the clock and of processors, printed at the end."""
+    return lambda *noted: record_property("lesson_seconds", noted)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    log = config.stash.get(LOG, None)
-    if log and log.exists():
+    log = config.stash[LOG]
+    if log.exists():
         terminalreporter.section("tried to connect outward: this session fails")
         terminalreporter.write(log.read_text(encoding="utf-8"))
-    seconds = config.stash[SECONDS]
+    seconds = {
+        noted[0]: noted[1:]
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, noted in report.user_properties
+        if name == "lesson_seconds"
+    }
     if not seconds:
         return
     title = "seconds of each lesson by the clock, of processors (with exercises)"

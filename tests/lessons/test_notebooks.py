@@ -80,7 +80,7 @@ def test_exercises_of_another_form_are_refused():
 def test_lesson(path, lesson_seconds, model_at_hand):
     notebook = make_copy(nbformat.read(path, as_version=4))
     run = execute(notebook, path.stem, FOLDER)
-    lesson_seconds[path.stem] = run.seconds, run.processor_s
+    lesson_seconds(path.stem, run.seconds, run.processor_s)
     assert not run.complaint, run.complaint
     code = [cell for cell in run.notebook.cells if cell.cell_type == "code"]
     assert any(cell.outputs for cell in code[:5]), "no result in the first five cells"

@@ -9,7 +9,7 @@ import nbformat
 import psutil
 import pytest
 
-from course_utils import lessons, runtime
+from course_utils import lessons
 from maintenance import course, runner
 
 DATA = Path(__file__).parents[1] / "data"
@@ -31,8 +31,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(course, "NOTEBOOKS", notebooks)
     monkeypatch.setattr(course, "fetch_model", lambda: None)
     monkeypatch.setenv("COURSE_PROFILE", "smoke")
-    yield notebooks
-    (runtime.build_folder() / "results" / "92.json").unlink(missing_ok=True)
+    monkeypatch.setenv("COURSE_BUILD", str(tmp_path / "build"))
+    return notebooks
 
 
 def test_lessons_are_found_in_order_or_one_alone(folder):

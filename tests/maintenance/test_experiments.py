@@ -54,7 +54,8 @@ def small(monkeypatch, tmp_path):
 
 def quick(label="full", method="full", **more):
     settings = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "eval_examples": 4}
-    return RecordedExperiment(label, method, **settings | {"test_examples": 0} | more)
+    settings |= {"train_examples": 24, "test_examples": 0}
+    return RecordedExperiment(label, method, **settings | more)
 
 
 def trainable(method):
@@ -156,10 +157,12 @@ def test_adapters_are_trained_by_the_same_path(small, more):
 
 
 def test_a_second_set_is_mixed_in(small):
+    whole = {"train_examples": None}
     plain, both = (
-        make_recorded_rows(quick()),
-        make_recorded_rows(quick(also="instructions")),
+        make_recorded_rows(quick(**whole)),
+        make_recorded_rows(quick(also="instructions", **whole)),
     )
+    assert len(plain) == len(load_examples("home_commands"))
     assert both[: len(plain)] == plain and len(both) > len(plain)
     assert "also" not in quick().settings()
     assert quick(also="instructions").settings()["also"] == "instructions"

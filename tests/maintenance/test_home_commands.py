@@ -199,7 +199,8 @@ def strip_slots(record: dict) -> str:
         if isinstance(v, str) and k != "action"
     }
     for value in sorted(values, key=len, reverse=True):
-        text = re.sub(rf"\b{re.escape(value)}\b", " # ", text)
+        if value in text:
+            text = re.sub(rf"\b{re.escape(value)}\b", " # ", text)
     text = re.sub(rf"\b{NUMBER}\b|%", " # ", text)
     text = re.sub(rf"#(?:{FILLERS}\s+#)+", "#", plain_hash(text))
     return re.sub(r"\s+", " ", plain_hash(text))
@@ -258,7 +259,8 @@ def test_skeletons_are_disjoint_and_many(rebuilt):
 
 
 def said_in(value: str, text: str) -> bool:
-    return re.search(rf"\b{re.escape(value.casefold())}\b", text) is not None
+    value = value.casefold()  # most values stand nowhere: no search for these
+    return value in text and re.search(rf"\b{re.escape(value)}\b", text) is not None
 
 
 def test_held_out_values_are_new():

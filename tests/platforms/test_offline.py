@@ -60,17 +60,25 @@ def test_nothing_reports_to_anyone():
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
-PLANTED = (
-    f"def test_swallowed():\n    try:\n        {OUTWARD}\n    except OSError: pass"
-)
+PLANTED = f"""def test_swallowed(lesson_seconds):
+    lesson_seconds("05_prompt", 99.0, 3.5)
+    try:
+        {OUTWARD}
+    except OSError:
+        pass
+"""
 
 
-def test_a_session_that_tries_in_secret_fails(tmp_path):
-    """A test that passes, in a session of its own with the same conftest."""
+@pytest.mark.parametrize("workers", [[], ["-p", "xdist", "-n", "1"]], ids=["", "xdist"])
+def test_a_session_that_tries_in_secret_fails(tmp_path, workers):
+    """A test that passes, in a session of its own with the same conftest.
+
+    What it noted of a lesson is printed all the same.
+    """
     (tmp_path / "test_planted.py").write_text(PLANTED, encoding="utf-8")
     here = str(Path(__file__).parents[1])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path)]
+    command += ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path), *workers]
     done = subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": here, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
@@ -81,3 +89,6 @@ def test_a_session_that_tries_in_secret_fails(tmp_path):
     assert "1 passed" in done.stdout, done.stdout + done.stderr
     assert "tried to connect outward: this session fails" in done.stdout
     assert done.returncode == 1
+    printed = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "05_prompt 99.0 3.5 over its budget of 85 s" in printed
+    assert "total 99.0 3.5" in printed

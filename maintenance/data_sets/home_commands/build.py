@@ -528,6 +528,8 @@ class Builder:
         self.known = set(re.findall(r"[a-z']+", text.lower()))
         self.known |= {"shit", "cunt", "look", "cold", "loft", "star", "form", "dock"}
         self.turns: dict[str, list[Skeleton]] = {}
+        self.lines_of: dict[tuple[str, str, str | None], list[Skeleton]] = {}
+        self.lines_sorted = 0
 
     def pick(self, key: str, candidates: list[Skeleton]) -> Skeleton:
         """Deal the candidates like a shuffled deck, so that each has its turn."""
@@ -538,13 +540,12 @@ class Builder:
         return self.turns[key].pop()
 
     def of(self, kind: str, split: str, action: str | None = None) -> list[Skeleton]:
-        return [
-            s
-            for s in self.skeletons
-            if s.kind == kind
-            and s.split == split
-            and (action is None or s.action == action)
-        ]
+        if self.lines_sorted != len(self.skeletons):
+            self.lines_of, self.lines_sorted = {}, len(self.skeletons)
+            for s in self.skeletons:
+                for name in {None, *(name for name, _ in s.actions[:1])}:
+                    self.lines_of.setdefault((s.kind, s.split, name), []).append(s)
+        return self.lines_of.get((kind, split, action), [])
 
     def frames(self, kind: str, split: str) -> list[Skeleton]:
         return self.of(kind, "test" if split == "test" else "train")

@@ -312,7 +312,8 @@ def stripped(prompt: str, completion: str) -> str:
         if isinstance(value, str) and key != "action"
     }
     for value in sorted(values, key=len, reverse=True):
-        text = re.sub(rf"\b{re.escape(value)}\b", " # ", text)
+        if value in text:
+            text = re.sub(rf"\b{re.escape(value)}\b", " # ", text)
     text = words_only(re.sub(rf"\b{NUMBER}\b|%", " # ", text))
     return words_only(re.sub(rf"#(?:{FILLERS}\s+#)+", "#", text))
 
