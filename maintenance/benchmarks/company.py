@@ -58,12 +58,10 @@ def child(steps: int) -> None:
 
     Two warm-up steps, one of each kind, are left out.
     """
-    records, tokenizer = training.training_data(1)
-    records = records.select([*range(paths.EXAMPLES)] * (2 * steps + 2))
-    company = InCompany()
+    company, steps = InCompany(), 2 * steps + 2
     try:
         with tempfile.TemporaryDirectory() as folder:
-            data = (records, tokenizer, 2 * steps + 2, folder)
+            data = (*training.same_records(steps), steps, folder)
             timing = paths.course("lora", *data, callbacks=[company])
     finally:
         company.leave()

@@ -326,6 +326,13 @@ def run_block(steps: int) -> dict:
     return run_pairs("lora", steps, bare={"compiled": True})
 
 
+def same_records(steps: int):
+    """Records of which each step sees the same ones, so that steps can be compared."""
+    records, tokenizer = training_data(1)
+    first = list(range(paths.EXAMPLES))
+    return records.select(first * (steps + 1)), tokenizer
+
+
 def block_tasks(steps: int) -> list[Task]:
     """A compiled block beside the course's step, once: it costs half a minute."""
     settings = {"method": "lora", "steps": steps}

@@ -291,6 +291,12 @@ def test_a_product_is_computed_often_enough(monkeypatch):
     assert len(done) == 6
 
 
+def test_each_step_beside_company_sees_the_same_records(small):
+    rows, _ = trainings.same_records(2)
+    assert len(rows) == 3 * paths.EXAMPLES
+    assert rows[: paths.EXAMPLES] == rows[paths.EXAMPLES : 2 * paths.EXAMPLES]
+
+
 def test_a_compiled_block_computes_the_same(small, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "prepare", lambda bundle: tmp_path / "model")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
