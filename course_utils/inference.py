@@ -292,7 +292,7 @@ def _left_batch(
     """
     import torch
 
-    network, cache = _read_virtual_tokens(model)
+    network, cache = read_virtual_tokens(model)
     device = base_model(model).get_input_embeddings().weight.device
     virtual = cache.get_seq_length()
     shared = min(_common_prefix(rows), share_at_most) if len(rows) > 1 else 0
@@ -341,7 +341,7 @@ def _reads_padded(model: Any) -> bool:
     return _READS_PADDED[base]
 
 
-def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
+def read_virtual_tokens(model: Any) -> tuple[Any, Any]:
     """What to call, and a cache of one row that holds the virtual tokens, if any."""
     from transformers import DynamicCache
 
@@ -352,7 +352,7 @@ def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
     if method is None:
         return model, cache
     embeds = model.get_prompt(1).to(base.get_input_embeddings().weight.dtype)
-    base(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    base(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return base, cache
 
 
