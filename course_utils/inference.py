@@ -51,7 +51,7 @@ def generate(
         prompts: user texts; records, laid out with their fields, a last answer left
             out; or texts that are laid out already (``template=None``).
         system: None takes the template's default.
-        batch_size: None means 128 on a CPU, 32 elsewhere.
+        batch_size: None means 128 on a CPU, of short prompts 256; 32 elsewhere.
 
     Raises TypeError if `prompts` is one string, or holds neither strings nor records,
     ValueError if a prompt is empty or too long, or an option out of its range.
@@ -61,7 +61,9 @@ def generate(
     rows = _token_rows(model, tokenizer, prompts, template, system, max_new_tokens)
     stop = _stop_ids(model, tokenizer, template)
     if batch_size is None:
-        batch_size = 128 if base_model(model).device.type == "cpu" else 32
+        short = all(len(row) <= 128 for row in rows)
+        on_cpu = base_model(model).device.type == "cpu"
+        batch_size = (256 if short else 128) if on_cpu else 32
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     if mixing_adapter(model):
