@@ -51,7 +51,7 @@ def generate(
         prompts: user texts; records, laid out with their fields, a last answer left
             out; or texts that are laid out already (``template=None``).
         system: None takes the template's default.
-        batch_size: None means 128 on a CPU, 32 elsewhere.
+        batch_size: None means 128 on a CPU, of short prompts 256; 32 elsewhere.
 
     Raises TypeError if `prompts` is one string, or holds neither strings nor records,
     ValueError if a prompt is empty or too long, or an option out of its range.
@@ -61,7 +61,9 @@ def generate(
     rows = _token_rows(model, tokenizer, prompts, template, system, max_new_tokens)
     stop = _stop_ids(model, tokenizer, template)
     if batch_size is None:
-        batch_size = 128 if base_model(model).device.type == "cpu" else 32
+        short = all(len(row) <= 128 for row in rows)
+        on_cpu = base_model(model).device.type == "cpu"
+        batch_size = (256 if short else 128) if on_cpu else 32
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     if mixing_adapter(model):
@@ -292,7 +294,7 @@ def _left_batch(
     """
     import torch
 
-    network, cache = _read_virtual_tokens(model)
+    network, cache = read_virtual_tokens(model)
     device = base_model(model).get_input_embeddings().weight.device
     virtual = cache.get_seq_length()
     shared = min(_common_prefix(rows), share_at_most) if len(rows) > 1 else 0
@@ -341,7 +343,7 @@ def _reads_padded(model: Any) -> bool:
     return _READS_PADDED[base]
 
 
-def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
+def read_virtual_tokens(model: Any) -> tuple[Any, Any]:
     """What to call, and a cache of one row that holds the virtual tokens, if any."""
     from transformers import DynamicCache
 
@@ -352,7 +354,7 @@ def _read_virtual_tokens(model: Any) -> tuple[Any, Any]:
     if method is None:
         return model, cache
     embeds = model.get_prompt(1).to(base.get_input_embeddings().weight.dtype)
-    base(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    base(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return base, cache
 
 

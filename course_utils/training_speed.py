@@ -21,8 +21,10 @@ from weakref import WeakKeyDictionary, ref
 from course_utils.formatting import IGNORE, pack_examples
 from course_utils.inference import (
     base_model,
+    decodes,
     inference_state,
     mixing_adapter,
+    read_virtual_tokens,
     router_configs,
 )
 
@@ -63,8 +65,11 @@ def completion_loss(
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE
+    network = model
+    if "position_ids" in batch and virtual_tokens(model):
+        network, inputs = _after_virtual_tokens(model, inputs)
     with _only_these_positions(model.get_output_embeddings(), learned):
-        output = model(**inputs | {"use_cache": False})
+        output = network(**inputs | {"use_cache": False})
     logits = output.logits.float()  # (learned, V)
     total = cross_entropy(logits, labels[learned].to(logits.device), reduction="sum")
     count = learned.sum().clamp(min=1) if learned_tokens is None else learned_tokens
@@ -77,6 +82,23 @@ def completion_loss(
         known = [getattr(place, name, None) for place in places for name in names]
         router_weight = next((weight for weight in known if weight is not None), 0.0)
     return total / count + router_weight * balance
+
+
+def _after_virtual_tokens(
+    model: Any, inputs: Mapping[str, torch.Tensor]
+) -> tuple[Any, dict[str, Any]]:
+    """What to call, and its inputs: rows of `without_padding` behind virtual tokens."""
+    from torch.nn.functional import pad
+
+    network, cache = read_virtual_tokens(model)
+    virtual = cache.get_seq_length()
+    cache.batch_repeat_interleave(len(inputs["input_ids"]))
+    return network, {
+        "input_ids": inputs["input_ids"],
+        "position_ids": inputs["position_ids"] + virtual,
+        "attention_mask": pad(inputs["attention_mask"], (virtual, 0)),  # 0: is seen
+        "past_key_values": cache,
+    }
 
 
 @contextmanager
@@ -167,12 +189,14 @@ def without_padding(
     """The same examples in fewer rows, side by side, each seeing itself alone.
 
     A beginning that all examples share, such as a default system turn, has the same
-    states in each, in a causal model: a row reads it once. The loss and its gradients
-    stay the same up to rounding (but an adapter's dropout is drawn once a row for it).
+    states in each, in a causal model: a row reads it once, and a batch its virtual
+    tokens. The loss and its gradients stay the same up to rounding (but an adapter's
+    dropout is drawn once a row for it).
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` (rows, T), and with a beginning
-        read once a row ``attention_mask`` (rows, 1, T, T), added to attention scores.
+        read once a row, or virtual tokens (which neither T nor positions count),
+        ``attention_mask`` (rows, 1, T, T), added to attention scores.
         The batch as it is, (B, T), where it cannot be packed or nothing is gained.
     """
     if not _can_be_packed(model, batch):
@@ -183,15 +207,20 @@ def without_padding(
         for i in range(len(mask))
     ]
     shared = shared_beginning(examples)
-    if shared < SHARED_AT_LEAST or not _all_attend_to_all(model.config):
-        shared = 0  # a mask of our own would replace that of a window
+    virtual = bool(virtual_tokens(model))
+    if not _all_attend_to_all(model.config):  # our mask would replace that of a window
+        if virtual:
+            return batch
+        shared = 0
+    elif shared < SHARED_AT_LEAST and not virtual:
+        shared = 0
     beginning = examples[0]["input_ids"][:shared]
     rest = [{k: values[shared:] for k, values in row.items()} for row in examples]
     width, rows = _fewest_positions(rest, shared)
     if len(rows) * (shared + width) >= mask.numel():
         return batch
     dtype = model.get_input_embeddings().weight.dtype
-    packed = _rows_after(beginning, rows, width, dtype)
+    packed = _rows_after(beginning, rows, width, dtype, virtual)
     device = batch["input_ids"].device
     return {name: values.to(device) for name, values in packed.items()}
 
@@ -199,7 +228,7 @@ def without_padding(
 def _can_be_packed(model: Any, batch: Mapping[str, torch.Tensor]) -> bool:
     return (
         set(batch) == {"input_ids", "labels", "attention_mask"}
-        and not virtual_tokens(model)
+        and (not virtual_tokens(model) or decodes(model) and not _checkpointed(model))
         and not router_configs(model)
         and not hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
         and bool(batch["attention_mask"].any(dim=1).all())
@@ -238,11 +267,12 @@ def _rows_after(
     rows: Sequence[Mapping[str, list[int]]],
     width: int,
     dtype: torch.dtype,
+    masked: bool,
 ) -> dict[str, torch.Tensor]:
     """Rows filled up to `width`, behind a beginning of P tokens: (rows, P + width).
 
-    What fills a row up is a document of its own. The mask, where there is a beginning,
-    lets each example see that and itself.
+    What fills a row up is a document of its own. The mask, where there is a beginning
+    or it is asked for, lets each example see that and itself.
     """
     import torch
 
@@ -255,7 +285,7 @@ def _rows_after(
         columns["labels"].append([IGNORE] * shared + row["labels"] + [IGNORE] * extra)
         columns["position_ids"].append([*range(shared), *places])
     packed = {name: torch.tensor(values) for name, values in columns.items()}
-    if shared:
+    if shared or masked:
         # Each example begins at position `shared`; it has a number, the beginning 0.
         owner = (packed["position_ids"] == shared).cumsum(dim=1)
         seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)
@@ -329,6 +359,10 @@ def cast_lora_inputs(model: Any, on: bool) -> None:
             module.cast_input_dtype_enabled = on
 
 
+def _checkpointed(model: Any) -> bool:
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 @contextmanager
 def _mixed_precision(trainer: Any) -> Iterator[None]:
     """Products in bfloat16 where the trainer asks for it."""
@@ -337,8 +371,7 @@ def _mixed_precision(trainer: Any) -> Iterator[None]:
     if not trainer.args.bf16:
         yield
         return
-    modules = trainer.model.modules()
-    if not any(getattr(module, "gradient_checkpointing", False) for module in modules):
+    if not _checkpointed(trainer.model):
         # The second forward of checkpointing comes later, and must be as the first.
         cast_lora_inputs(trainer.model, False)
     try:

@@ -1,7 +1,13 @@
 """Small trainers of random models, for tests that train."""
 
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from small_models import byte_tokenizer, random_llama
 from training_child import records
 from transformers import Trainer
@@ -47,6 +53,9 @@ def wrapped(method):
     configs = {
         "lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         "prompt": PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        "p-tuning": PromptEncoderConfig(
+            num_virtual_tokens=5, encoder_hidden_size=16, task_type="CAUSAL_LM"
+        ),
         "prefix": PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     }
     torch.manual_seed(4)

@@ -68,6 +68,33 @@ def test_a_batch_without_padding_has_the_same_loss_and_gradients(
         assert abs(completion_loss(model, leaking).item() - losses[0].item()) > 1e-4
 
 
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("beginning", [0, 12])
+def test_behind_virtual_tokens_packed_examples_are_read_as_alone(
+    method, attention, beginning
+):
+    model, data = wrapped(method).train(), batch(9, beginning)
+    model.get_base_model().set_attn_implementation(attention)
+    own = model(**data).loss
+    own.backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    packed = without_padding(model, data)
+    assert packed["input_ids"].numel() < 0.8 * data["input_ids"].numel()
+    model.zero_grad()
+    loss = completion_loss(model, packed)
+    loss.backward()
+    assert loss.item() == pytest.approx(own.item(), abs=1e-6)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for theirs, ours in zip(expected, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    positions = torch.arange(packed["input_ids"].shape[1]).expand_as(packed["labels"])
+    seen = torch.zeros_like(packed["attention_mask"])
+    causal = seen.masked_fill(positions[:1] > positions[:1].T, -torch.inf)
+    for wrong in ({"position_ids": positions}, {"attention_mask": causal}):
+        assert abs(completion_loss(model, packed | wrong).item() - own.item()) > 1e-5
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "olmo2"])
 @pytest.mark.parametrize("beginning", [0, 12])
 def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind, beginning):
@@ -91,8 +118,12 @@ def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind, beginning)
 
 def test_batches_that_cannot_be_packed_stay_padded():
     data = batch(9)
-    assert without_padding(wrapped("prompt"), data) is data
-    assert without_padding(wrapped("prefix"), data) is data
+    model = wrapped("prompt")
+    model.get_base_model().gradient_checkpointing_enable()  # it keeps no cache
+    assert without_padding(model, data) is data
+    model = wrapped("prefix")
+    model.config.sliding_window = 8  # whose mask ours would replace
+    assert without_padding(model, data) is data
     model = random_llama()
     more = data | {"token_type_ids": torch.zeros_like(data["labels"])}
     assert without_padding(model, more) is more
@@ -141,7 +172,7 @@ def test_the_output_layer_sees_learned_positions_only():
 
 
 @pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
-@pytest.mark.parametrize("method", ["full", "lora", "prompt"])
+@pytest.mark.parametrize("method", ["full", "lora", "prompt", "prefix"])
 def test_losses_of_a_fast_run_equal_those_of_the_library(kind, method, tmp_path):
     runs = []
     for fast in (False, True):
