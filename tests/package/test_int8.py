@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from trl import SFTTrainer
 
 from course_utils import training_speed
+from course_utils.records import load_record
 from course_utils.training import LossHistory, prepare_trainer
 from course_utils.training_speed import (
     completion_loss,
@@ -245,3 +246,12 @@ def test_the_gain_is_a_ratio_and_leaves_the_model_as_it_was():
     assert training_speed.int8_gain(model, tokens=32, pairs=2) > 0
     assert not any(module.training for module in model.modules())
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_the_record_says_what_lesson_7_says_of_it():
+    ends = {"exact": {}, "int8": {}}
+    for run in load_record("07_int8")["runs"]:
+        ends[run["label"]][run["seed"]] = run["eval_loss"][-1][1]
+    apart = [ends["int8"][seed] - exact for seed, exact in ends["exact"].items()]
+    seeds = max(ends["exact"].values()) - min(ends["exact"].values())
+    assert min(apart) > 0 and max(apart) < seeds
