@@ -172,17 +172,12 @@ def _number(number: str, hint: str, right: float, rel_tol: float = 0) -> None:
 
 _number("0.1", "Multiply the parameters by the bytes of each.", 134_515_008 * 2)
 _number(
-    "2.3",
-    "Count what is kept for each parameter: how many numbers of 4 bytes?",
-    right=6_738_415_616 * 16 / 1e9,
-    rel_tol=0.01,
+    "2.3", "How many numbers of 4 bytes a parameter?", 6_738_415_616 * 16 / 1e9, 0.01
 )
 _number("4.1", "Count A and B only; their shapes are LoRA's.", 8 * (1536 + 576))
 _number("5.1", "One row has the model's width, 4 bytes each.", 100 * 4096 * 4)
 _number(
-    "6.1",
-    "Keys and values, of 8 heads, each as wide as one of 32 heads.",
-    right=20 * 2 * 16 * 8 * (2048 // 32),
+    "6.1", "Keys and values, 8 heads, each as wide as one of 32.", 20 * 2 * 16 * 8 * 64
 )
 _number("6.3", "Softmax: a score 0 has the weight e to the power of 0.", 1 / 33, 1e-3)
 _number(
@@ -192,7 +187,12 @@ _number(
     rel_tol=1.2e-4,
 )
 _number("8.1", "Set the standard error to 0.01, and solve for n.", 0.25 / 0.01**2, 2e-4)
+_number("12.1", "How often does an adapter fit into the base? One more.", right=101)
+_number("12.3", "c takes the place of b: a was used after it.", right=4)
 
+_exercise("12.2", "x A^T B^T, scaled, for row 1 alone.")(
+    lambda answer, *, right: answer.allclose(right, atol=1e-5)
+)
 _exercise("0.2", "Count the pairs that are the same JSON, and divide by all.")(
     lambda answer, *, given, references: math.isclose(
         answer, scoring.exact_match(given, references), rel_tol=1e-3
