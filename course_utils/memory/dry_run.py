@@ -268,20 +268,16 @@ def _give_storage(model: nn.Module, count: _LiveBytes, full: bool) -> None:
                 store[name] = replaced[id(old)][1]
 
 
-def _optimizer_state(request: Request, model: nn.Module, count: _LiveBytes):
+def _optimizer_state(request: Request, model: nn.Module, count: _LiveBytes) -> list:
     """The state that the optimizer keeps, as tensors."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     state = []
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    for p in model.parameters():
-        if not p.requires_grad:
-            continue
-        is_table = any(p is table for table in tables)
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
         size = optimizer_state_bytes(
-            request.optimizer, p.numel(), p.dtype.itemsize, embedding=is_table
+            request.optimizer, p.numel(), p.dtype.itemsize, embedding=id(p) in tables
         )
-        if size:
-            state.append(torch.empty(size, dtype=torch.uint8))
-            count.add(state[-1], "optimizer")
+        state.append(torch.empty(size, dtype=torch.uint8))
+        count.add(state[-1], "optimizer")
     return state
 
 
@@ -373,5 +369,4 @@ def _step(model: nn.Module, request: Request) -> tuple[dict, dict, str, int]:
             count.moment = "backward"
             loss.backward()
         del state
-    trainable = sum(p.numel() for p in trained)
-    return count.at_peak, static, count.peak_moment, trainable
+    return count.at_peak, static, count.peak_moment, sum(p.numel() for p in trained)

@@ -416,23 +416,24 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
         raise ValueError("kind 'mps' needs Apple's GPU; on a CPU use 'allocator'")
     gc.collect()
     result = Measurement(kind)
-    with meters[kind](result):
+    meter = meters[kind](result)
+    next(meter)
+    try:
         yield result
+    finally:
+        next(meter, None)
 
 
-@contextlib.contextmanager
 def _cuda(result: Measurement) -> Iterator[None]:
     import torch
 
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     result.start_bytes = torch.cuda.memory_allocated()
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize()
-        result.peak_bytes = torch.cuda.max_memory_allocated()
-        result.reserved_bytes = torch.cuda.max_memory_reserved()
+    yield
+    torch.cuda.synchronize()
+    result.peak_bytes = torch.cuda.max_memory_allocated()
+    result.reserved_bytes = torch.cuda.max_memory_reserved()
 
 
 def _live_tensor_bytes() -> int:
@@ -450,7 +451,6 @@ def _live_tensor_bytes() -> int:
     return sum(storages.values())
 
 
-@contextlib.contextmanager
 def _allocator(result: Measurement) -> Iterator[None]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines about its own start
     from torch.profiler import ProfilerActivity, profile
@@ -458,19 +458,15 @@ def _allocator(result: Measurement) -> Iterator[None]:
     result.start_bytes = _live_tensor_bytes()
     recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     recorder.start()
-    try:
-        yield
-    finally:
-        recorder.stop()
-        events = recorder.profiler.kineto_results.events()
-        changes = [e for e in events if e.name() == "[memory]"]
-        changes.sort(key=lambda event: event.start_ns())
-        sizes = (event.nbytes() for event in changes)
-        in_use = itertools.accumulate(sizes, initial=result.start_bytes)
-        result.peak_bytes = max(in_use)
+    yield
+    recorder.stop()
+    events = recorder.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    sizes = (event.nbytes() for event in changes)
+    result.peak_bytes = max(itertools.accumulate(sizes, initial=result.start_bytes))
 
 
-@contextlib.contextmanager
 def _mps(result: Measurement) -> Iterator[None]:
     import torch
 
@@ -478,9 +474,7 @@ def _mps(result: Measurement) -> Iterator[None]:
     torch.mps.empty_cache()  # else the pool has room, and would not grow
     result.start_bytes = torch.mps.current_allocated_memory()
     pool_bytes = torch.mps.driver_allocated_memory()
-    try:
-        yield
-    finally:
-        torch.mps.synchronize()
-        grown = torch.mps.driver_allocated_memory() - pool_bytes
-        result.peak_bytes = result.start_bytes + max(grown, 0)
+    yield
+    torch.mps.synchronize()
+    grown = torch.mps.driver_allocated_memory() - pool_bytes
+    result.peak_bytes = result.start_bytes + max(grown, 0)
