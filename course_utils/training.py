@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +288,7 @@ def plan_settings(
 
 def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     """The peak of a trainer's steps, by its longest record; None without a formula."""
-    from course_utils.training_callbacks import column
+    from course_utils.training_callbacks import QuickAttention, column
 
     args, model = trainer.args, trainer.model
     tokens = column(trainer.train_dataset, "input_ids")
@@ -301,36 +301,29 @@ def _trainer_estimate(trainer: Any) -> MemoryEstimate | None:
     adapters = list(getattr(model, "peft_config", {}).values())
     weights = [p for p in base.parameters() if p.is_floating_point()]
     frozen = [p for p in weights if adapters and not p.requires_grad]
+    method = adapters[0] if adapters else "full"
+    callbacks = trainer.callback_handler.callbacks
+    quick = any(isinstance(callback, QuickAttention) for callback in callbacks)
+    alone = args.per_device_train_batch_size == 1 and args.fp16
+    scores = alone and unfused(base.config, method)  # all of them, as on a T4
     is_sft = any(parent.__name__ == "SFTTrainer" for parent in type(trainer).__mro__)
     try:
         return estimate_memory(
             base.config,
-            adapters[0] if adapters else "full",
+            method,
             batch_size=args.per_device_train_batch_size,
             sequence_length=int(tokens[1].max()),
             dtype=(frozen or weights)[0].dtype,
             autocast="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
             optimizer=OPTIMIZERS.get(args.optim, args.optim),
             gradient_checkpointing=args.gradient_checkpointing,
-            attention=_attention_kernel(trainer, base.config, adapters),
+            attention="eager" if quick else "math" if scores else "sdpa",
             loss="chunked" if is_sft or "compute_loss" in vars(trainer) else "logits",
             quantization=four_bit.bnb_4bit_quant_type if four_bit else None,
             gradient_accumulation=args.gradient_accumulation_steps > 1,
         )
     except (ValueError, KeyError):
         return None
-
-
-def _attention_kernel(trainer: Any, config: Any, adapters: Sequence[Any]) -> str:
-    """The planner's name of the attention that will run in training."""
-    from course_utils.training_callbacks import QuickAttention
-
-    callbacks = trainer.callback_handler.callbacks
-    if any(isinstance(callback, QuickAttention) for callback in callbacks):
-        return "eager"
-    method = adapters[0].peft_type.value.lower() if adapters else "full"
-    alone = trainer.args.per_device_train_batch_size == 1 and trainer.args.fp16
-    return "math" if alone and unfused(config, method) else "sdpa"
 
 
 def _free_bytes(device: str) -> int:

@@ -157,13 +157,13 @@ def _check_lengths(model: Any, data: Any, place: str) -> None:
     for name, layer in base.named_modules():  # RoBERTa's begin after that of padding
         if "position" in name and getattr(layer, "padding_idx", None) is not None:
             most -= layer.padding_idx + 1
-    most -= virtual_tokens(model)
+    virtual = virtual_tokens(model)
+    most -= virtual
     longest = int(max(text[1], default=0))
     for name, extra in (("position_ids", 1), ("seq_lengths", 0)):
         if packed := column(data, name):  # each example begins at position 0
             longest = packed[0].max() + extra
     if longest > most:
-        virtual = virtual_tokens(model)
         beside = f" beside {virtual} virtual ones" if virtual else ""
         raise ValueError(
             f"the longest record of the {place} set has {longest} tokens; the model "
@@ -171,20 +171,17 @@ def _check_lengths(model: Any, data: Any, place: str) -> None:
         )
 
 
-def fix_trainable_dtype(model: Any) -> int:
-    """Cast every trainable parameter to float32; returns how many were not.
+def fix_trainable_dtype(model: Any) -> None:
+    """Cast every trainable parameter to float32.
 
     TRL casts the adapters of a quantised model to bfloat16, whatever `fp16` says; a
     T4's gradient scaler then fails at step 1, and small updates are lost anywhere.
     """
     import torch
 
-    cast = 0
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
-            cast += 1
-    return cast
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def _check_prefixes(model: Any, gradient_checkpointing: bool) -> None:
@@ -193,8 +190,7 @@ def _check_prefixes(model: Any, gradient_checkpointing: bool) -> None:
     Prefixes lie in a cache, which checkpointing drops; shapes would not match then.
     """
     configs = getattr(model, "peft_config", {}).values()
-    names = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs}
-    methods = names & {"PREFIX_TUNING", "CARTRIDGE"}
+    methods = {c.peft_type.value for c in configs} & {"PREFIX_TUNING", "CARTRIDGE"}
     on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if methods and (gradient_checkpointing or on):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from course_utils.memory.estimate import (
     PARTS,
-    Measurement,
     MemoryEstimate,
     estimate_memory,
     measure_memory,

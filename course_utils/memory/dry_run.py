@@ -268,22 +268,17 @@ def _give_storage(model: nn.Module, count: _LiveBytes, full: bool) -> None:
                 store[name] = replaced[id(old)][1]
 
 
-def _optimizer_state(request: Request, model: nn.Module, count: _LiveBytes):
-    """The state that the optimizer keeps, as tensors, and the bytes that are paged."""
-    state, paged = [], 0
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    for p in model.parameters():
-        if not p.requires_grad:
-            continue
-        is_table = any(p is table for table in tables)
-        size, movable = optimizer_state_bytes(
-            request.optimizer, p.numel(), p.dtype.itemsize, embedding=is_table
+def _optimizer_state(request: Request, model: nn.Module, count: _LiveBytes) -> list:
+    """The state that the optimizer keeps, as tensors."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    state = []
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        size = optimizer_state_bytes(
+            request.optimizer, p.numel(), p.dtype.itemsize, embedding=id(p) in tables
         )
-        paged += movable
-        if size:
-            state.append(torch.empty(size, dtype=torch.uint8))
-            count.add(state[-1], "optimizer")
-    return state, paged
+        state.append(torch.empty(size, dtype=torch.uint8))
+        count.add(state[-1], "optimizer")
+    return state
 
 
 def _prepare(model: nn.Module, request: Request, count: _LiveBytes) -> None:
@@ -333,7 +328,7 @@ def _without_data(request: Request) -> contextlib.ExitStack:
     return stack
 
 
-def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
+def dry_run(request: Request) -> tuple[dict, dict, str, int]:
     """Run one training step without data; the same answer as `closed_form`.
 
     Raises ValueError: transformers or PEFT builds no such model, or no step of it runs.
@@ -349,12 +344,12 @@ def dry_run(request: Request) -> tuple[dict, dict, str, int, int]:
         ) from error
 
 
-def _step(model: nn.Module, request: Request) -> tuple[dict, dict, str, int, int]:
+def _step(model: nn.Module, request: Request) -> tuple[dict, dict, str, int]:
     count = _LiveBytes(request.config.get_text_config().vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_storage(model, count, request.method == "full")
         trained = [p for p in model.parameters() if p.requires_grad]
-        state, paged = _optimizer_state(request, model, count)
+        state = _optimizer_state(request, model, count)
         static = {name: count.now.get(name, 0) for name in KEPT_PARTS}
         static["gradients"] = sum(p.numel() * p.dtype.itemsize for p in trained)
         for p in trained:
@@ -374,5 +369,4 @@ def _step(model: nn.Module, request: Request) -> tuple[dict, dict, str, int, int
             count.moment = "backward"
             loss.backward()
         del state
-    trainable = sum(p.numel() for p in trained)
-    return count.at_peak, static, count.peak_moment, trainable, paged
+    return count.at_peak, static, count.peak_moment, sum(p.numel() for p in trained)

@@ -1,7 +1,6 @@
 """Memory known before the run: predict the bytes of a training step, or measure them.
 
-`estimate_memory` answers from a configuration alone, without weights and without a
-GPU; `measure_memory` says what a piece of code really used. GiB = 2**30 bytes.
+GiB = 2**30 bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from course_utils.memory.formula import (
 from course_utils.parameters import peft_config
 from course_utils.runtime import get_profile
 
-_METHODS = ("full", "lora", "qlora", "prompt_tuning", "prefix_tuning")
 _CHOICES: dict[str, Any] = {
     "dtype": tuple(BYTES),
     "optimizer": (
@@ -79,9 +77,8 @@ class Request:
         if self.method == "full" and self.quantization:
             advice = "use method='qlora', or leave quantization out"
             raise ValueError(f"full fine-tuning cannot train 4-bit weights: {advice}")
-        if (
-            self.method == "full" and self.dtype == "float16"
-        ):  # the gradient scaler refuses them
+        # the gradient scaler refuses them
+        if self.method == "full" and self.dtype == "float16":
             advice = "use dtype='float32' with autocast='float16', or bfloat16"
             raise ValueError(f"full fine-tuning cannot train fp16 weights: {advice}")
         if self.method == "prefix_tuning" and self.gradient_checkpointing:
@@ -116,7 +113,7 @@ def estimate_memory(
     padding: bool | None = None,
     **options: Any,
 ) -> MemoryEstimate:
-    """Predict the peak memory of one training step.
+    """Predict the peak memory of one training step, without weights and without a GPU.
 
     Counted: every tensor that PyTorch allocates. Not counted: the CUDA context, the
     work space of cuBLAS, the allocator's fragmentation and rounding (`GPUS` leaves room
@@ -125,8 +122,8 @@ def estimate_memory(
 
     Args:
         config: a `transformers` configuration, or a name in `KNOWN_MODELS`.
-        method: ``"full"``, ``"lora"``, ``"qlora"`` (LoRA with ``quantization="nf4"``),
-            ``"prompt_tuning"``, ``"prefix_tuning"``, or a PEFT config object.
+        method: ``"full"``, a key of `parameters.METHODS` (``"qlora"`` is LoRA with
+            ``quantization="nf4"``), or a PEFT config object.
         sequence_length: tokens of the longest example of the batch.
         dtype: torch dtype, or its name, in which the base model is loaded.
         optimizer: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, sgd, sgd_momentum;
@@ -176,22 +173,18 @@ def estimate_memory(
 
 
 def _method_and_config(method: Any, options: dict[str, Any]) -> tuple[str, Any]:
-    """The method's name, QLoRA's being LoRA's, and its PEFT config, None for full."""
-    if not isinstance(method, str):
-        if options:
-            raise ValueError(f"{sorted(options)} belong in the PEFT config itself")
-        return str(method.peft_type.value).lower(), method
-    if method not in _METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(_METHODS)}")
+    """PEFT's name of the method, in lower case, and its config, None for full."""
     if method == "full":
         if options:
             raise ValueError(f"full fine-tuning takes no {', '.join(sorted(options))}")
         return method, None
+    if isinstance(method, str):
+        options = {"task_type": "CAUSAL_LM"} | options
     try:
-        config = peft_config(method, **({"task_type": "CAUSAL_LM"} | options))
+        config = peft_config(method, **options)
     except TypeError as error:
         raise ValueError(f"{method}: {error}") from error
-    return "lora" if method == "qlora" else method, config
+    return config.peft_type.value.lower(), config
 
 
 def _predict(request: Request, engine: str) -> MemoryEstimate:
@@ -200,9 +193,9 @@ def _predict(request: Request, engine: str) -> MemoryEstimate:
         from course_utils.memory.dry_run import dry_run as predict
     elif engine != "formula":
         raise ValueError(f"engine {engine!r} is none of formula, exact")
-    sizes, static, moment, trainable, paged = predict(request)
+    sizes, static, moment, trainable = predict(request)
     parts = {name: sizes[name] for name in PARTS if sizes.get(name)}
-    return MemoryEstimate(parts, static, moment, trainable, paged, request)
+    return MemoryEstimate(parts, static, moment, trainable, request)
 
 
 def unfused(config: Any, method: Any) -> bool:
@@ -214,7 +207,8 @@ def unfused(config: Any, method: Any) -> bool:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     key_value_heads = getattr(text, "num_key_value_heads", None)
-    return key_value_heads not in (None, heads) and method != "prefix_tuning"
+    prefix = "prefix_tuning" in str(getattr(method, "peft_type", method)).lower()
+    return key_value_heads not in (None, heads) and not prefix
 
 
 def t4_plan(
@@ -230,12 +224,11 @@ def t4_plan(
         config = model_config(config)
     padding = options.get("padding")
     masked = batch_size != 1 if padding is None else padding
-    name = method if isinstance(method, str) else str(method.peft_type.value).lower()
     size = {"batch_size": batch_size, "sequence_length": sequence_length}
     imposed = {
         "dtype": "float32" if method == "full" else "float16",
         "autocast": "float16",
-        "attention": "math" if not masked and unfused(config, name) else "sdpa",
+        "attention": "math" if not masked and unfused(config, method) else "sdpa",
     }
     return estimate_memory(config, method, **(size | imposed | options))
 
@@ -256,7 +249,6 @@ class MemoryEstimate:
     static_parts: dict[str, int]  # kept from step to step, whatever the batch
     moment: str  # of the peak: loss, backward, end, embedding; exact: forward, backward
     trainable: int  # parameters that are trained
-    paged: int  # optimizer state that a paged optimizer can move to the host; no part
     request: Request = field(repr=False)
 
     @property
@@ -286,9 +278,8 @@ class MemoryEstimate:
         fine-tuning, another method). Several changes add their prices. None where
         nothing fits, or where the model has no closed form.
         """
-        gpu_gib(gpu)
-        changed = _changed(self.request)
-        return next((change for change in changed if change[1].fits(gpu)), None)
+        gib, changed = gpu_gib(gpu), _changed(self.request)
+        return next((change for change in changed if change[1].fits(gib)), None)
 
     def verdict(self, gpu: str) -> str:
         """One sentence: does it fit, and if not, what would make it fit."""
@@ -425,23 +416,24 @@ def measure_memory(kind: str = "auto") -> Iterator[Measurement]:
         raise ValueError("kind 'mps' needs Apple's GPU; on a CPU use 'allocator'")
     gc.collect()
     result = Measurement(kind)
-    with meters[kind](result):
+    meter = meters[kind](result)
+    next(meter)
+    try:
         yield result
+    finally:
+        next(meter, None)
 
 
-@contextlib.contextmanager
 def _cuda(result: Measurement) -> Iterator[None]:
     import torch
 
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     result.start_bytes = torch.cuda.memory_allocated()
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize()
-        result.peak_bytes = torch.cuda.max_memory_allocated()
-        result.reserved_bytes = torch.cuda.max_memory_reserved()
+    yield
+    torch.cuda.synchronize()
+    result.peak_bytes = torch.cuda.max_memory_allocated()
+    result.reserved_bytes = torch.cuda.max_memory_reserved()
 
 
 def _live_tensor_bytes() -> int:
@@ -459,7 +451,6 @@ def _live_tensor_bytes() -> int:
     return sum(storages.values())
 
 
-@contextlib.contextmanager
 def _allocator(result: Measurement) -> Iterator[None]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines about its own start
     from torch.profiler import ProfilerActivity, profile
@@ -467,19 +458,15 @@ def _allocator(result: Measurement) -> Iterator[None]:
     result.start_bytes = _live_tensor_bytes()
     recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     recorder.start()
-    try:
-        yield
-    finally:
-        recorder.stop()
-        events = recorder.profiler.kineto_results.events()
-        changes = [e for e in events if e.name() == "[memory]"]
-        changes.sort(key=lambda event: event.start_ns())
-        sizes = (event.nbytes() for event in changes)
-        in_use = itertools.accumulate(sizes, initial=result.start_bytes)
-        result.peak_bytes = max(in_use)
+    yield
+    recorder.stop()
+    events = recorder.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    sizes = (event.nbytes() for event in changes)
+    result.peak_bytes = max(itertools.accumulate(sizes, initial=result.start_bytes))
 
 
-@contextlib.contextmanager
 def _mps(result: Measurement) -> Iterator[None]:
     import torch
 
@@ -487,9 +474,7 @@ def _mps(result: Measurement) -> Iterator[None]:
     torch.mps.empty_cache()  # else the pool has room, and would not grow
     result.start_bytes = torch.mps.current_allocated_memory()
     pool_bytes = torch.mps.driver_allocated_memory()
-    try:
-        yield
-    finally:
-        torch.mps.synchronize()
-        grown = torch.mps.driver_allocated_memory() - pool_bytes
-        result.peak_bytes = result.start_bytes + max(grown, 0)
+    yield
+    torch.mps.synchronize()
+    grown = torch.mps.driver_allocated_memory() - pool_bytes
+    result.peak_bytes = result.start_bytes + max(grown, 0)

@@ -104,8 +104,8 @@ _SOURCES |= {"down_proj": "product"}
 
 def optimizer_state_bytes(
     optimizer: str, elements: int, itemsize: int, *, embedding: bool = False
-) -> tuple[int, int]:
-    """Bytes of optimizer state for one trained tensor: (kept on the card, paged).
+) -> int:
+    """Bytes of optimizer state that one trained tensor keeps on the card.
 
     PyTorch keeps AdamW's two moments in the dtype of the parameter. bitsandbytes keeps
     one byte for each, and one fp32 scale for 256 elements, but fp32 moments for
@@ -114,17 +114,17 @@ def optimizer_state_bytes(
     least 100,000 elements where the driver can move them to the host.
 
     >>> optimizer_state_bytes("adamw_8bit", 1_000_000, 4)
-    (2031256, 0)
+    2031256
     """
     moments = {"sgd": 0, "sgd_momentum": 1, "adamw": 2}
     if optimizer in moments:
-        return moments[optimizer] * elements * itemsize, 0
+        return moments[optimizer] * elements * itemsize
     state, scales = 8 * elements, 0
     if optimizer.endswith("8bit") and elements >= 4096 and not embedding:
         state, scales = 2 * elements, 8 * -(-elements // 256)
     if optimizer.startswith("paged") and elements >= 100_000:
-        return scales, state
-    return state + scales, 0
+        return scales
+    return state + scales
 
 
 def quantization_constants(elements: int, double_quant: bool) -> list[tuple]:
@@ -235,8 +235,8 @@ def _lora_layers(model: Any, peft: Any):
         adapter_parameters(model.config, peft)  # refused, with PEFT's own reason
 
 
-def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int]:
-    """Bytes kept from step to step, by kind, and the bytes of paged optimizer state."""
+def _static_parts(request: Request, shapes: Shapes) -> dict[str, int]:
+    """Bytes kept from step to step, by kind."""
     w = BYTES[request.dtype]
     a = w if request.method == "full" else ADAPTER_BYTES
     weights, constants = w * shapes.parameters, 0
@@ -246,20 +246,17 @@ def _static_parts(request: Request, shapes: Shapes) -> tuple[dict[str, int], int
             weights += count * ((size + 1) // 2)
             for _, length, dtype in quantization_constants(size, request.double_quant):
                 constants += count * length * BYTES.get(dtype, 1)
-    kept = paged = 0
-    for (size, is_embedding), count in shapes.trained.items():
-        on_card, movable = optimizer_state_bytes(
-            request.optimizer, size, a, embedding=is_embedding
-        )
-        kept, paged = kept + count * on_card, paged + count * movable
-    parts = {
+    optimizer = sum(
+        count * optimizer_state_bytes(request.optimizer, size, a, embedding=is_table)
+        for (size, is_table), count in shapes.trained.items()
+    )
+    return {
         "weights": weights,
         "quantization": constants,
         "adapters": 0 if request.method == "full" else a * shapes.trainable,
         "gradients": a * shapes.trainable,
-        "optimizer": kept,
+        "optimizer": optimizer,
     }
-    return parts, paged
 
 
 # --- what a step adds ------------------------------------------------------------
@@ -402,14 +399,14 @@ def _loss(request: Request, layer: _Layer) -> tuple[int, int]:
     return rows * words * c, head
 
 
-def closed_form(request: Request) -> tuple[dict, dict, str, int, int]:
+def closed_form(request: Request) -> tuple[dict, dict, str, int]:
     """Predict one training step: the fields of `MemoryEstimate` before `request`.
 
     Raises ValueError: there is no closed form.
     """
     shapes = _read_shapes(request)
-    static, paged = _static_parts(request, shapes)
+    static = _static_parts(request, shapes)
     moments = _moments(request, shapes, static["gradients"])
     moment = max(moments, key=lambda name: sum(moments[name]))
     at_peak = zip(("activations", "logits", "gradients"), moments[moment], strict=True)
-    return static | dict(at_peak), static, moment, shapes.trainable, paged
+    return static | dict(at_peak), static, moment, shapes.trainable

@@ -1,8 +1,4 @@
-"""The comparison of methods in lesson 8: its experiments, its results, your own data.
-
-`experiment` says what is trained and trains it; `results` reads what the recorded runs
-found, and makes the comparison on other data and another model.
-"""
+"""Lesson 8's comparison of methods: experiments, results, the same on your own data."""
 
 from course_utils.sweep.experiment import (
     BUDGET,

@@ -1,9 +1,6 @@
 """One training of the sweep: what it is, and how it is made.
 
-`run_experiment` trains on the path that the lessons use (`SFTTrainer` and
-`prepare_trainer`) and scores the test set. `METHODS` are the sweep's methods, `BUDGET`
-what each of them gets, `grid` the learning rates that are tried; `plan` makes
-experiments of them on other data.
+`METHODS` are the sweep's methods, `BUDGET` what each of them gets.
 """
 
 from __future__ import annotations
@@ -218,7 +215,7 @@ def best_of(losses: dict[float, float | None]) -> float:
 
 
 def run_experiment(experiment: Experiment, *, progress: bool = True) -> dict[str, Any]:
-    """Train, measure, and return a run as records hold it.
+    """Train, measure, score the test set, and return a run as records hold it.
 
     It has `label`, `settings`, `seed`, `loss` by step (nats a token), `eval_loss` as
     [step, loss] pairs, `trainable_parameters`, `metrics`, `measured` (seconds, bytes),
@@ -258,26 +255,19 @@ def make_model(experiment: Experiment) -> Any:
     Raises ValueError: the method is unknown, or there are fewer layers than it trains.
     """
     import torch
+    from peft import get_peft_config, get_peft_model, initialize_kv_prefix_from_text
 
-    method = experiment.method
-    if isinstance(method, dict):
-        return _with_adapter(experiment)
-    if method != "full" and not isinstance(method, LastLayers):
+    method, name = experiment.method, experiment.model
+    if isinstance(method, LastLayers) or method == "full":
+        model = load_model(name, dtype=torch.float32)
+        if method != "full":
+            method.freeze(model)
+        return model
+    if not isinstance(method, dict):
         raise ValueError(
             f"method {method!r}: expected 'full', LastLayers(n), or a dict with a PEFT "
             "configuration's fields"
         )
-    model = load_model(experiment.model, dtype=torch.float32)
-    if method != "full":
-        method.freeze(model)
-    return model
-
-
-def _with_adapter(experiment: Experiment) -> Any:
-    import torch
-    from peft import get_peft_config, get_peft_model, initialize_kv_prefix_from_text
-
-    method, name = experiment.method, experiment.model
     if method.get("prompt_tuning_init") == "TEXT":  # a record holds no paths
         method = {"tokenizer_name_or_path": load_tokenizer(name).name_or_path, **method}
     dtype = getattr(torch, experiment.base_dtype) if experiment.base_dtype else None

@@ -1,8 +1,4 @@
-"""What the sweep of lesson 8 found, and how a reader's own runs compare with it.
-
-`recorded_methods` reads the records, `methods_table` shows them, `agreement` says
-whether a reader's order is the recorded one, `compare_on` runs methods on other data.
-"""
+"""What the sweep of lesson 8 found, and how a reader's own runs compare with it."""
 
 from __future__ import annotations
 
@@ -106,8 +102,7 @@ def split_label(run: Mapping) -> tuple[str, float | None]:
     return (name, float(rate)) if separator else (rate, None)
 
 
-def _means(dicts: Iterable[dict[str, float]]) -> dict[str, float]:
-    dicts = list(dicts)
+def _means(dicts: Sequence[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for shares in dicts for name in shares)
     return {name: _mean(shares.get(name) for shares in dicts) for name in names}
 
@@ -125,7 +120,12 @@ def _final(run: dict) -> float | None:
 def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
     """Read one method's result from its runs, at one rate or several."""
     runs = sorted(runs, key=lambda run: run["seed"])
-    rates, best, chosen, inside = _rates(runs), None, runs, True
+    best, chosen, inside = None, runs, True
+    first = {r["settings"]["learning_rate"]: r for r in reversed(runs) if r["loss"]}
+    rates = {
+        rate: (_final(run), _exact(run), run["metrics"].get("field_f1"))
+        for rate, run in sorted(first.items())
+    }
     if rates:
         best = best_of({rate: values[0] for rate, values in rates.items()})
         chosen = [r for r in runs if r["settings"]["learning_rate"] == best]
@@ -145,8 +145,8 @@ def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
         exact_match=_known(map(_exact, chosen)),
         field_f1=_known(m.get("field_f1") for m in metrics),
         eval_loss=_known(losses),
-        by_slice=_means(m.get("by_slice") or {} for m in metrics),
-        by_field=_means(m.get("by_field") or {} for m in metrics),
+        by_slice=_means([m.get("by_slice") or {} for m in metrics]),
+        by_field=_means([m.get("by_field") or {} for m in metrics]),
         trainable_parameters=chosen[0].get("trainable_parameters", 0),
         general_before=_mean(g["before"]["answer_share"] for g in general),
         general_after=_mean(g["after"]["answer_share"] for g in general),
@@ -155,18 +155,6 @@ def _result_of(name: str, runs: Sequence[dict]) -> MethodResult:
         peak_bytes=costs[0].get("peak_bytes"),  # other seeds: other batches
         seconds=_mean(c.get("train_seconds") for c in costs) if best else 0.0,
     )
-
-
-def _rates(runs: Sequence[dict]) -> Rates:
-    """`MethodResult.rates`; `runs` stand in the order of their seeds."""
-    first: dict[float, dict] = {}
-    for run in runs:
-        if run["loss"]:
-            first.setdefault(run["settings"]["learning_rate"], run)
-    return {
-        rate: (_final(run), _exact(run), run["metrics"].get("field_f1"))
-        for rate, run in sorted(first.items())
-    }
 
 
 def _runs(record: str) -> list[dict]:
@@ -246,10 +234,8 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 def _order(results: Iterable[MethodResult]) -> list[MethodResult]:
     """Best first: by exact match, then by the lower validation loss, then by name."""
 
-    def key(result: MethodResult) -> tuple[float, float, str]:
-        score, loss = result.score, result.loss
-        first = math.inf if score is None else -score
-        return first, math.inf if loss is None else loss, result.name
+    def key(r: MethodResult) -> tuple:
+        return r.score is None, -(r.score or 0), r.loss is None, r.loss or 0, r.name
 
     return sorted(results, key=key)
 

@@ -27,8 +27,7 @@ def test_trainable_parameters_are_made_float32(tmp_path):
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="lora_A.*bfloat16.*fix_trainable_dtype"):
         callbacks._check_trainable(model, fp16=True)
-    assert callbacks.fix_trainable_dtype(model) > 0
-    assert callbacks.fix_trainable_dtype(model) == 0
+    callbacks.fix_trainable_dtype(model)
     callbacks._check_trainable(model, fp16=True)
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="nothing to train"):
