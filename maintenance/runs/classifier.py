@@ -43,10 +43,6 @@ class ClassifierExperiment:
         del values["label"], values["seed"]
         return values
 
-    def seeds(self, *seeds: int) -> list[ClassifierExperiment]:
-        """The same experiment with each of these seeds."""
-        return [replace(self, seed=seed) for seed in seeds]
-
 
 def make_classifier(
     method: Any, num_labels: int, start_scale: float = 1.0
