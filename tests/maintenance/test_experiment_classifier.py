@@ -5,6 +5,7 @@ import itertools
 import datasets
 import pytest
 import torch
+from recomputing import differences
 from small_models import small_bert
 
 from course_utils import records
@@ -14,7 +15,6 @@ from maintenance.runs import classifier as runs
 from maintenance.runs import lists
 from maintenance.runs.__main__ import record_family
 from maintenance.runs.lists import CLASSIFIERS, LESSON_RUNS
-from maintenance.store import differences
 
 ROWS = [
     {"text": f"{word} {i}", "label": name, "slice": "plain" if i % 2 else "irony"}

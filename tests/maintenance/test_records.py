@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from recomputing import differences
 
 from course_utils import records
 from course_utils.data import data_hash
@@ -16,7 +17,6 @@ from course_utils.runtime import data_folder
 from maintenance import store
 from maintenance.readme import recorded
 from maintenance.store import (
-    differences,
     hardware,
     recompute,
     save_record,
