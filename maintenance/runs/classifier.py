@@ -38,7 +38,6 @@ class ClassifierExperiment:
     data: str = "reviews"
 
     def settings(self) -> dict[str, Any]:
-        """All fields but label and seed, as a record holds them."""
         values = asdict(self)
         del values["label"], values["seed"]
         return values
