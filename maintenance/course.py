@@ -57,16 +57,14 @@ def run_lesson(path: Path, out: Path) -> Outcome:
     import nbformat
 
     number = path.stem[:2]
-    if lessons.load_result(number):
-        (runtime.build_folder() / "results" / f"{number}.json").unlink()
+    (runtime.build_folder() / "results" / f"{number}.json").unlink(missing_ok=True)
     run = runner.execute(nbformat.read(path, as_version=4), path.parent)
     target = out / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(run.notebook, target)
     saved = lessons.load_result(number) or {"headline": "ran; it saved no result"}
     result = run.failure or saved["headline"]
-    ok, seconds = run.failure is None, run.seconds
-    return Outcome(path.stem, ok, seconds, result, run.peak_bytes)
+    return Outcome(path.stem, not run.failure, run.seconds, result, run.peak_bytes)
 
 
 def run_course(paths: Sequence[Path], out: Path) -> list[Outcome]:

@@ -28,6 +28,7 @@ from course_utils.sweep.results import (
     methods_table,
     recorded_methods,
 )
+from maintenance.course import find_lessons
 from maintenance.store import hardware, save_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,10 +73,9 @@ def recorded(path: str) -> Any:
 
 
 def lookup(source: str, path: str) -> Any:
-    """What a marker names, `"run"` a path of a record, `"plan"` one of `PLANS`.
+    """What a marker names: `"run"` a path of a record, `"plan"` one of `PLANS`.
 
-    Raises:
-        RecordError: there is no such record, key or plan.
+    Raises RecordError: there is no such record, key or plan.
     """
     if source == "run":
         return recorded(path)
@@ -103,9 +103,8 @@ def rewrite(
 ) -> tuple[str, list[str], list[str]]:
     """Write each marked number of a Markdown text anew; markers in code do not count.
 
-    Returns:
-        The new text, sentences about the numbers that were wrong, and sentences about
-        the markers that name nothing or have no number before them.
+    Returns the new text, sentences about the numbers that were wrong, and sentences
+    about the markers that name nothing or have no number before them.
     """
     parts, last, wrong, broken = [], 0, [], []
     masked = _CODE.sub(lambda code: " " * len(code[0]), text)
@@ -135,12 +134,6 @@ def rewrite(
     return "".join([*parts, text[last:]]), wrong, broken
 
 
-def check_text(text: str, find: Callable[[str, str], Any] = lookup) -> list[str]:
-    """A sentence for each marked number that its record does not give."""
-    _, wrong, broken = rewrite(text, find)
-    return wrong + broken
-
-
 def write_page(path: Path) -> None:
     """Write the numbers of a page (Markdown) or of a lesson (a notebook) anew."""
     text = path.read_text(encoding="utf-8")
@@ -158,12 +151,6 @@ def write_page(path: Path) -> None:
         raise ValueError("\n".join([path.name, *broken]))
     if new != text:
         path.write_text(new, encoding="utf-8")
-
-
-def path_of(result: MethodResult) -> str:
-    """Name a method's exact match at its best rate as `recorded` does."""
-    rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
-    return f"{result.record}:exact_match.{result.name}{rate}"
 
 
 def readme_section(results: Sequence[MethodResult], *, threads: int = 1) -> str:
@@ -200,11 +187,6 @@ def write_methods(readme: str) -> str:
     if not (begin and end):
         raise ValueError(f"README.md has no {first} … {last}")
     return f"{before}{first}\n{section}{last}{after}"
-
-
-def lesson_paths(root: Path = ROOT) -> list[Path]:
-    """The lessons of this checkout, in order."""
-    return sorted(root.glob("notebooks/[0-9][0-9]_*.ipynb"))
 
 
 def keep_times(path: Path, stems: Iterable[str]) -> None:
@@ -259,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     matplotlib.use("Agg")
     arguments = sys.argv[1:] if arguments is None else arguments
-    lessons = lesson_paths()
+    lessons = find_lessons()
     if "--times" in arguments:
         results = runtime.build_folder() / "results" / "course.json"
         keep_times(results, [path.stem for path in lessons])

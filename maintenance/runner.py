@@ -44,6 +44,7 @@ def execute(
     Its metadata may hold `execution.timeout`, seconds for one cell. The kernel stands
     in `folder`.
     """
+    import psutil
     from nbclient import NotebookClient
 
     execution = notebook.metadata.get("execution", {})
@@ -57,11 +58,17 @@ def execute(
     held: list[int] = []
     ended = threading.Event()
 
-    def watch(**_: Any) -> None:
-        seen = (client.km.provisioner.pid, held, ended)
-        threading.Thread(target=_watch, args=seen, daemon=True).start()
+    def watch(pid: int) -> None:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            while not held or not ended.wait(LOOK_EVERY_S):
+                held.append(process.memory_info().rss)
 
-    client.on_notebook_start = watch if os.name != "nt" else None
+    def start(**_: Any) -> None:
+        pid = [client.km.provisioner.pid]
+        threading.Thread(target=watch, args=pid, daemon=True).start()
+
+    client.on_notebook_start = start if os.name != "nt" else None
     started, failure, details = time.perf_counter(), None, ""
     try:  # a kernel that is left keeps GBs: cleanup_kc
         client.execute(env=dict(environment or kernel_environment()), cleanup_kc=True)
@@ -72,16 +79,6 @@ def execute(
         ended.set()
     seconds = time.perf_counter() - started
     return Run(notebook, seconds, failure, details, max(held, default=None))
-
-
-def _watch(pid: int, held: list[int], ended: threading.Event) -> None:
-    """Note how many bytes a process holds, again and again, until all has `ended`."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        while not held or not ended.wait(LOOK_EVERY_S):
-            held.append(process.memory_info().rss)
 
 
 def _kernel_manager() -> Any:

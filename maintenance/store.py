@@ -12,9 +12,9 @@ import json
 import math
 import os
 import platform
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from course_utils import classification, records, scoring
@@ -52,9 +52,7 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
 
     A reader sees the old file or the new one, never half of one. Each run's `metrics`,
     values or mere names, are computed again; what is not finite becomes null.
-
-    Raises:
-        RecordError: as in `validate_record` and `recompute`.
+    Raises RecordError: as in `validate_record` and `recompute`.
     """
     top = {"schema": 1, "name": name, "created": f"{datetime.date.today()}"}
     record = top | dict(record) | {"schema": 1, "name": name, "summary": {}}
@@ -69,15 +67,12 @@ def save_record(name: str, record: Mapping[str, Any]) -> Path:
     validate_record(record)
     folder = records.runs_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+    draft = folder / f".{name}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(_as_text(record))
-        os.chmod(draft, 0o644)
+        draft.write_text(_as_text(record), encoding="utf-8", newline="\n")
         replace_file(draft, folder / f"{name}.json")
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    finally:
+        draft.unlink(missing_ok=True)
     return folder / f"{name}.json"
 
 
@@ -188,20 +183,6 @@ def compute_metrics(run: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
     return {name: METRICS[name](run) for name in names}
 
 
-_summaries: dict[str, Summary] = {}
-
-
-def summary_of(name: str) -> Callable[[Summary], Summary]:
-    """Decorator: the function computes a record's summary from its runs."""
-
-    def register(function: Summary) -> Summary:
-        _summaries[name] = function
-        return function
-
-    return register
-
-
-@summary_of("07_card")
 def _card_summary(runs: list[dict]) -> dict[str, Any]:
     """How near predictions came, over all cases and by label; failures in words."""
     cases = {run["label"]: run for run in runs if run["metrics"]}
@@ -213,7 +194,7 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
         "measured": len(cases),
         "as_on_a_t4": sum(run["settings"]["way"] == "T4" for run in cases.values()),
         "within_10_percent": sum(error <= 0.1 for error in off),
-        "mean_error": _mean(off) if off else None,
+        "mean_error": fmean(off) if off else None,
         "greatest_error": max(off, default=None),
         "failed": {name: m["failed"] for name, m in every.items() if "failed" in m},
         "did_not_fit": [name for name, m in every.items() if "did_not_fit" in m],
@@ -231,7 +212,6 @@ def _card_summary(runs: list[dict]) -> dict[str, Any]:
     return summary
 
 
-@summary_of("course_cpu")
 def _course_summary(runs: list[dict]) -> dict[str, Any]:
     """By lesson, and `most_bytes`: the peak of the largest, where it is known."""
     summary: dict[str, Any] = default_summary(runs)
@@ -247,7 +227,7 @@ def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
         grouped.setdefault(run["label"], []).append(run)
     summary: dict[str, dict[str, Any]] = {}
     for label, group in grouped.items():
-        seconds = _mean([run["seconds"] for run in group])
+        seconds = fmean(run["seconds"] for run in group)
         figures: dict[str, Any] = {"seeds": len(group), "seconds": seconds}
         if "trainable_parameters" in group[0]:
             figures["trainable_parameters"] = group[0]["trainable_parameters"]
@@ -255,28 +235,29 @@ def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
             values = [run["metrics"].get(key) for run in group]
             if isinstance(first, dict):
                 figures[key] = {
-                    name: _mean([value[name] for value in values if name in value])
+                    name: fmean(value[name] for value in values if name in value)
                     for name in first
                 }
             elif all(isinstance(value, int | float) for value in values):
-                figures[key] = _mean(values)
+                figures[key] = fmean(values)
                 figures[f"{key}_min"], figures[f"{key}_max"] = min(values), max(values)
         for key, figure in figures.items():
             summary.setdefault(key, {})[label] = figure
     return summary
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+# How the summary of a record is computed, where not by `default_summary`.
+SUMMARIES: dict[str, Summary] = {
+    "07_card": _card_summary,
+    "course_cpu": _course_summary,
+}
 
 
 def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
     """Compute each run's metrics, and the record's summary, again, in a copy.
 
     The copy equals the record if nobody edited it.
-
-    Raises:
-        RecordError: a metric has no function, or lacks what it is computed from.
+    Raises RecordError: a metric has no function, or lacks what it is computed from.
     """
     record = copy.deepcopy(dict(record))
     for position, run in enumerate(record["runs"]):
@@ -290,38 +271,9 @@ def recompute(record: Mapping[str, Any]) -> dict[str, Any]:
             run["metrics"] = compute_metrics(run, run["metrics"])
         except KeyError as error:
             raise RecordError(f"{where}: a metric needs {error}") from None
-    summarise = _summaries.get(record["name"], default_summary)
+    summarise = SUMMARIES.get(record["name"], default_summary)
     record["summary"] = json.loads(json.dumps(summarise(record["runs"])))
     return record
-
-
-def differences(record: Mapping[str, Any]) -> list[str]:
-    """Say where a record differs from what its own data give; empty if nowhere."""
-    stored, computed = (dict(_values(r)) for r in (dict(record), recompute(record)))
-    said = []
-    for path in dict.fromkeys([*stored, *computed]):
-        if path not in stored:
-            said.append(f"{path}: not stored")
-        elif path not in computed:
-            said.append(f"{path}: not computed")
-        elif not _same(stored[path], computed[path]):
-            said.append(f"{path}: {stored[path]!r} stored, {computed[path]!r} computed")
-    return said
-
-
-def _values(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each number and text in it, with the keys that lead there."""
-    if not value or not isinstance(value, dict | list):
-        yield path, value
-        return
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from _values(item, f"{path}.{key}" if path else str(key))
-
-
-def _same(stored: Any, computed: Any) -> bool:
-    if isinstance(stored, float) and isinstance(computed, int | float):
-        return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-12)
-    return stored == computed
 
 
 # --- the machine -------------------------------------------------------------------

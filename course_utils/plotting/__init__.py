@@ -15,14 +15,5 @@ from course_utils.plotting.runs import (
     plot_memory,
     plot_spectrum,
 )
-from course_utils.plotting.style import (
-    METHOD_COLOURS,
-    METHOD_NAMES,
-    METHOD_STYLES,
-    display_name,
-    finish,
-    line_styles,
-    method_of,
-    new_axes,
-)
+from course_utils.plotting.style import finish, line_styles, new_axes
 from course_utils.plotting.tokens import plot_attention_mask, plot_mask

@@ -102,7 +102,7 @@ def gguf_file() -> Path:
     file = folder / f"{SMOLLM2.name}.Q8_0.gguf"
     if not file.is_file():
         draft = file.with_suffix(".draft")
-        as_q8_0(folder / SMOLLM2.package.replace("-", "_") / SMOLLM2.member, draft)
+        as_q8_0(folder / SMOLLM2.package.replace("-", "_") / SMOLLM2.weights, draft)
         draft.replace(file)
     return file
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from maintenance.store import summary_of
+from maintenance.store import SUMMARIES
 
 UNIT = "real tokens a second"
 # The first pattern that an operator's name contains decides; the order matters.
@@ -303,7 +303,6 @@ def _block(run: dict) -> dict[str, Any]:
     return {"course_against": spread(later.values()), "own_cost_s": cost}
 
 
-@summary_of("bench")
 def summarise(runs: list[dict]) -> dict[str, Any]:
     """Every figure that `make bench` prints, and that prose may quote.
 
@@ -351,6 +350,9 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
     if lessons:
         summary["lessons_s"] = sum(summary["lessons"].values())
     return summary | _neighbours(runs)
+
+
+SUMMARIES["bench"] = summarise
 
 
 def table(summary: dict[str, Any]) -> list[str]:

@@ -58,7 +58,6 @@ class CardExperiment:
     data: str = "instructions"  # where the tokens are from
 
     def settings(self) -> dict[str, Any]:
-        """All fields but label and seed, as a record holds them."""
         values = asdict(self)
         del values["label"], values["seed"]
         if self.loss == "chunked":  # the first records know of no other

@@ -38,14 +38,9 @@ class ClassifierExperiment:
     data: str = "reviews"
 
     def settings(self) -> dict[str, Any]:
-        """All fields but label and seed, as a record holds them."""
         values = asdict(self)
         del values["label"], values["seed"]
         return values
-
-    def seeds(self, *seeds: int) -> list[ClassifierExperiment]:
-        """The same experiment with each of these seeds."""
-        return [replace(self, seed=seed) for seed in seeds]
 
 
 def make_classifier(

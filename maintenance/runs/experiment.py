@@ -133,9 +133,7 @@ def _train_and_measure(
             make_recorded_rows(experiment),
             folder,
             progress=progress,
-            optimizer=_loraplus(model, experiment)
-            if experiment.loraplus_ratio
-            else None,
+            optimizer=_loraplus(model, experiment),
             callbacks=[ElapsedSeconds(before_s)],
             resume_from=checkpoint,
             before_s=before_s,
@@ -150,7 +148,8 @@ def _train_and_measure(
         size = keep_adapter(model, folder, model_name(experiment.model))
         run["measured"]["adapter_bytes"] = size
     for name, old in before.items():
-        values = singular_values(weight_of(model, name) - old)
+        change = (weight_of(model, name) - old).float().cpu()  # MPS has no SVD
+        values = [six_digits(value) for value in torch.linalg.svdvals(change)]
         run["measured"].setdefault("singular_values", {})[name] = values
     _add_tests(run, experiment, model)
     del model
@@ -250,13 +249,9 @@ def weight_of(model: Any, name: str) -> Any:
     return base.get_parameter(name).detach()
 
 
-def singular_values(matrix: Any) -> list[float]:
-    """Of a (rows, columns) matrix, from the greatest down, to six digits."""
-    values = torch.linalg.svdvals(matrix.float().cpu())  # MPS has none
-    return [six_digits(value) for value in values]
-
-
 def _loraplus(model: Any, experiment: RecordedExperiment) -> Any:
+    if not experiment.loraplus_ratio:
+        return None
     from peft.optimizers import create_loraplus_optimizer
 
     rates = {"lr": experiment.learning_rate}

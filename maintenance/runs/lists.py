@@ -173,9 +173,9 @@ LESSON_RUNS["03"] = {
     "03_lora": [Run("LoRA", LORA, 3e-3, validation_answers=150, **MAIN, **SCORED)],
     "03_grid": [
         _lora("r = 1", r=1, lora_alpha=2),
-        *_lora("r = 8").seeds(0, 1, 2),
-        *_lora("r = 64", r=64, lora_alpha=128).seeds(0, 1, 2),
-        *_lora("q and v", target_modules=["q_proj", "v_proj"]).seeds(0, 1, 2),
+        *_lora("r = 8").seeds(*SEEDS),
+        *_lora("r = 64", r=64, lora_alpha=128).seeds(*SEEDS),
+        *_lora("q and v", target_modules=["q_proj", "v_proj"]).seeds(*SEEDS),
         _lora("rsLoRA, r = 64", r=64, lora_alpha=16, use_rslora=True),
         _lora("LoRA, r = 64, alpha = 16", r=64, lora_alpha=16),
         _lora("DoRA", use_dora=True),
@@ -193,7 +193,7 @@ LESSON_RUNS["04"] = {
     "04_pissa": lambda: [
         Run(label, method, best_rate("04_learning_rates", label), seed=seed, **LONGER)
         for label, method in (("LoRA", LORA), ("PiSSA", PISSA))
-        for seed in (0, 1, 2)
+        for seed in SEEDS
     ],
 }
 
@@ -265,10 +265,6 @@ def _classifier(name: str, rate: float, label: str) -> ClassifierExperiment:
     return ClassifierExperiment(label, method, rate, **starts)
 
 
-def _best_classifier(name: str) -> ClassifierExperiment:
-    return _classifier(name, best_rate("06_method_rates", name), name)
-
-
 LESSON_RUNS["06"] = {
     "06_prefix": [
         Run("prefix", PREFIX, 3e-2, **LONG_PREFIX),
@@ -283,9 +279,9 @@ LESSON_RUNS["06"] = {
         for rate in rates
     ],
     "06_methods": lambda: [
-        replace(run, seed=seed)
-        for run in [_best_classifier(name) for name in CLASSIFIERS]
-        for seed in (0, 1, 2)
+        replace(_classifier(name, best_rate("06_method_rates", name), name), seed=seed)
+        for name in CLASSIFIERS
+        for seed in SEEDS
     ],
 }
 
@@ -357,44 +353,30 @@ def card_cases() -> list[CardExperiment]:
     ]
 
 
-def _qlora(label: str, base: str | None) -> Run:
-    settings = {"steps": 24, "eval_every": 12, "eval_examples": 48, "test_examples": 60}
-    return Run(label, LORA, 3e-3, quantization=base, **settings)
-
-
-def _int8(label: str, int8: bool | None) -> list[Run]:
-    settings = NO_TEST | {"steps": 24, "eval_every": 12, "base_dtype": "float32"}
-    return Run(label, LORA, 3e-3, int8=int8, **settings).seeds(0, 1, 2)
-
-
-def _nf4_start(label: str, start: LoftQ | QPiSSA | None) -> list[Run]:
-    settings = NO_TEST | {"quantization": "nf4", "start": start}
-    return Run(label, LORA, 1e-3, **settings).seeds(0, 1, 2)
-
-
-def _rounded(label: str, rounding: Rounding, start: Any = None) -> Run:
-    return Run(label, rounding, steps=0, test_examples=0, start=start)
-
-
+LONGER_LORA = {"method": LORA, "learning_rate": 3e-3, "steps": 24, "eval_every": 12}
+QLORA = LONGER_LORA | {"eval_examples": 48, "test_examples": 60}
+INT8 = NO_TEST | LONGER_LORA | {"base_dtype": "float32"}
+NF4 = NO_TEST | {"method": LORA, "learning_rate": 1e-3, "quantization": "nf4"}
+ROUNDED = {"steps": 0, "test_examples": 0}
 LESSON_RUNS["07"] = {
     "07_qlora": [
-        *_qlora("LoRA", None).seeds(0, 1, 2),
-        *_qlora("QLoRA, NF4", "nf4").seeds(0, 1, 2),
-        _qlora("QLoRA, FP4", "fp4"),
+        *Run("LoRA", **QLORA).seeds(*SEEDS),
+        *Run("QLoRA, NF4", quantization="nf4", **QLORA).seeds(*SEEDS),
+        Run("QLoRA, FP4", quantization="fp4", **QLORA),
     ],
     "07_starts": [
-        *_nf4_start("NF4", None),
-        *_nf4_start("NF4, LoftQ", LoftQ(1)),
-        *_nf4_start("NF4, QPiSSA", QPiSSA()),
+        *Run("NF4", **NF4).seeds(*SEEDS),
+        *Run("NF4, LoftQ", start=LoftQ(1), **NF4).seeds(*SEEDS),
+        *Run("NF4, QPiSSA", start=QPiSSA(), **NF4).seeds(*SEEDS),
     ],
     "07_rounding": [
-        _rounded("int8, by rows", Rounding("int8")),
-        _rounded("int4", Rounding("int4")),
-        _rounded("FP4", Rounding("fp4")),
-        _rounded("NF4", Rounding("nf4")),
-        _rounded("NF4, double", Rounding("nf4", double_quant=True)),
+        Run("int8, by rows", Rounding("int8"), **ROUNDED),
+        Run("int4", Rounding("int4"), **ROUNDED),
+        Run("FP4", Rounding("fp4"), **ROUNDED),
+        Run("NF4", Rounding("nf4"), **ROUNDED),
+        Run("NF4, double", Rounding("nf4", double_quant=True), **ROUNDED),
         *(
-            _rounded(f"{name}, r = {r}", Rounding("nf4", rank=r), start)
+            Run(f"{name}, r = {r}", Rounding("nf4", rank=r), start=start, **ROUNDED)
             for r in (8, 32)
             for name, start in (
                 ("LoftQ, 1 round", LoftQ(1)),
@@ -403,7 +385,10 @@ LESSON_RUNS["07"] = {
             )
         ),
     ],
-    "07_int8": [*_int8("exact", None), *_int8("int8", True)],
+    "07_int8": [
+        *Run("exact", **INT8).seeds(*SEEDS),
+        *Run("int8", int8=True, **INT8).seeds(*SEEDS),
+    ],
     "07_card": card_cases(),  # last: it needs a card
 }
 

@@ -145,7 +145,6 @@ class LoftQ:
     rounds: int = 1
 
     def stored(self) -> str:
-        """As a record names it."""
         return f"loftq:{self.rounds}"
 
     def __call__(
@@ -165,13 +164,11 @@ class QPiSSA:
     """QPiSSA: the principal part is the adapter, what is left is rounded."""
 
     def stored(self) -> str:
-        """As a record names it."""
         return "qpissa"
 
     def __call__(
         self, weight: torch.Tensor, r: int, alpha: float, rounding: Arithmetic
     ) -> Start:
-        """As `LoftQ`'s."""
         A, B = low_rank(weight, r, alpha)
         return A, B, rounding(weight - alpha / r * B @ A)
 
@@ -185,7 +182,6 @@ class Rounding:
     rank: int | None = None  # of the adapter, where an experiment has a start
 
     def stored(self, model: str | None) -> str:
-        """As a record names it."""
         rank = "" if self.rank is None else f":{self.rank}"
         return f"round:{self.levels}{'+dq' * self.double_quant}{rank}"
 

@@ -436,12 +436,18 @@ def forbidden_text(text: str) -> list[str]:
     ]
 
 
+def check_numbers(text: str, *find) -> list[str]:
+    """Return a sentence for each marked number that its record does not give."""
+    _, wrong, broken = readme.rewrite(text, *find)
+    return wrong + broken
+
+
 @rule
 def numbers_have_sources(lesson: Lesson) -> list[str]:
     """A number with a `run:` marker is the number of that record."""
     bad = []
     for name, text in lesson.of_kind("markdown"):
-        bad += [f"{name}: {complaint}" for complaint in readme.check_text(text)]
+        bad += [f"{name}: {complaint}" for complaint in check_numbers(text)]
     return bad
 
 

@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from course_utils import lessons as exercises
-from maintenance import readme
 
 # The exact lessons of this stage: a folder with fewer or other ones fails.
 LESSONS = (
@@ -374,7 +373,7 @@ def test_pages_keep_to_plain_words_and_sourced_numbers():
             allowed_quotes = rules.prose(text).count("“simply”")
             words = rules.RULES["plain_words"](lesson)
             assert len(words) <= allowed_quotes, words
-            assert not readme.check_text(text)
+            assert not rules.check_numbers(text)
 
 
 def test_pytest_runs_doctests_and_leaves_slow_tests_out():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from recomputing import differences
 from small_models import byte_tokenizer, random_llama
 
 from course_utils import records
@@ -29,7 +30,7 @@ from maintenance.benchmarks.summary import (
     summarise,
     table,
 )
-from maintenance.store import differences, save_record
+from maintenance.store import save_record
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recomputing import differences
 
 from course_utils import memory, records
 from course_utils.memory import measure_memory, model_config
@@ -20,7 +21,6 @@ from maintenance.runs.card import (
 from maintenance.runs.lists import CARD_LORA as ALL
 from maintenance.runs.lists import CARD_PREFIX as PREFIX
 from maintenance.runs.lists import LESSON_RUNS, card_cases
-from maintenance.store import differences
 
 SMALL = {
     "hidden_size": 64,

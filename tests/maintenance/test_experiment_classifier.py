@@ -5,6 +5,7 @@ import itertools
 import datasets
 import pytest
 import torch
+from recomputing import differences
 from small_models import small_bert
 
 from course_utils import records
@@ -14,7 +15,6 @@ from maintenance.runs import classifier as runs
 from maintenance.runs import lists
 from maintenance.runs.__main__ import record_family
 from maintenance.runs.lists import CLASSIFIERS, LESSON_RUNS
-from maintenance.store import differences
 
 ROWS = [
     {"text": f"{word} {i}", "label": name, "slice": "plain" if i % 2 else "irony"}
@@ -111,7 +111,8 @@ def test_virtual_tokens_may_start_smaller(small):
 
 def test_a_recorded_run_recomputes_its_scores(small):
     options = {"steps": 2, "batch_size": 4, "eval_every": 2}
-    family = runs.ClassifierExperiment("head", "head", **options).seeds(0, 1)
+    make = runs.ClassifierExperiment
+    family = [make("head", "head", seed=seed, **options) for seed in (0, 1)]
     record_family("06_try", family, command="make runs", say=lambda line: None)
     record = records.load_record("06_try")
     assert differences(record) == []

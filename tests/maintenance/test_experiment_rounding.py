@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from recomputing import differences
 from small_models import byte_tokenizer, random_llama
 
 from course_utils import records
@@ -11,7 +12,6 @@ from maintenance.runs import rounding as rounding_runs
 from maintenance.runs.__main__ import make_run, record_family
 from maintenance.runs.experiment import LoftQ, QPiSSA, RecordedExperiment
 from maintenance.runs.rounding import Rounding, rounded_weight
-from maintenance.store import differences
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from recomputing import differences
 from small_models import byte_tokenizer, random_llama
 
 from course_utils import records
@@ -24,7 +25,6 @@ from maintenance.runs.experiment import (
 )
 from maintenance.runs.lists import LESSON_RUNS, best_rate, sweep_family
 from maintenance.runs.rounding import Rounding
-from maintenance.store import differences
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
 

@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 
 import nbformat
 import pytest
+from notebook_rules import check_numbers
 
 from course_utils import records
-from course_utils.plotting import METHOD_COLOURS, METHOD_NAMES
+from course_utils.plotting.style import METHOD_COLOURS, METHOD_NAMES
 from course_utils.records import RecordError
 from course_utils.sweep.experiment import BUDGET
 from course_utils.sweep.results import (
@@ -24,7 +25,7 @@ from maintenance import readme
 README = (readme.ROOT / "README.md").read_text(encoding="utf-8")
 PICTURES = readme.ROOT / "data" / "pictures"
 SVG = "{http://www.w3.org/2000/svg}"
-STEMS = [path.stem for path in readme.lesson_paths()]
+STEMS = [path.stem for path in readme.find_lessons()]
 AWAITED = {"12_many_tasks"}  # not in the recorded run of all lessons yet
 
 
@@ -91,7 +92,7 @@ def test_numbers_are_found_where_prose_puts_them():
 )
 def test_a_planted_wrong_number_is_named_and_written_anew(old, new):
     planted = RIGHT.replace(old, new)
-    (complaint,) = readme.check_text(planted, find)
+    (complaint,) = check_numbers(planted, find)
     assert complaint.startswith(f"{new}: run:a:") and complaint.endswith(f"is {old}")
     assert readme.rewrite(planted, find)[0] == RIGHT
 
@@ -113,7 +114,7 @@ def test_a_marker_that_cannot_be_read_is_named_and_the_text_left(text, complaint
     new, wrong, broken = readme.rewrite(text, find)
     assert new == text and wrong == []
     assert len(broken) == 1 and complaint in broken[0]
-    assert readme.check_text(text, find) == broken
+    assert check_numbers(text, find) == broken
 
 
 def test_markers_that_are_only_shown_do_not_count():
@@ -122,8 +123,8 @@ def test_markers_that_are_only_shown_do_not_count():
 
 
 def test_an_unknown_record_and_an_unknown_plan_are_named():
-    assert "99_none" in readme.check_text("9 %<!-- run:99_none:x as .0% -->")[0]
-    (complaint,) = readme.check_text("9 GiB<!-- plan:lore as .1f GiB -->")
+    assert "99_none" in check_numbers("9 %<!-- run:99_none:x as .0% -->")[0]
+    (complaint,) = check_numbers("9 GiB<!-- plan:lore as .1f GiB -->")
     assert "no plan 'lore'" in complaint and "lora" in complaint
 
 
@@ -174,7 +175,7 @@ def lesson_rows():
 
 
 def test_every_number_of_the_readme_is_right():
-    assert readme.check_text(README) == []
+    assert check_numbers(README) == []
 
 
 def test_the_table_of_methods_is_made_from_the_records():
@@ -191,17 +192,23 @@ def test_every_lesson_has_its_row_with_its_seconds_and_its_predicted_memory():
         assert ("<!-- plan:" in row) == trains and row.endswith("| – |") != trains
 
 
+def path_of(result):
+    """Name a method's exact match at its best rate as `recorded` does."""
+    rate = "" if result.learning_rate is None else f" lr {result.learning_rate:g}"
+    return f"{result.record}:exact_match.{result.name}{rate}"
+
+
 def test_the_row_of_lesson_8_names_the_best_of_the_sweep():
     complete = [r for r in recorded_methods() if r.learning_rate and r.complete]
     best = _order(complete)[0]
-    assert f"<!-- run:{readme.path_of(best)} as .0% -->" in lesson_rows()[STEMS[8]]
+    assert f"<!-- run:{path_of(best)} as .0% -->" in lesson_rows()[STEMS[8]]
 
 
 def test_each_method_has_a_path_to_its_score():
     results = recorded_methods()
     assert {bool(result.learning_rate) for result in results} == {True, False}
     for result in results:
-        score = readme.recorded(readme.path_of(result))
+        score = readme.recorded(path_of(result))
         assert score == pytest.approx(result.score), result.name
 
 
@@ -217,7 +224,7 @@ def test_the_readme_gets_a_section_only_when_all_is_complete():
     assert section.startswith("## Methods compared\n") and section.endswith("\n")
     assert methods_table([LORA, FULL, PROMPTED])._repr_markdown_() in section
     assert f"{BUDGET['steps']} steps of {BUDGET['batch_size']}" in section
-    assert readme.check_text(section) == []
+    assert check_numbers(section) == []
     assert "on one processor thread;" in section
     on_two = readme.readme_section([LORA, FULL], threads=2)
     assert "on 2 processor threads;" in on_two

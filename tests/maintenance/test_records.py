@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from recomputing import differences
 
 from course_utils import records
 from course_utils.data import data_hash
@@ -16,11 +17,9 @@ from course_utils.runtime import data_folder
 from maintenance import store
 from maintenance.readme import recorded
 from maintenance.store import (
-    differences,
     hardware,
     recompute,
     save_record,
-    summary_of,
     validate_record,
 )
 
@@ -129,13 +128,12 @@ def test_a_figure_that_is_dropped_or_added_is_found(folder):
 
 def test_a_record_may_have_a_summary_and_metrics_of_its_own(folder, monkeypatch):
     steps = {"steps": lambda run: len(run["loss"])}
-    monkeypatch.setattr(store, "_summaries", {})
     monkeypatch.setattr(store, "METRICS", store.METRICS | steps)
 
-    @summary_of("02_rates")
     def summary(runs):
         return {"best": max(runs, key=lambda r: r["metrics"]["steps"])["label"], 1: 2}
 
+    monkeypatch.setattr(store, "SUMMARIES", {"02_rates": summary})
     runs = [
         run("short", metrics=["steps"]),
         run("long", loss=[3, 2, 1], metrics=["steps"]),

@@ -424,7 +424,6 @@ def bundle(tmp_path, monkeypatch):
         name="small",
         package="small-model-package",
         version="1.0",
-        member="weights.gguf",
         weights="weights.gguf",
         sha256=DIGEST,
         convert=convert,
@@ -439,7 +438,7 @@ from course_utils import models
 {inspect.getsource(convert)}
 weights = "weights.gguf"
 bundle = models.Bundle(
-    "small", "small-model-package", "1.0", weights, weights, "{DIGEST}", convert, "", ""
+    "small", "small-model-package", "1.0", weights, "{DIGEST}", convert, "", ""
 )
 print(models.prepare(bundle, say=lambda line: None))
 """

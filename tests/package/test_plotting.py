@@ -20,7 +20,14 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 
 from course_utils import plotting
-from course_utils.plotting import METHOD_COLOURS, METHOD_STYLES, line_styles
+from course_utils.plotting import line_styles
+from course_utils.plotting.style import (
+    METHOD_COLOURS,
+    METHOD_NAMES,
+    METHOD_STYLES,
+    display_name,
+    method_of,
+)
 from course_utils.plotting.tokens import LEARNED, PROMPT, _token_text, _visible
 
 METHODS = list(METHOD_COLOURS)[:10]
@@ -142,9 +149,7 @@ def test_each_figure_draws_in_given_axes(name):
 def test_the_labels_of_a_scatter_do_not_overlap():
     points = {m: (100 + i, 0.9 + 0.004 * (i % 3)) for i, m in enumerate(METHODS)}
     ax = plotting.plot_scatter(points, xlabel="seconds")
-    assert {text.get_text() for text in ax.texts} == {
-        plotting.METHOD_NAMES[m] for m in METHODS
-    }
+    assert {text.get_text() for text in ax.texts} == {METHOD_NAMES[m] for m in METHODS}
     assert not overlapping(ax.texts)
 
 
@@ -339,7 +344,7 @@ def test_an_attention_mask_must_be_square():
 
 
 def test_each_method_has_a_look_of_its_own():
-    assert METHOD_COLOURS.keys() == METHOD_STYLES.keys() == plotting.METHOD_NAMES.keys()
+    assert METHOD_COLOURS.keys() == METHOD_STYLES.keys() == METHOD_NAMES.keys()
     wanted = "baseline full lora pissa dora prompt p_tuning prefix qlora frozen"
     assert set(wanted.split()) <= METHOD_COLOURS.keys()
     for column in ("linestyle", "marker"):
@@ -380,7 +385,7 @@ def test_a_method_keeps_its_colour_under_every_name():
     assert styles["P-tuning"]["color"] == METHOD_COLOURS["p_tuning"]
     methods = {METHOD_COLOURS[m] for m in ("lora", "p_tuning")}
     assert styles["run 1"]["color"] not in methods
-    assert plotting.method_of("loran") is None
+    assert method_of("loran") is None
     for method in METHOD_COLOURS:  # each of many runs of one method looks another way
         runs = line_styles([f"{method} {i}" for i in range(6)]).values()
         for part in ("linestyle", "marker"):
@@ -401,7 +406,7 @@ def test_importing_needs_neither_matplotlib_nor_a_display():
 
 
 def test_rslora_is_not_called_lora():
-    names = [plotting.display_name(key) for key in ("lora", "rslora")]
+    names = [display_name(key) for key in ("lora", "rslora")]
     assert names == ["LoRA", "rsLoRA"]
 
 
