@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, takewhile
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -149,41 +150,33 @@ def compare_generations(
         references: the right answers, for a last column.
         options: of ``generate``.
     """
-    answers = {}
-    for name, texts in models.items():
+    columns = [("prompt", prompts), *models.items()]
+    if references is not None:
+        columns.append(("right answer", references))
+    for i, (name, texts) in enumerate(columns):
         if not isinstance(texts, list | tuple):
             texts = generate(texts, tokenizer, prompts, **options)
         if len(texts) != len(prompts):
             raise ValueError(f"{name}: {len(texts)} answers to {len(prompts)} prompts")
-        answers[name] = tuple(texts)
-    if references is not None and len(references) != len(prompts):
-        raise ValueError(f"{len(references)} references for {len(prompts)} prompts")
-    return Comparison(tuple(prompts), answers, tuple(references or ()))
+        columns[i] = name, tuple(texts)
+    return Comparison(tuple(columns))
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Answers of several models to the same prompts; a notebook shows it as a table."""
 
-    prompts: tuple[str, ...]
-    answers: dict[str, tuple[str, ...]]  # by the model's name
-    references: tuple[str, ...] = ()
-
-    def _columns(self) -> list[tuple[str, tuple[str, ...]]]:
-        # Pairs, since a model may be called "prompt".
-        right = [("right answer", self.references)] if self.references else []
-        return [("prompt", self.prompts), *self.answers.items(), *right]
+    columns: tuple[tuple[str, tuple[str, ...]], ...]  # pairs of a name and its texts
 
     def __str__(self) -> str:
-        columns = self._columns()
-        width = max(len(name) for name, _ in columns)
+        width = max(len(name) for name, _ in self.columns)
         indent = "\n" + " " * (width + 2)
-        columns = [[f"{n:<{width}}  {t}" for t in texts] for n, texts in columns]
+        columns = [[f"{n:<{width}}  {t}" for t in texts] for n, texts in self.columns]
         columns = [[t.replace("\n", indent).rstrip() for t in c] for c in columns]
         return "\n\n".join(map("\n".join, zip(*columns, strict=True)))
 
     def _repr_markdown_(self) -> str:
-        names, texts = zip(*self._columns(), strict=True)
+        names, texts = zip(*self.columns, strict=True)
         rows = [map(_cell, row) for row in zip(*texts, strict=True)]
         head, *body = ["| " + " | ".join(row) + " |" for row in (names, *rows)]
         return "\n".join([head, "|" + "---|" * len(names), *body])
@@ -297,7 +290,8 @@ def _left_batch(
     network, cache = read_virtual_tokens(model)
     device = base_model(model).get_input_embeddings().weight.device
     virtual = cache.get_seq_length()
-    shared = min(_common_prefix(rows), share_at_most) if len(rows) > 1 else 0
+    shared = min(len(commonprefix(rows)), min(map(len, rows)) - 1, share_at_most)
+    shared = shared if len(rows) > 1 else 0
     if shared:
         network(
             input_ids=torch.tensor([list(rows[0][:shared])], device=device),
@@ -366,13 +360,6 @@ def _pad_left(rows: Rows, device: Any, pad: int = 0) -> tuple[Any, Any]:
     ids = [[pad] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _common_prefix(rows: Rows) -> int:
-    """How many tokens all rows begin with, the last one of each left out."""
-    limit = min(map(len, rows)) - 1
-    low, high = min(rows), max(rows)  # the two that differ earliest
-    return next((n for n in range(limit) if low[n] != high[n]), limit)
 
 
 def last_logits(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ def prepare_trainer(
     trainer.add_callback(callbacks.PlainProgress(every))
     trainer.add_callback(callbacks.CheckBeforeTraining())
     trainer.add_callback(callbacks.MarkCheckpoints())
-    training_speed.use_seeded_batches(trainer)
+    _use_seeded_batches(trainer)
     if trainer.args.device.type == "cpu":
         runtime.keep_freed_memory()
         trainer.add_callback(callbacks.BoundedMemory())
@@ -140,6 +140,60 @@ def prepare_trainer(
             training_speed.use_completion_loss(trainer)
             trainer.add_callback(callbacks.QuickAttention())
     _wrap_train_and_evaluate(trainer, int8)
+
+
+class SeededBatches:
+    """A sampler: shuffled, and if `together` > 1 similar lengths side by side.
+
+    Sorting saves padding, but where length tells something about the answer, each batch
+    holds one sort of answer only, and the model learns less well. The order depends on
+    seed and epoch alone, so a resumed run sees the batches it would have seen.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, *, together: int = 1
+    ) -> None:
+        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
+        self.together = together  # as many batches are sorted by length as one
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed + 1000 * self.epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        chunk = self.together * self.batch_size
+        batches = []
+        for start in range(0, len(order), chunk):
+            part = sorted(order[start : start + chunk], key=lambda i: -self.lengths[i])
+            starts = range(0, len(part), self.batch_size)
+            batches += [part[i : i + self.batch_size] for i in starts]
+        last = batches.pop() if len(batches[-1]) < self.batch_size else []
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        yield from (i for place in shuffled for i in batches[place])
+        yield from last
+
+
+def _use_seeded_batches(trainer: Any) -> None:
+    """Give a built trainer `SeededBatches`, if it has a data set to take lengths of."""
+    # As transformers, sort 50 batches together; leave any other order alone.
+    data, args = trainer.train_dataset, trainer.args
+    together = {"random": 1, "group_by_length": 50}.get(args.train_sampling_strategy)
+    columns = getattr(data, "column_names", None) or ()
+    if together is None or "input_ids" not in columns:
+        return
+    lengths = [len(ids) for ids in data["input_ids"]]
+    size = args.train_batch_size * args.gradient_accumulation_steps
+    seed = args.seed if args.data_seed is None else args.data_seed
+    trainer._get_train_sampler = lambda *_: SeededBatches(
+        lengths, size, seed, together=together
+    )
 
 
 def _wrap_train_and_evaluate(trainer: Any, int8: bool) -> None:
@@ -173,8 +227,7 @@ def _wrap_train_and_evaluate(trainer: Any, int8: bool) -> None:
                 if plan.static > room and not own_optimizer:
                     raise OutOfMemory(f"not enough memory for this run. {advice()}")
                 print(f"Memory may run out. {advice()}")
-            model = trainer.model
-            with _advised(advice), training_speed.int8_where_faster(model, int8):
+            with _advised(advice), training_speed.int8_where_faster(trainer, int8):
                 return library_train(resume_from_checkpoint, **options)
         finally:
             training_speed.set_attention(trainer.model, attention)

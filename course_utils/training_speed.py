@@ -9,10 +9,11 @@ a LoRA layer's input to float32 that autocast would undo.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from functools import cache
 from itertools import takewhile
+from os.path import commonprefix
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -305,51 +306,12 @@ def shared_beginning(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
     """
     if len(examples) < 2:
         return 0
-    columns = zip(*(row["input_ids"] for row in examples), strict=False)
-    same = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+    same = len(commonprefix([row["input_ids"] for row in examples]))
     unlearned = (
         sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
         for row in examples
     )
     return max(min(same, min(unlearned) - 1), 0)
-
-
-class SeededBatches:
-    """A sampler: shuffled, and if `together` > 1 similar lengths side by side.
-
-    Sorting saves padding, but where length tells something about the answer, each batch
-    holds one sort of answer only, and the model learns less well. The order depends on
-    seed and epoch alone, so a resumed run sees the batches it would have seen.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, *, together: int = 1
-    ) -> None:
-        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
-        self.together = together  # as many batches are sorted by length as one
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        import torch
-
-        generator = torch.Generator().manual_seed(self.seed + 1000 * self.epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        chunk = self.together * self.batch_size
-        batches = []
-        for start in range(0, len(order), chunk):
-            part = sorted(order[start : start + chunk], key=lambda i: -self.lengths[i])
-            starts = range(0, len(part), self.batch_size)
-            batches += [part[i : i + self.batch_size] for i in starts]
-        last = batches.pop() if len(batches[-1]) < self.batch_size else []
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        yield from (i for place in shuffled for i in batches[place])
-        yield from last
 
 
 def cast_lora_inputs(model: Any, on: bool) -> None:
@@ -420,25 +382,6 @@ def _has_own_loss(trainer: Any) -> bool:
     )
 
 
-def use_seeded_batches(trainer: Any) -> None:
-    """Give a built trainer `SeededBatches`, if it has a data set to take lengths of.
-
-    `train_sampling_strategy="group_by_length"` sorts 50 batches together, as
-    transformers does; any order but `"random"` and that one is left alone.
-    """
-    data, args = trainer.train_dataset, trainer.args
-    together = {"random": 1, "group_by_length": 50}.get(args.train_sampling_strategy)
-    columns = getattr(data, "column_names", None) or ()
-    if together is None or "input_ids" not in columns:
-        return
-    lengths = [len(ids) for ids in data["input_ids"]]
-    size = args.train_batch_size * args.gradient_accumulation_steps
-    seed = args.seed if args.data_seed is None else args.data_seed
-    trainer._get_train_sampler = lambda *_: SeededBatches(
-        lengths, size, seed, together=together
-    )
-
-
 def set_attention(model: Any, name: str | None) -> None:
     """Switch to `"eager"` (plain products) or `"sdpa"` (fused), where one is named."""
     base = base_model(model)
@@ -458,7 +401,7 @@ class _Int8Weight:
         self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
 
     def times(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ (M, o), in float32, of what `rounded` makes of x (M, i)."""
+        """x Wᵀ (M, o), in float32, of what `_rounded` makes of x (M, i)."""
         import torch
 
         product = torch.ops.onednn.qlinear_pointwise(
@@ -468,7 +411,7 @@ class _Int8Weight:
         return product.mul_(scale)
 
 
-def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A tensor (..., i) as bytes (M, i), and a scale for each row (M, 1) in float32.
 
     x is (bytes - 128) · scale, within half a scale: 1/254 of the row's greatest number.
@@ -496,7 +439,7 @@ def int8_levels() -> int:
 
 
 @contextmanager
-def int8_products(model: Any, levels: int | None = None) -> Iterator[list[Any]]:
+def int8_products(model: Any) -> Iterator[list[Any]]:
     """While inside, a model in training multiplies by its frozen matrices in int8.
 
     That is x Wᵀ forward and g W backward, for each frozen `Linear` on a CPU, one in 4
@@ -505,13 +448,10 @@ def int8_products(model: Any, levels: int | None = None) -> Iterator[list[Any]]:
     and attention stay as they are; in evaluation mode everything does. After SwitchBack
     (Wortsman and others, 2023, arXiv 2304.13013).
 
-    Args:
-        levels: the greatest int8 weight; None asks `int8_levels`.
-
     Yields the layers. Raises ValueError if there is none.
     """
     layers = _frozen_linear(model)
-    levels, shared = levels or int8_levels(), {}
+    levels, shared = int8_levels(), {}
     for layer in layers:
         layer.forward = _int8_forward(layer, levels, shared)
     try:
@@ -527,12 +467,9 @@ def _frozen_linear(model: Any) -> list[Any]:
 
     head = getattr(base_model(model), "get_output_embeddings", lambda: None)()
     linear = [m for m in model.modules() if isinstance(m, Linear) and m is not head]
-    layers = [
-        layer
-        for layer in linear
-        if not layer.weight.requires_grad and layer.weight.device.type == "cpu"
-        if min(layer.in_features, layer.out_features) >= INT8_AT_LEAST
-    ]
+    linear = [m for m in linear if min(m.in_features, m.out_features) >= INT8_AT_LEAST]
+    weights = [(layer, layer.weight) for layer in linear]
+    layers = [m for m, w in weights if not w.requires_grad and w.device.type == "cpu"]
     if not layers:
         raise ValueError(
             f"{type(base_model(model)).__name__} has no frozen Linear layer on the CPU "
@@ -545,10 +482,10 @@ def _int8_forward(layer: Any, levels: int, shared: dict[str, Any]) -> Any:
     """A layer's forward, in int8 while it trains; q, k and v round their x once."""
     import torch
 
-    exact = layer.forward
-    with torch.no_grad():  # what the layer does to the identity: Wᵀ, 4-bit ones too
-        probe = torch.eye(layer.in_features)
-        weight = exact(probe) - exact(torch.zeros_like(probe[:1]))
+    exact, half = layer.forward, layer.weight.dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        one = torch.eye(layer.in_features)  # what it does to that: Wᵀ, 4-bit ones too
+        weight = (exact(one) - exact(torch.zeros_like(one[:1]))).float()
     forth, back = _Int8Weight(weight.t(), levels), _Int8Weight(weight, levels)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -556,7 +493,7 @@ def _int8_forward(layer: Any, levels: int, shared: dict[str, Any]) -> Any:
             return exact(x)
         last = shared.get("of")
         if last is None or last() is not x or shared["version"] != x._version:
-            shared.update(of=ref(x), version=x._version, rounded=rounded(x))
+            shared.update(of=ref(x), version=x._version, rounded=_rounded(x))
         y = _int8_function().apply(x, *shared["rounded"], forth, back)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
@@ -580,46 +517,41 @@ def _int8_function() -> Any:
         @staticmethod
         def backward(ctx, gradient):
             shape, dtype = ctx.like
-            to_x = ctx.back.times(*rounded(gradient)).to(dtype)
+            to_x = ctx.back.times(*_rounded(gradient)).to(dtype)
             return to_x.view(shape), None, None, None, None
 
     return Int8Product
 
 
-def int8_gain(model: Any, tokens: int = 512, pairs: int = 5) -> float:
+def int8_gain(model: Any, *, bf16: bool = False, tokens: int = 512) -> float:
     """How many times as fast the largest frozen matrix is in int8, both ways, here.
 
-    The median of `pairs` taken in turn, rounding included, under the caller's autocast.
+    The median of five pairs in turn, rounding included; `bf16` under autocast.
     """
     import torch
 
     layer = max(_frozen_linear(model), key=lambda m: m.in_features * m.out_features)
-    layer, x = copy(layer).train(), torch.randn(tokens, layer.in_features)
-    x.requires_grad_()
+    layer = copy(layer).train()
+    bf16 = bf16 or layer.weight.dtype == torch.bfloat16
+    x = torch.randn(tokens, layer.in_features, requires_grad=True)
     int8 = _int8_forward(layer, int8_levels(), {})
 
     def seconds(forward: Any) -> float:
         start = perf_counter()
-        y = forward(x.view_as(x))  # a new tensor, which nobody has rounded
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = forward(x.view_as(x))  # a new tensor, which nobody has rounded
         torch.autograd.grad(y, x, torch.ones_like(y))
         return perf_counter() - start
 
-    return median(seconds(layer.forward) / seconds(int8) for _ in range(pairs + 1))
+    return median(seconds(layer.forward) / seconds(int8) for _ in range(5))
 
 
 @contextmanager
-def int8_where_faster(model: Any, wanted: bool = True) -> Iterator[None]:
+def int8_where_faster(trainer: Any, wanted: bool) -> Iterator[None]:
     """`int8_products` if they are wanted and gain a tenth or more; a line says so."""
-    if not wanted:
-        yield
-        return
-    gain = int8_gain(model)
-    if gain < 1.1:
-        print(f"int8 products: {gain:.2g} times as fast as exact ones; not taken.")
-        yield
-        return
-    with int8_products(model) as layers:
-        print(
-            f"int8 products: {len(layers)} frozen matrices, {gain:.2g} times as fast."
-        )
+    gain = int8_gain(trainer.model, bf16=trainer.args.bf16) if wanted else 0.0
+    taken = gain >= 1.1
+    if wanted:
+        print(f"int8: {gain:.2g} times as fast as exact, {'not ' * (not taken)}taken")
+    with int8_products(trainer.model) if taken else nullcontext():
         yield

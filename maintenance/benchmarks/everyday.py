@@ -19,7 +19,8 @@ from course_utils.formatting import CompletionCollator, tokenize_dataset
 from course_utils.inference import stream
 from course_utils.models import load_tokenizer
 from course_utils.runtime import build_folder, get_profile, set_seed
-from course_utils.training_speed import SeededBatches, completion_loss, without_padding
+from course_utils.training import SeededBatches
+from course_utils.training_speed import completion_loss, without_padding
 from maintenance.benchmarks import paths
 from maintenance.benchmarks.training import ROOT, _without
 from maintenance.benchmarks.turns import Task

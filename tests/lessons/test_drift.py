@@ -21,6 +21,7 @@ MODULES = [
 ]
 # Written in C++, without a signature; a few words each.
 NO_SIGNATURE = {"torch.device", "torch.Generator"}
+NO_SIGNATURE |= {"torch.is_autocast_enabled", "torch.get_autocast_dtype"}
 
 # What public notebooks still write, and a word of the complaint each must give.
 REMOVED = {

@@ -17,7 +17,7 @@ import pytest
 from course_utils import records, runtime
 from course_utils.data import _bundled_sets, _hash_split, data_hash
 from course_utils.evaluation import stratified
-from course_utils.training_speed import SeededBatches
+from course_utils.training import SeededBatches
 from maintenance.runs.lists import LESSON_RUNS
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "Makefile").exists())

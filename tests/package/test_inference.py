@@ -405,9 +405,10 @@ def test_comparison_shows_text_and_a_table():
         references=["`x`", "{}"],
         max_new_tokens=4,
     )
-    assert both.answers["before"] == tuple(before)
+    answers = dict(both.columns)
+    assert answers["before"] == tuple(before)
     after = generate(model, tokenizer, prompts, max_new_tokens=4)
-    assert both.answers["after"] == tuple(after)
+    assert answers["after"] == tuple(after)
     lines = both._repr_markdown_().splitlines()
     assert lines[0] == "| prompt | before | after | right answer |"
     assert lines[2].startswith("| `a\\|b` | `one ⏎ two` | ")
@@ -417,7 +418,7 @@ def test_comparison_shows_text_and_a_table():
     assert "prompt        a|b\nbefore        one\n              two\n" in text
     with pytest.raises(ValueError, match="before: 1 answers to 2 prompts"):
         compare_generations({"before": ["x"]}, tokenizer, prompts)
-    with pytest.raises(ValueError, match="1 references for 2"):
+    with pytest.raises(ValueError, match="right answer: 1 answers to 2 prompts"):
         compare_generations({"a": before}, tokenizer, prompts, references=["x"])
 
 

@@ -11,10 +11,10 @@ from trl import SFTTrainer
 
 from course_utils.training import (
     LossHistory,
+    SeededBatches,
     prepare_trainer,
 )
 from course_utils.training_speed import (
-    SeededBatches,
     completion_loss,
     shared_beginning,
     without_padding,
