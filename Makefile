@@ -47,7 +47,7 @@ build/litgpt: maintenance/benchmarks/litgpt.txt
 	$@/bin/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
 	@touch $@
 
-build/others: maintenance/benchmarks/others.txt $(STAMP)
+build/others: maintenance/benchmarks/others.txt | $(STAMP)
 	rm -rf $@ && $(RUN) pip install -q --no-deps --target $@ -r $<
 	@touch $@
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, takewhile
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -52,7 +51,7 @@ def generate(
         prompts: user texts; records, laid out with their fields, a last answer left
             out; or texts that are laid out already (``template=None``).
         system: None takes the template's default.
-        batch_size: None means 128 on a CPU, of short prompts 256; 32 elsewhere.
+        batch_size: None means 128 on a CPU, 32 elsewhere.
 
     Raises TypeError if `prompts` is one string, or holds neither strings nor records,
     ValueError if a prompt is empty or too long, or an option out of its range.
@@ -62,9 +61,7 @@ def generate(
     rows = _token_rows(model, tokenizer, prompts, template, system, max_new_tokens)
     stop = _stop_ids(model, tokenizer, template)
     if batch_size is None:
-        short = all(len(row) <= 128 for row in rows)
-        on_cpu = base_model(model).device.type == "cpu"
-        batch_size = (256 if short else 128) if on_cpu else 32
+        batch_size = 128 if base_model(model).device.type == "cpu" else 32
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     if mixing_adapter(model):
@@ -150,9 +147,9 @@ def compare_generations(
         references: the right answers, for a last column.
         options: of ``generate``.
     """
-    columns = [("prompt", prompts), *models.items()]
+    columns = [("prompt", list(prompts)), *models.items()]
     if references is not None:
-        columns.append(("right answer", references))
+        columns.append(("right answer", list(references)))
     for i, (name, texts) in enumerate(columns):
         if not isinstance(texts, list | tuple):
             texts = generate(texts, tokenizer, prompts, **options)
@@ -171,8 +168,8 @@ class Comparison:
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.columns)
         indent = "\n" + " " * (width + 2)
-        columns = [[f"{n:<{width}}  {t}" for t in texts] for n, texts in self.columns]
-        columns = [[t.replace("\n", indent).rstrip() for t in c] for c in columns]
+        named = [[f"{n:<{width}}  {t}" for t in texts] for n, texts in self.columns]
+        columns = [[t.replace("\n", indent).rstrip() for t in c] for c in named]
         return "\n\n".join(map("\n".join, zip(*columns, strict=True)))
 
     def _repr_markdown_(self) -> str:
@@ -290,8 +287,9 @@ def _left_batch(
     network, cache = read_virtual_tokens(model)
     device = base_model(model).get_input_embeddings().weight.device
     virtual = cache.get_seq_length()
-    shared = min(len(commonprefix(rows)), min(map(len, rows)) - 1, share_at_most)
-    shared = shared if len(rows) > 1 else 0
+    low, high = min(rows), max(rows)  # the two that differ earliest
+    limit = min(min(map(len, rows)) - 1, share_at_most) if len(rows) > 1 else 0
+    shared = next((n for n in range(limit) if low[n] != high[n]), limit)
     if shared:
         network(
             input_ids=torch.tensor([list(rows[0][:shared])], device=device),

@@ -120,8 +120,7 @@ def prepare_trainer(
     parameters in float32; errors before step 1; a model that can generate afterwards;
     checkpoints that resume with the same batches; advice where memory runs out. On a
     CPU, `fast` takes what `course_utils.training_speed` lists: the same losses, within
-    1e-4 a step in float32. `int8` takes `training_speed.int8_products` as well, where a
-    product timed at the start gains by it: the losses are then near, not the same.
+    1e-4 a step in float32; `int8` its `int8_products`, where one gains: near losses.
     """
     from transformers import PrinterCallback
 

@@ -230,6 +230,7 @@ class BoundedMemory(TrainerCallback):
             self.usual = max(self.usual, held)
         elif held > self.most * self.usual:
             runtime.give_back_memory()
+            self.usual = max(self.usual, runtime.resident_bytes() / self.most)
 
 
 def _trained_state(model: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 No logits where nothing is learned; examples side by side in fewer rows, without
 padding, and what they all begin with read once a row; plain attention instead of the
 fused kernel, whose backward pass is slow for short sequences on a CPU; and no cast of
-a LoRA layer's input to float32 that autocast would undo.
+a LoRA layer's input to float32 that autocast would undo. Where asked for, products in
+int8 as well: then the loss is near, not the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from functools import cache
 from itertools import takewhile
-from os.path import commonprefix
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -66,8 +66,8 @@ def completion_loss(
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORE
-    network = model
-    if "position_ids" in batch and virtual_tokens(model):
+    network, mask = model, batch.get("attention_mask")
+    if mask is not None and mask.dim() == 4 and virtual_tokens(model):
         network, inputs = _after_virtual_tokens(model, inputs)
     with _only_these_positions(model.get_output_embeddings(), learned):
         output = network(**inputs | {"use_cache": False})
@@ -209,8 +209,10 @@ def without_padding(
     ]
     shared = shared_beginning(examples)
     virtual = bool(virtual_tokens(model))
-    if not _all_attend_to_all(model.config):  # our mask would replace that of a window
-        if virtual:
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(text, "sliding_window", None):
+        if virtual:  # our mask would replace that of a window, or of chunks
             return batch
         shared = 0
     elif shared < SHARED_AT_LEAST and not virtual:
@@ -242,13 +244,6 @@ def _draws(config: Any) -> bool:
     """Whether the model's own code draws in training, and otherwise in other rows."""
     fields = [v for k, v in vars(config).items() if "drop" in k or "jitter" in k]
     return any(isinstance(value, float) and value > 0 for value in fields)
-
-
-def _all_attend_to_all(config: Any) -> bool:
-    """Whether each token sees all before it in every layer: no window, no chunks."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(text, "sliding_window", None)
 
 
 def _fewest_positions(
@@ -306,7 +301,8 @@ def shared_beginning(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
     """
     if len(examples) < 2:
         return 0
-    same = len(commonprefix([row["input_ids"] for row in examples]))
+    columns = zip(*(row["input_ids"] for row in examples), strict=False)
+    same = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
     unlearned = (
         sum(1 for _ in takewhile(lambda label: label == IGNORE, row["labels"]))
         for row in examples
@@ -444,11 +440,9 @@ def int8_products(model: Any) -> Iterator[list[Any]]:
 
     That is x Wᵀ forward and g W backward, for each frozen `Linear` on a CPU, one in 4
     bits too, but the output layer. x and g (M, d) are rounded by row, W by row for the
-    way forward and by column for the way back: 2 bytes a weight more. Adapters, norms
-    and attention stay as they are; in evaluation mode everything does. After SwitchBack
-    (Wortsman and others, 2023, arXiv 2304.13013).
-
-    Yields the layers. Raises ValueError if there is none.
+    way forward and by column for the way back: 2 bytes a weight more. All else stays as
+    it is, and in evaluation mode everything (SwitchBack, 2023, arXiv 2304.13013).
+    Yields the layers; raises ValueError if there is none. Copy no model meanwhile.
     """
     layers = _frozen_linear(model)
     levels, shared = int8_levels(), {}
@@ -462,12 +456,17 @@ def int8_products(model: Any) -> Iterator[list[Any]]:
 
 
 def _frozen_linear(model: Any) -> list[Any]:
-    """A model's frozen linear layers on a CPU, without its head and small ones."""
+    """Frozen linear layers on a CPU, without the head, adapters and small ones."""
     from torch.nn import Linear
 
     head = getattr(base_model(model), "get_output_embeddings", lambda: None)()
-    linear = [m for m in model.modules() if isinstance(m, Linear) and m is not head]
-    linear = [m for m in linear if min(m.in_features, m.out_features) >= INT8_AT_LEAST]
+    rest = set(head.modules() if head is not None else ())
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module not in rest and ".lora_" not in name
+        if min(module.in_features, module.out_features) >= INT8_AT_LEAST
+    ]
     weights = [(layer, layer.weight) for layer in linear]
     layers = [m for m, w in weights if not w.requires_grad and w.device.type == "cpu"]
     if not layers:
@@ -482,10 +481,11 @@ def _int8_forward(layer: Any, levels: int, shared: dict[str, Any]) -> Any:
     """A layer's forward, in int8 while it trains; q, k and v round their x once."""
     import torch
 
-    exact, half = layer.forward, layer.weight.dtype == torch.bfloat16
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        one = torch.eye(layer.in_features)  # what it does to that: Wᵀ, 4-bit ones too
-        weight = (exact(one) - exact(torch.zeros_like(one[:1]))).float()
+    exact, bias, bare = layer.forward, layer.bias, copy(layer)
+    half = layer.weight.dtype if layer.weight.element_size() == 2 else None
+    bare._parameters = layer._parameters | {"bias": None}
+    with torch.no_grad(), torch.autocast("cpu", half, enabled=half is not None):
+        weight = bare(torch.eye(layer.in_features)).float()  # Wᵀ, of 4-bit layers too
     forth, back = _Int8Weight(weight.t(), levels), _Int8Weight(weight, levels)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -495,7 +495,7 @@ def _int8_forward(layer: Any, levels: int, shared: dict[str, Any]) -> Any:
         if last is None or last() is not x or shared["version"] != x._version:
             shared.update(of=ref(x), version=x._version, rounded=_rounded(x))
         y = _int8_function().apply(x, *shared["rounded"], forth, back)
-        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     return forward
 
@@ -533,7 +533,7 @@ def int8_gain(model: Any, *, bf16: bool = False, tokens: int = 512) -> float:
     layer = max(_frozen_linear(model), key=lambda m: m.in_features * m.out_features)
     layer = copy(layer).train()
     bf16 = bf16 or layer.weight.dtype == torch.bfloat16
-    x = torch.randn(tokens, layer.in_features, requires_grad=True)
+    x = torch.ones(tokens, layer.in_features, requires_grad=True)
     int8 = _int8_forward(layer, int8_levels(), {})
 
     def seconds(forward: Any) -> float:
@@ -549,7 +549,10 @@ def int8_gain(model: Any, *, bf16: bool = False, tokens: int = 512) -> float:
 @contextmanager
 def int8_where_faster(trainer: Any, wanted: bool) -> Iterator[None]:
     """`int8_products` if they are wanted and gain a tenth or more; a line says so."""
-    gain = int8_gain(trainer.model, bf16=trainer.args.bf16) if wanted else 0.0
+    import torch
+
+    able = trainer.args.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    gain = int8_gain(trainer.model, bf16=trainer.args.bf16) if wanted and able else 0.0
     taken = gain >= 1.1
     if wanted:
         print(f"int8: {gain:.2g} times as fast as exact, {'not ' * (not taken)}taken")

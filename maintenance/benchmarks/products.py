@@ -143,7 +143,8 @@ class AfterEachStep(TrainerCallback):
         for name, ready in ARITHMETIC.items():
             try:
                 products = [(ready(s), n) for s, n in self.listing.frozen.items()]
-                products[0][0]()
+                for product, _ in products:
+                    product()
             except (RuntimeError, AttributeError, IndexError) as error:
                 self.failed[name] = str(error).partition("\n")[0]
             else:

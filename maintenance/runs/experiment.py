@@ -142,7 +142,8 @@ def _train_and_measure(
             save_steps=experiment.eval_every or 1,
         )
     if experiment.int8:
-        run["measured"]["int8_gain"] = int8_gain(model)
+        half = get_profile().dtype == torch.bfloat16
+        run["measured"]["int8_gain"] = int8_gain(model, bf16=half)
     if experiment.keep_adapter:
         folder = data_folder() / "adapters" / experiment.keep_adapter
         size = keep_adapter(model, folder, model_name(experiment.model))

@@ -471,16 +471,3 @@ def test_a_model_may_be_called_prompt():
     answers = ["lora A", "prompt B", "right answer C", "right answer D"]
     assert shown == ["prompt What?", *answers]
     assert both._repr_markdown_().splitlines()[2].count("`What?`") == 1
-
-
-def test_short_prompts_go_together_in_larger_batches(monkeypatch):
-    sizes = []
-
-    def fake(model, rows, *args):
-        sizes.append(len(rows))
-        return iter([])
-
-    monkeypatch.setattr("course_utils.inference._decode_rows", fake)
-    generate(small(), byte_tokenizer(), ["a"] * 300, template=None)
-    generate(small(), byte_tokenizer(), ["a" * 129] * 200, template=None)
-    assert sizes == [256, 44, 128, 72]

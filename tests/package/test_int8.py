@@ -1,6 +1,7 @@
 """Frozen matrices in int8: right products, gradients near, exact where it matters."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -29,6 +30,9 @@ from course_utils.training_speed import (
     int8_products,
 )
 
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build has no such products"
+)
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 METHODS = {
     "lora": LoraConfig(**LORA),
@@ -113,7 +117,9 @@ def test_rows_of_the_greatest_numbers_are_multiplied_right():
         assert off(layer(-x), torch.full((8, 64), -384.0)) < 1e-5
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names an x86 limit")
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="names an x86 limit"
+)
 def test_products_are_right_where_the_processor_adds_in_16_bits():
     tests = [f"{__file__}::{name}" for name in globals() if "multiplied_right" in name]
     tests += [
@@ -180,16 +186,37 @@ def test_the_output_of_autocast_is_of_its_dtype(dtype):
     assert off(y.float(), exact) < 0.02
 
 
-def test_a_4_bit_layer_is_multiplied_by_the_weight_that_it_stands_for():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_4_bit_layer_is_multiplied_by_the_weight_that_it_stands_for(dtype):
     from bitsandbytes.nn import Linear4bit
 
     torch.manual_seed(0)
-    layer = Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.float32)
+    layer = Linear4bit(128, 64, quant_type="nf4", compute_dtype=dtype)
     layer.requires_grad_(False).to("cpu")
     x = torch.randn(3, 128)
     exact = layer(x)
     with int8_products(layer):
         assert 1e-4 < off(layer(x), exact) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_large_bias_stays_out_of_the_rounding(dtype):
+    layer, x = frozen_linear(), torch.randn(3, 128)
+    exact = layer(x) - layer.bias
+    layer.bias.fill_(100.0)
+    with int8_products(layer.to(dtype)), torch.no_grad():
+        assert off(layer(x) - 100.0, exact) < 0.02
+    assert layer.bias[0] == 100
+
+
+def test_head_and_adapters_are_left_alone():
+    model = get_peft_model(
+        wide_llama(), LoraConfig(**LORA | {"target_modules": ["lm_head", "q_proj"]})
+    )
+    model.add_adapter("wide", LoraConfig(**LORA | {"r": 64}))
+    with int8_products(model) as layers:
+        names = {name for name, module in model.named_modules() if module in layers}
+    assert names and not [n for n in names if "lm_head" in n or "lora_" in n]
 
 
 def test_a_model_without_frozen_linear_layers_is_refused_by_name():
@@ -249,7 +276,9 @@ def test_a_training_that_fails_leaves_exact_products(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gain_is_a_ratio_and_leaves_the_model_as_it_was(dtype):
     model = adapted("lora").to(dtype).eval()
+    state = torch.get_rng_state()
     assert training_speed.int8_gain(model, bf16=True, tokens=32) > 0
+    assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in model.modules())
     assert not any("forward" in vars(m) for m in model.modules())
 

@@ -116,6 +116,13 @@ def test_each_kind_of_model_that_is_packed_keeps_examples_apart(kind, beginning)
     assert abs(completion_loss(model, leaking).item() - expected) > 1e-3
 
 
+def test_positions_of_a_padded_batch_hide_no_virtual_tokens():
+    model, data = wrapped("prefix").train(), batch()
+    loss = completion_loss(model, data)
+    positions = torch.arange(data["input_ids"].shape[1]).expand_as(data["input_ids"])
+    assert completion_loss(model, data | {"position_ids": positions}).item() == loss
+
+
 def test_batches_that_cannot_be_packed_stay_padded():
     data = batch(9)
     model = wrapped("prompt")
