@@ -14,7 +14,7 @@ import string
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from course_utils.parameters import count_parameters
@@ -80,7 +80,7 @@ def _prepared(name: str, seed: int) -> ModuleType:
     lesson = cells(part.stem, "imports", "settings")
     lesson.profile = replace(lesson.profile, name="recorded", seed=seed)
     lesson.settings = dict(part.settings)
-    lesson.display = lambda *shown, **how: None
+    lesson.on_demand = SimpleNamespace(use=lambda name: None)  # all are in memory
     set_seed(seed)
     more_cells(lesson, part.stem, *part.defined.split(), definitions=True)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -125,9 +125,7 @@ def _pictures(lesson: Any, run: LessonExperiment) -> dict[str, Any]:
 
 
 def _combined(lesson: Any, run: LessonExperiment) -> dict[str, Any]:
-    import torch
-
-    with torch.no_grad():
+    with lesson.torch.no_grad():
         errors, norms = zip(*lesson.squares(f"by {run.method}"), strict=True)
     measured = {"squared_error": [*map(six_digits, errors)]}
     measured["squared_norm"] = [*map(six_digits, norms)]
@@ -136,18 +134,14 @@ def _combined(lesson: Any, run: LessonExperiment) -> dict[str, Any]:
 
 def _switched(lesson: Any, run: LessonExperiment) -> dict[str, Any]:
     ways = {"mixed_s": lesson.in_one_batch, "switching_s": lesson.switching}
-    measured: dict[str, Any] = {name: lesson.seconds[way] for name, way in ways.items()}
-    measured["passes"] = [lesson.passes[way] for way in ways.values()]
+    measured = {name: lesson.seconds[way] for name, way in ways.items()}
     return {"measured": measured, "metrics": ["switching_ratio"]}
 
 
 T5 = {"sort": 200, "task": 150, "words": 500}
 ADVICE = {"letters": 200, "digits": 60, "much": 2000, "test": 500}
-MANY = {"steps": 6, "rows": 2, "requests": 2, "new": 6, "rounds": 9}
-TO_ADAPTERS = (
-    "my-task tasks base add-adapters layer-look learn train logits-of off "
-    "save file-bytes mixed-compare mixed-model mixed-alone "
-)
+MANY = {"steps": 6, "rows": 2, "new": 6, "rounds": 7, "tokens": 80}
+ADAPTERS = "my-task tasks base add-adapters layer-look"
 PARTS = {
     "words": Part("10_beyond_text", "fit t5 words shift", "write four", T5, _words),
     "pictures": Part(
@@ -157,6 +151,18 @@ PARTS = {
         ADVICE,
         _pictures,
     ),
-    "combining": Part("12_many_tasks", "mixed-compare", TO_ADAPTERS, MANY, _combined),
-    "switching": Part("12_many_tasks", "mixed-compare", TO_ADAPTERS, MANY, _switched),
+    "combining": Part(
+        "12_many_tasks",
+        "",
+        f"{ADAPTERS} learn train combine-peft combine-errors",
+        MANY,
+        _combined,
+    ),
+    "switching": Part(
+        "12_many_tasks",
+        "",
+        f"{ADAPTERS} learn serve-options serve speed speed-run",
+        MANY,
+        _switched,
+    ),
 }

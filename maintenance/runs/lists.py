@@ -449,10 +449,7 @@ LESSON_RUNS["08"] = {
 
 # --- lesson 10: an encoder's biases, a small T5, pictures ---------------------------
 
-HEADS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "head alone": ("head", (1e-3, 3e-3, 1e-2)),
-    "BitFit": ("biases", (3e-4, 1e-3, 3e-3, 1e-2)),
-}
+BIAS_RATES = (1e-3, 3e-3, 1e-2)
 WORD_RATES = {
     "full": (1e-3, 3e-3, 1e-2, 3e-2),
     "LoRA": (3e-3, 1e-2, 3e-2, 1e-1),
@@ -470,10 +467,12 @@ PLACES = ("few, alike", "few, unlike", "many, alike", "many, unlike")
 DRAWN = "10_beyond_text: words"
 
 
-def _head(name: str, rate: float, label: str) -> ClassifierExperiment:
-    method, _ = HEADS[name]
-    head_rate = None if method == "head" else HEAD_RATE
-    return ClassifierExperiment(label, method, rate, head_rate=head_rate)
+def _bitfit(rate: float, label: str = "BitFit") -> ClassifierExperiment:
+    return ClassifierExperiment(label, "biases", rate, head_rate=HEAD_RATE)
+
+
+def _head_alone() -> ClassifierExperiment:
+    return _classifier("frozen", best_rate("06_method_rates", "frozen"), "head alone")
 
 
 def _word_run(name: str, rate: float, label: str) -> LessonExperiment:
@@ -486,14 +485,13 @@ def _picture_run(way: str, place: str, rate: float, label: str) -> LessonExperim
 
 
 LESSON_RUNS["10"] = {
-    "10_bitfit_rates": [
-        _head(name, rate, f"{name} lr {rate:g}")
-        for name, (_, rates) in HEADS.items()
-        for rate in rates
-    ],
+    "10_bitfit_rates": [_bitfit(rate, f"BitFit lr {rate:g}") for rate in BIAS_RATES],
     "10_bitfit": lambda: [
-        replace(_head(name, best_rate("10_bitfit_rates", name), name), seed=seed)
-        for name in HEADS
+        replace(experiment, seed=seed)
+        for experiment in (
+            _head_alone(),
+            _bitfit(best_rate("10_bitfit_rates", "BitFit")),
+        )
         for seed in SEEDS
     ],
     "10_word_rates": [
@@ -506,20 +504,40 @@ LESSON_RUNS["10"] = {
         for seed in SEEDS
         for name in WORD_RATES
     ],
+    # Each way at its best rate where pictures are many and unlike.
     "10_picture_rates": [
-        _picture_run(way, place, rate, f"{way}, {place} lr {rate:g}")
+        _picture_run(way, PLACES[-1], rate, f"{way} lr {rate:g}")
         for way, rates in WAY_RATES.items()
-        for place in PLACES
         for rate in rates
     ],
     "10_pictures": lambda: [
         replace(
-            _picture_run(way, place, best_rate("10_picture_rates", label), label),
+            _picture_run(way, place, best_rate("10_picture_rates", way), label),
             seed=seed,
         )
         for seed in SEEDS
         for way in WAY_RATES
         for place in PLACES
         for label in [f"{way}, {place}"]
+    ],
+}
+
+# --- lesson 12: adapters combined, and switched ------------------------------------
+
+
+def _combined(kind: str, seed: int) -> LessonExperiment:
+    return LessonExperiment(
+        kind, "combining", kind, "home_commands", also="reviews", seed=seed
+    )
+
+
+LESSON_RUNS["12"] = {
+    "12_combining": [
+        _combined(kind, seed)
+        for seed in SEEDS
+        for kind in ("cat", "svd", "linear", "ties")
+    ],
+    "12_switching": [
+        LessonExperiment("switching", "switching", "switching", "home_commands")
     ],
 }
