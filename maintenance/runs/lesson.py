@@ -140,7 +140,8 @@ def _switched(lesson: Any, run: LessonExperiment) -> dict[str, Any]:
 
 T5 = {"sort": 200, "task": 150, "words": 500}
 ADVICE = {"letters": 200, "digits": 60, "much": 2000, "test": 500}
-MANY = {"steps": 6, "rows": 2, "new": 6, "rounds": 7, "tokens": 80}
+FEW_ROWS = {"steps": 6, "rows": 1, "tokens": 80}
+TIMED = {"rows": 2, "new": 6, "rounds": 7, "tokens": 80}
 ADAPTERS = "my-task tasks base add-adapters layer-look"
 PARTS = {
     "words": Part("10_beyond_text", "fit t5 words shift", "write four", T5, _words),
@@ -155,14 +156,14 @@ PARTS = {
         "12_many_tasks",
         "",
         f"{ADAPTERS} learn train combine-peft combine-errors",
-        MANY,
+        FEW_ROWS,
         _combined,
     ),
     "switching": Part(
         "12_many_tasks",
         "",
-        f"{ADAPTERS} learn serve-options serve speed speed-run",
-        MANY,
+        f"{ADAPTERS} learn serve speed speed-run",
+        TIMED,
         _switched,
     ),
 }
