@@ -13,8 +13,9 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import truediv
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from course_utils import classification, records, scoring
@@ -161,6 +162,10 @@ METRICS: dict[str, Metric] = {
     "also_test_exact_match": _of_answers(scoring.exact_match, part="also_test"),
     "also_test_by_slice": _of_answers(scoring.by_slice, part="also_test"),
     "weight_error": _measured(_weight_error),
+    "share_right": _measured(lambda m: m["right"] / m["asked"]),
+    "switching_ratio": _measured(
+        lambda m: median(map(truediv, m["switching_s"], m["mixed_s"]))
+    ),
     # Nats a token.
     "kl": _of_texts(lambda kl, n, *_: math.fsum(kl) / sum(n)),
     "kl_standard_error": _of_texts(lambda kl, n, *_: _ratio_error(kl, n)),

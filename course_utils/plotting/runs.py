@@ -243,10 +243,14 @@ def plot_comparison(
 def plot_by_slice(
     scores: Mapping[str, Mapping[str, float]],
     *,
+    spread: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     xlabel: str = "exact match (%)",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw scores from 0 to 1, {method: {slice: score}}, one row a slice."""
+    """Draw scores from 0 to 1, {method: {slice: score}}, one row a slice.
+
+    `spread` are recorded scores of several seeds, a pale line from least to greatest.
+    """
     ax = new_axes(ax)
     slices = list(dict.fromkeys(s for by_slice in scores.values() for s in by_slice))
     lift = 0.5 / max(len(scores), 1)  # methods stand a little apart, top to bottom
@@ -254,6 +258,10 @@ def plot_by_slice(
         shift = lift * (turn - (len(scores) - 1) / 2)
         rows = [slices.index(name) + shift for name in scores[label]]
         values = [100 * value for value in scores[label].values()]
+        for name, seeds in (spread or {}).get(label, {}).items():
+            ends, row = [100 * min(seeds), 100 * max(seeds)], slices.index(name) + shift
+            line = {"linewidth": 5, "alpha": 0.35, "solid_capstyle": "round"}
+            ax.plot(ends, [row, row], color=style["color"], **line)
         look = style | {"linestyle": "", "markersize": 6, "clip_on": False}
         ax.plot(values, rows, zorder=3, label=display_name(label), **look)
     _rows(ax, [str(name).replace("_", " ") for name in slices])

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from course_utils import records
-from course_utils.data import data_hash
 from course_utils.runtime import versions
 from course_utils.sweep.experiment import Prompting, run_experiment
+from maintenance.cells import source_hash
 from maintenance.runs.card import CardExperiment, NoCard, run_card
 from maintenance.runs.classifier import ClassifierExperiment, run_classifier
 from maintenance.runs.experiment import run_training
+from maintenance.runs.lesson import LessonExperiment, run_lesson
 from maintenance.runs.lists import LESSON_RUNS
 from maintenance.runs.rounding import Rounding, run_rounding
 from maintenance.store import hardware, save_record
@@ -29,6 +30,8 @@ def make_run(experiment: Any) -> dict[str, Any]:
         return run_classifier(experiment)
     if isinstance(experiment, CardExperiment):
         return run_card(experiment)
+    if isinstance(experiment, LessonExperiment):
+        return run_lesson(experiment)
     if isinstance(experiment.method, Rounding):
         return run_rounding(experiment)
     if isinstance(experiment.method, Prompting):
@@ -86,9 +89,9 @@ def _source(name: str, experiments: Sequence[Any]) -> dict[str, Any]:
     if len(sets) != 1:
         raise ValueError(f"{name}: one data set a record, not {sorted(sets, key=str)}")
     data, also = sets.pop()
-    source = {"name": data, "sha256": data_hash(data)}
+    source = {"name": data, "sha256": source_hash(data)}
     if also:
-        source["also"] = {"name": also, "sha256": data_hash(also)}
+        source["also"] = {"name": also, "sha256": source_hash(also)}
     return source
 
 

@@ -18,6 +18,7 @@ from course_utils.models import load_classifier
 from course_utils.runtime import get_profile, set_seed
 from course_utils.sweep.experiment import saved_bytes, trained_run
 from course_utils.training import prepare_trainer, training_arguments
+from maintenance.cells import cells
 from maintenance.store import compute_metrics
 
 
@@ -26,7 +27,7 @@ class ClassifierExperiment:
     """One training run of the built-in encoder, described completely."""
 
     label: str  # runs that differ in the seed alone share it
-    method: Any = "full"  # or "head" (the new head alone), or PEFT's fields
+    method: Any = "full"  # "head" (the new one alone), "biases" too, or PEFT's fields
     learning_rate: float = 1e-4  # at its peak; it falls to 0 along a line
     head_rate: float | None = None  # None means the same
     steps: int = 60
@@ -57,8 +58,12 @@ def make_classifier(
             model.prompt_encoder["default"].embedding.weight.data *= start_scale
     elif method == "head":
         model.base_model.requires_grad_(False)
+    elif method == "biases":
+        cells("10_beyond_text", "bitfit").only_biases(model)
     elif method != "full":
-        raise ValueError(f"method {method!r}: expected 'full', 'head' or a dict")
+        raise ValueError(
+            f"method {method!r}: expected 'full', 'head', 'biases' or a dict"
+        )
     return model, tokenizer
 
 

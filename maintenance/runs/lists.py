@@ -31,6 +31,7 @@ from course_utils.sweep.results import split_label
 from maintenance.runs.card import CardExperiment
 from maintenance.runs.classifier import ClassifierExperiment
 from maintenance.runs.experiment import RecordedExperiment as Run
+from maintenance.runs.lesson import LessonExperiment
 from maintenance.runs.rounding import LoftQ, QPiSSA, Rounding
 
 Family = list[Any] | Callable[[], list[Any]]
@@ -444,4 +445,99 @@ LESSON_RUNS["08"] = {
     "08_low_rank": sweep_family("08_low_rank", low_rank(LORA)),
     "08_others": sweep_family("08_others", other_methods(LORA, PROMPT), UNTRAINED),
     "08_speed": _speed_runs(METHODS),
+}
+
+# --- lesson 10: an encoder's biases, a small T5, pictures ---------------------------
+
+BIAS_RATES = (1e-3, 3e-3, 1e-2)
+WORD_RATES = {
+    "full": (1e-3, 3e-3, 1e-2, 3e-2),
+    "LoRA": (3e-3, 1e-2, 3e-2, 1e-1),
+    "IA3": (3e-2, 1e-1, 2e-1, 5e-1),
+    "prefix": (3e-1, 1.0, 3.0, 10.0),
+}
+WAY_RATES = {
+    "head alone": (3e-3, 1e-2, 3e-2, 1e-1),
+    "first 2 frozen": (1e-3, 3e-3, 1e-2, 3e-2),
+    "all weights": (3e-4, 1e-3, 3e-3, 1e-2),
+    "from scratch": (1e-3, 3e-3, 1e-2, 3e-2),
+    "LoRA": (1e-3, 3e-3, 1e-2, 3e-2),
+}
+PLACES = ("few, alike", "few, unlike", "many, alike", "many, unlike")
+DRAWN = "10_beyond_text: words"
+
+
+def _bitfit(rate: float, label: str = "BitFit") -> ClassifierExperiment:
+    return ClassifierExperiment(label, "biases", rate, head_rate=HEAD_RATE)
+
+
+def _head_alone() -> ClassifierExperiment:
+    return _classifier("frozen", best_rate("06_method_rates", "frozen"), "head alone")
+
+
+def _word_run(name: str, rate: float, label: str) -> LessonExperiment:
+    return LessonExperiment(label, "words", name, DRAWN, rate)
+
+
+def _picture_run(way: str, place: str, rate: float, label: str) -> LessonExperiment:
+    drawn = f"{DRAWN} faces draw"
+    return LessonExperiment(label, "pictures", way, drawn, rate, place)
+
+
+LESSON_RUNS["10"] = {
+    "10_bitfit_rates": [_bitfit(rate, f"BitFit lr {rate:g}") for rate in BIAS_RATES],
+    "10_bitfit": lambda: [
+        replace(experiment, seed=seed)
+        for experiment in (
+            _head_alone(),
+            _bitfit(best_rate("10_bitfit_rates", "BitFit")),
+        )
+        for seed in SEEDS
+    ],
+    "10_word_rates": [
+        _word_run(name, rate, f"{name} lr {rate:g}")
+        for name, rates in WORD_RATES.items()
+        for rate in rates
+    ],
+    "10_words": lambda: [
+        replace(_word_run(name, best_rate("10_word_rates", name), name), seed=seed)
+        for seed in SEEDS
+        for name in WORD_RATES
+    ],
+    # Each way at its best rate where pictures are many and unlike.
+    "10_picture_rates": [
+        _picture_run(way, PLACES[-1], rate, f"{way} lr {rate:g}")
+        for way, rates in WAY_RATES.items()
+        for rate in rates
+    ],
+    "10_pictures": lambda: [
+        replace(
+            _picture_run(way, place, best_rate("10_picture_rates", way), label),
+            seed=seed,
+        )
+        for seed in SEEDS
+        for way in WAY_RATES
+        for place in PLACES
+        for label in [f"{way}, {place}"]
+    ],
+}
+
+# --- lesson 12: adapters combined, and switched ------------------------------------
+
+
+def _combined(kind: str, seed: int) -> LessonExperiment:
+    return LessonExperiment(
+        kind, "combining", kind, "home_commands", also="reviews", seed=seed
+    )
+
+
+LESSON_RUNS["12"] = {
+    "12_combining": [
+        _combined(kind, seed)
+        for seed in SEEDS
+        for kind in ("cat", "svd", "linear", "ties")
+    ],
+    "12_switching": [
+        LessonExperiment("switching", "switching", "switching", "home_commands")
+    ],
 }

@@ -11,7 +11,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from course_utils.runtime import Profile
+from maintenance.cells import more_cells
+
 BUILT = ("imports", "mean", "freeze", "bitfit", "fit", "shift", "lora-conv")
+DRAWN = ("train-head", "t5", "words", "draw", "vit", "pretrain", "write", "ways")
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +92,46 @@ def test_lora_on_a_patch_convolution_is_pefts(lesson, channels, side, r):
     torch.testing.assert_close(ours, layer(x), atol=1e-5, rtol=1e-5)
     off = lesson.lora_conv(layer.base_layer, x, A, 1.01 * B, 6 / r)
     assert not off.allclose(layer(x), atol=1e-5, rtol=1e-5)
+
+
+def drawn(device, seed=0):
+    """The lesson's own models and data, for a profile on that device."""
+    lesson = cells("10_beyond_text", *BUILT, *DRAWN, definitions=True)
+    cells_of = more_cells(lesson, "10_beyond_text", "faces")
+    cells_of.profile = Profile("t4", device, torch.float16, seed)
+    cells_of.settings = {"words": 4, "digits": 1}
+    return cells_of
+
+
+def test_small_models_and_their_batches_are_made_on_the_profiles_device(monkeypatch):
+    lesson = drawn("meta")
+    lesson.vit = lesson.small_vit(26)
+    item = torch.Tensor.item  # which what is on "meta" lacks
+    say = lambda tensor: "meta" if tensor.is_meta else item(tensor)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "item", say)
+    words = lesson.word_batches("rising", 4)
+    pictures = lesson.draw_pictures("01", 6, seed=1)
+    models = {
+        lesson.small_t5(): words,
+        lesson.vit: lesson.picture_batches(pictures, 2),
+        lesson.start("LoRA"): lesson.picture_batches(pictures, 2),
+    }
+    for model, batches in models.items():
+        assert lesson.fit(model, batches, 1, 1e-3) == ["meta"]
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert lesson.score_words(lesson.small_t5(), "rising") == "meta"
+    assert lesson.score_pictures(lesson.vit, pictures) == "meta"
+
+
+def test_another_seed_draws_other_words_pictures_and_weights():
+    first, same, other = drawn("cpu"), drawn("cpu"), drawn("cpu", seed=1)
+
+    def everything(lesson):
+        pictures = lesson.draw_pictures("01", 6, seed=1)["pixel_values"]
+        words = lesson.rows_of("rising", 4, seed=1)["input_ids"]
+        weights = [m.state_dict() for m in (lesson.small_t5(), lesson.small_vit(2))]
+        numbers = [t.double().sum() for state in weights for t in state.values()]
+        return words, pictures, torch.stack(numbers)
+
+    for a, b, c in zip(*map(everything, (first, same, other)), strict=True):
+        assert a.equal(b) and not a.equal(c)

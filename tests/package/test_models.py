@@ -13,11 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from gguf import GGUFWriter
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from small_models import small_bert
+from small_models import random_llama, small_bert
 from teacher_forcing import MARGIN, lacking, worst
 from transformers import AutoTokenizer
 
@@ -610,3 +611,61 @@ def test_the_built_in_models_tokenizer_is_the_one_of_the_records():
     assert digest.startswith("bf346d64f6f0fbcefb4c1b6928a98241"), (
         "made by an older course under transformers below 5.23? Remove the model cache"
     )
+
+
+# --- adapters by name ---------------------------------------------------------------
+
+
+def two_adapters(config):
+    """A tiny Llama with two random adapters of that kind, the first one active."""
+    model = get_peft_model(random_llama(), config, "first").eval()
+    model.add_adapter("second", config)
+    for name, parameter in model.named_parameters():
+        if ".first" in name or ".second" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+KINDS = {
+    "LORA": peft.LoraConfig(r=2, target_modules=["q_proj"]),
+    "ROAD": peft.RoadConfig(group_size=8, target_modules=["q_proj"]),
+    "GLORA": peft.GloraConfig(r=2, target_modules=["q_proj"]),
+    "IA3": peft.IA3Config(task_type="CAUSAL_LM"),
+    "LOHA": peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+    "OFT": peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_a_mixed_batch_are_taken_where_each_row_gets_its_adapter(kind):
+    model, names = two_adapters(KINDS[kind]), ["second", "first"]
+    ids = torch.arange(3, 9)[None]
+    alone = []
+    with torch.no_grad():
+        for name in names:
+            model.set_adapter(name)
+            alone.append(model(ids).logits[0])
+        mixed = model(ids.repeat(2, 1), adapter_names=names).logits
+    apart = (mixed - torch.stack(alone)).abs().max() / mixed.abs().max()
+    assert (apart < 1e-3) == (kind in models.ROW_BY_ROW)
+    if kind in models.ROW_BY_ROW:
+        models.check_adapter_names(model, [*names, "__base__"])
+        with pytest.raises(ValueError, match="no adapter 'third'; there is first, sec"):
+            models.check_adapter_names(model, ["third", "first"])
+    else:
+        with pytest.raises(ValueError, match=f"is {kind}, which ignores adapter_names"):
+            models.check_adapter_names(model, ["__base__"])
+
+
+def test_an_adapter_is_read_onto_a_free_name_only(tmp_path):
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    strong = peft.LoraConfig(lora_alpha=64, **options)
+    get_peft_model(random_llama(), strong).save_pretrained(tmp_path)
+    model = get_peft_model(random_llama(), peft.LoraConfig(lora_alpha=2, **options))
+    with pytest.raises(ValueError, match="delete_adapter.'default'"):
+        models.load_adapter(model, tmp_path, "default")
+    models.load_adapter(model, tmp_path, "strong")
+    model.delete_adapter("default")
+    models.load_adapter(model, tmp_path, "default")
+    scaling = model.get_base_model().model.layers[0].self_attn.q_proj.scaling
+    assert scaling == {"default": 32.0, "strong": 32.0}

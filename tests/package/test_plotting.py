@@ -49,7 +49,9 @@ DRAWINGS = {
         {m: [0.1 * i, 0.09 * i, 0.1] for i, m in enumerate(METHODS)}, **k
     ),
     "slices": lambda **k: plotting.plot_by_slice(
-        {m: dict.fromkeys(SLICES, 0.1 * i) for i, m in enumerate(METHODS)}, **k
+        {m: dict.fromkeys(SLICES, 0.1 * i) for i, m in enumerate(METHODS)},
+        spread={"lora": dict.fromkeys(SLICES, [0.2, 0.1, 0.3])},
+        **k,
     ),
     "spectrum": lambda **k: plotting.plot_spectrum(
         {"W": torch.arange(50, 1, -1), "update": [5.0, 1.0]}, rank=8, **k
@@ -416,3 +418,14 @@ def test_a_run_that_broke_leaves_a_gap_among_learning_rates():
     assert ax.lines[-1].get_xdata()[0] == 1.0  # the ring
     broken = plotting.plot_learning_rates({"prompt": {1.0: None}})
     assert len(broken.lines) == 1
+
+
+def test_recorded_seeds_lie_in_the_row_of_their_method():
+    scores = {"full": {"a": 0.5, "b": 0.9}, "lora": {"a": 0.6, "b": 0.7}}
+    spread = {"lora": {"b": [0.8, 0.65, 0.7]}}
+    ax = plotting.plot_by_slice(scores, spread=spread)
+    pale = [line for line in ax.lines if line.get_alpha()]
+    assert [list(line.get_xdata()) for line in pale] == [[65, 80]]
+    (markers,) = [line for line in ax.lines if line.get_label() == "LoRA"]
+    assert set(pale[0].get_ydata()) == {markers.get_ydata()[1]}
+    assert len(ax.get_legend().get_texts()) == 2
