@@ -104,14 +104,14 @@ def by_slice(
 
 
 def by_kind(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Score commands, and what is none (`{"action": "none"}`), each alone.
+    """Score commands, and what is none (`{"action": "none"}`), apart; {} if one lacks.
 
     >>> by_kind(['{"action": "none"}'] * 2, ['{"action": "none"}', '{"action": "go"}'])
     {'nothing to do': 1.0, 'commands': 0.0}
     """
     nothing = [_answer(text) == {("action",): '"none"'} for text in references]
     kinds = ["nothing to do" if none else "commands" for none in nothing]
-    return by_slice(predictions, references, kinds)
+    return by_slice(predictions, references, kinds) if len(set(kinds)) > 1 else {}
 
 
 def standard_error(share: float, count: int) -> float:

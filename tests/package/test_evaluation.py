@@ -66,8 +66,8 @@ def test_evaluate_scores_what_the_model_generates(monkeypatch):
     assert asked["max_new_tokens"] == longest + 8
     text = str(result)
     # Of 4, one right and one wrong more: the root of 3/6 * 3/6 / 6.
-    start = "exact match 50.0% ± 20.4 of 4 · commands 50.0% · field F1 0.667 · "
-    assert text.startswith(start)
+    start = "exact match 50.0% ± 20.4 of 4 · commands 33.3% · nothing to do 100.0% · "
+    assert text.startswith(start + "field F1 0.667 · ")
     assert text.splitlines()[1:] == ["  s0  100.0% of 2", "  s1    0.0% of 2"]
     with pytest.raises(AttributeError):
         result.exact_match = 1.0
