@@ -67,7 +67,7 @@ def plot_rate_panels(
         if loss < math.inf:
             text = f"best {rate:.2g}"
             ring = {"markeredgecolor": style["color"], "markerfacecolor": "none"}
-            ax.plot(rate, loss, "o", markersize=9, **ring)
+            ax.plot(rate, loss, "o", markersize=12, **ring)
         ax.set_title(f"{display_name(name)}\n{text}", fontsize=7.5)
         if name in (own or {}):
             rate, loss = own[name]

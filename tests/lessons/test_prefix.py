@@ -30,7 +30,7 @@ from maintenance.runs.lists import LESSON_RUNS
 
 lesson = cells(
     *("06_prefix_tuning", "imports", "from-text", "scratch-cache", "scratch"),
-    *("shape", "layout", "mlp"),
+    *("shape", "mlp"),
 )
 with_prefix, prefix_from_text = lesson.with_prefix, lesson.prefix_from_text
 prefix_cache, prefix_shape = lesson.prefix_cache, lesson.prefix_shape
