@@ -36,7 +36,7 @@ METHOD_STYLES = {
     key: {"linestyle": line, "marker": marker} for key, *_, line, marker in _METHODS
 }
 _ALIASES = {"prompting": "baseline", "zero_shot": "baseline", "ptuning": "p_tuning"}
-_ALIASES |= {"rslora": "lora", "last_6_layers": "frozen"}
+_ALIASES |= {"rslora": "lora", "last_6_layers": "frozen", "head_alone": "frozen"}
 # For what is no method: dark and light in turn, each with its own line and marker.
 _OTHERS = [
     ("#0072b2", "-", "o"),
