@@ -467,6 +467,12 @@ PLACES = ("few, alike", "few, unlike", "many, alike", "many, unlike")
 DRAWN = "10_beyond_text: words"
 
 
+def _rates_known(record: str, rates: dict[str, tuple[float, ...]]) -> bool:
+    """Whether a record has each of these rates of each label, with the first seed."""
+    known = {label: _recorded_losses(record, label).keys() for label in rates}
+    return all(known[label] >= set(tried) for label, tried in rates.items())
+
+
 def _bitfit_runs() -> list[ClassifierExperiment]:
     """The head alone, BitFit at each rate, and then at its best with all seeds."""
     rate = best_rate("06_method_rates", "frozen")
@@ -476,7 +482,7 @@ def _bitfit_runs() -> list[ClassifierExperiment]:
         for r in BIAS_RATES
     ]
     repeated = [head]
-    if set(BIAS_RATES) <= _recorded_losses("10_bitfit", "BitFit").keys():
+    if _rates_known("10_bitfit", {"BitFit": BIAS_RATES}):
         best = best_rate("10_bitfit", "BitFit")
         repeated += [run for run in tried if run.learning_rate == best]
     again = [replace(run, seed=seed) for seed in SEEDS[1:] for run in repeated]
@@ -492,8 +498,20 @@ def _picture_run(way: str, place: str, rate: float, label: str) -> LessonExperim
     return LessonExperiment(label, "pictures", way, drawn, rate, place)
 
 
+def _picture_runs() -> list[LessonExperiment]:
+    """Each way in each place with all seeds, once the rates are recorded."""
+    if not _rates_known("10_picture_rates", WAY_RATES):
+        return []
+    best = {way: best_rate("10_picture_rates", way) for way in WAY_RATES}
+    return [
+        replace(_picture_run(way, place, rate, f"{way}, {place}"), seed=seed)
+        for seed in SEEDS
+        for way, rate in best.items()
+        for place in PLACES
+    ]
+
+
 LESSON_RUNS["10"] = {
-    "10_bitfit": _bitfit_runs,
     "10_word_rates": [
         _word_run(name, rate, f"{name} lr {rate:g}")
         for name, rates in WORD_RATES.items()
@@ -510,16 +528,8 @@ LESSON_RUNS["10"] = {
         for way, rates in WAY_RATES.items()
         for rate in rates
     ],
-    "10_pictures": lambda: [
-        replace(
-            _picture_run(way, place, best_rate("10_picture_rates", way), label),
-            seed=seed,
-        )
-        for seed in SEEDS
-        for way in WAY_RATES
-        for place in PLACES
-        for label in [f"{way}, {place}"]
-    ],
+    "10_pictures": _picture_runs,
+    "10_bitfit": _bitfit_runs,
 }
 
 # --- lesson 12: adapters combined, and switched ------------------------------------
