@@ -17,7 +17,7 @@ MAX_MODULES = 26
 MAX_LINES = 9_050
 MAX_CODE_LINES = 6_000
 MAX_MODULE_LINES = 600
-MAX_LINES_BOTH_ROOMS = 11_850
+MAX_LINES_BOTH_ROOMS = 11_900
 IMPORT_LIMIT_S = 0.050
 HEAVY = {
     *("torch", "transformers", "peft", "trl", "datasets", "accelerate", "gguf"),
