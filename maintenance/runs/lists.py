@@ -457,7 +457,7 @@ WORD_RATES = {
     "prefix": (3e-1, 1.0, 3.0, 10.0),
 }
 WAY_RATES = {
-    "head alone": (3e-3, 1e-2, 3e-2, 1e-1),
+    "head alone": (1e-2, 3e-2, 1e-1, 3e-1),
     "first 2 frozen": (1e-3, 3e-3, 1e-2, 3e-2),
     "all weights": (3e-4, 1e-3, 3e-3, 1e-2),
     "from scratch": (1e-3, 3e-3, 1e-2, 3e-2),
@@ -467,12 +467,26 @@ PLACES = ("few, alike", "few, unlike", "many, alike", "many, unlike")
 DRAWN = "10_beyond_text: words"
 
 
-def _bitfit(rate: float, label: str = "BitFit") -> ClassifierExperiment:
-    return ClassifierExperiment(label, "biases", rate, head_rate=HEAD_RATE)
+def _rates_known(record: str, rates: dict[str, tuple[float, ...]]) -> bool:
+    """Whether a record has each of these rates of each label, with the first seed."""
+    known = {label: _recorded_losses(record, label).keys() for label in rates}
+    return all(known[label] >= set(tried) for label, tried in rates.items())
 
 
-def _head_alone() -> ClassifierExperiment:
-    return _classifier("frozen", best_rate("06_method_rates", "frozen"), "head alone")
+def _bitfit_runs() -> list[ClassifierExperiment]:
+    """The head alone, BitFit at each rate, and then at its best with all seeds."""
+    rate = best_rate("06_method_rates", "frozen")
+    head = _classifier("frozen", rate, "head alone")
+    tried = [
+        ClassifierExperiment(f"BitFit lr {r:g}", "biases", r, head_rate=HEAD_RATE)
+        for r in BIAS_RATES
+    ]
+    repeated = [head]
+    if _rates_known("10_bitfit", {"BitFit": BIAS_RATES}):
+        best = best_rate("10_bitfit", "BitFit")
+        repeated += [run for run in tried if run.learning_rate == best]
+    again = [replace(run, seed=seed) for seed in SEEDS[1:] for run in repeated]
+    return [head, *tried, *again]
 
 
 def _word_run(name: str, rate: float, label: str) -> LessonExperiment:
@@ -484,16 +498,20 @@ def _picture_run(way: str, place: str, rate: float, label: str) -> LessonExperim
     return LessonExperiment(label, "pictures", way, drawn, rate, place)
 
 
-LESSON_RUNS["10"] = {
-    "10_bitfit_rates": [_bitfit(rate, f"BitFit lr {rate:g}") for rate in BIAS_RATES],
-    "10_bitfit": lambda: [
-        replace(experiment, seed=seed)
-        for experiment in (
-            _head_alone(),
-            _bitfit(best_rate("10_bitfit_rates", "BitFit")),
-        )
+def _picture_runs() -> list[LessonExperiment]:
+    """Each way in each place with all seeds, once the rates are recorded."""
+    if not _rates_known("10_picture_rates", WAY_RATES):
+        return []
+    best = {way: best_rate("10_picture_rates", way) for way in WAY_RATES}
+    return [
+        replace(_picture_run(way, place, rate, f"{way}, {place}"), seed=seed)
         for seed in SEEDS
-    ],
+        for way, rate in best.items()
+        for place in PLACES
+    ]
+
+
+LESSON_RUNS["10"] = {
     "10_word_rates": [
         _word_run(name, rate, f"{name} lr {rate:g}")
         for name, rates in WORD_RATES.items()
@@ -510,16 +528,8 @@ LESSON_RUNS["10"] = {
         for way, rates in WAY_RATES.items()
         for rate in rates
     ],
-    "10_pictures": lambda: [
-        replace(
-            _picture_run(way, place, best_rate("10_picture_rates", way), label),
-            seed=seed,
-        )
-        for seed in SEEDS
-        for way in WAY_RATES
-        for place in PLACES
-        for label in [f"{way}, {place}"]
-    ],
+    "10_pictures": _picture_runs,
+    "10_bitfit": _bitfit_runs,
 }
 
 # --- lesson 12: adapters combined, and switched ------------------------------------
