@@ -175,6 +175,11 @@ METRICS: dict[str, Metric] = {
     "measured_gib": _measured(lambda m: m["peak_bytes"] / 2**30),
     "step_s": _measured(lambda m: m["step_seconds"]),
     "peak_bytes": _measured(lambda m: m["peak_bytes"]),
+    # A type of adapter: its saved file, and the largest differences of a logit.
+    "file_bytes": _measured(lambda m: m["file_bytes"]),
+    "bytes_a_number": _measured(lambda m: m["file_bytes"] / m["trained"]),
+    "start_change": _measured(lambda m: m["start_change"]),
+    "merge_error": _measured(lambda m: m["merge_error"]),
 }
 
 

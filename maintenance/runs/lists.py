@@ -31,6 +31,7 @@ from course_utils.sweep.results import split_label
 from maintenance.runs.card import CardExperiment
 from maintenance.runs.classifier import ClassifierExperiment
 from maintenance.runs.experiment import RecordedExperiment as Run
+from maintenance.runs.peft_table import all_types
 from maintenance.runs.rounding import LoftQ, QPiSSA, Rounding
 
 Family = list[Any] | Callable[[], list[Any]]
@@ -445,3 +446,7 @@ LESSON_RUNS["08"] = {
     "08_others": sweep_family("08_others", other_methods(LORA, PROMPT), UNTRAINED),
     "08_speed": _speed_runs(METHODS),
 }
+
+# --- lesson 9: every type of adapter that PEFT has ----------------------------------
+
+LESSON_RUNS["09"] = {"09_peft_types": all_types}
