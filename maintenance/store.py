@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -225,6 +226,14 @@ def _course_summary(runs: list[dict]) -> dict[str, Any]:
     return summary
 
 
+def _types_summary(runs: list[dict]) -> dict[str, Any]:
+    """By type of adapter, and how many types answer a question in each way."""
+    summary: dict[str, Any] = default_summary(runs) | {"types": len(runs)}
+    for question in ("merges", "mixes"):
+        summary[question] = Counter(run["measured"][question] for run in runs)
+    return summary
+
+
 def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
     """{metric: {label: mean over the seeds}}, `metric_min` and `metric_max` alike."""
     grouped: dict[str, list[dict]] = {}
@@ -255,6 +264,7 @@ def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
 SUMMARIES: dict[str, Summary] = {
     "07_card": _card_summary,
     "course_cpu": _course_summary,
+    "09_peft_types": _types_summary,
 }
 
 
