@@ -25,7 +25,7 @@ from course_utils.parameters import count_parameters
 from course_utils.runtime import set_seed
 from maintenance.store import compute_metrics
 
-# What a type cannot do without on a model of 576 by 192; the others have their defaults.
+# What a type cannot do without on a model of 576 by 192; the others keep defaults.
 TOKENS = {"num_virtual_tokens": 20}
 NEEDED: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 100},
@@ -112,11 +112,11 @@ def _base() -> tuple[Any, Any, torch.Tensor]:
 
 
 def run_type(experiment: TypeExperiment) -> dict[str, Any]:
-    """The record of one type. Its `measured` are bytes and the largest differences:
+    """The record of one type: bytes, counts, and the largest differences of a logit.
 
-    `start_change` of a logit before training; `change`, with random numbers added to all
-    that is trained, and `merge_error`, what merging then adds to it. `merges` and `mixes`
-    are "yes", an error's name or what else comes out; a row of the name `__base__` asks.
+    `start_change` before training; `change`, with random numbers added to all that is
+    trained; `merge_error`, what merging then adds to it. `merges` and `mixes` (a row of
+    the name `__base__`) are "yes", an error's name, or in a word what comes out.
     """
     begun = time.perf_counter()
     name, options = experiment.label, experiment.options
@@ -141,9 +141,12 @@ def run_type(experiment: TypeExperiment) -> dict[str, Any]:
 
 
 def _behaviour(model: Any, plain: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
-    config = model.peft_config["default"]
-    tasks = {"task_ids": torch.zeros(len(ids), dtype=int)}
-    more = tasks if config.peft_type.value in ("POLY", "MULTITASK_PROMPT_TUNING") else {}
+    more = {}
+    if model.peft_config["default"].peft_type.value in (
+        "POLY",
+        "MULTITASK_PROMPT_TUNING",
+    ):
+        more = {"task_ids": torch.zeros(len(ids), dtype=int)}
 
     def ask(**names: Any) -> torch.Tensor:
         return model(ids, **more, **names).logits[:, -ids.shape[1] :]

@@ -21,7 +21,11 @@ IDS = torch.tensor([[5, 9, 33, 120, 7]])
 ON = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 FOUR_OF_LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
 SETTINGS = {
-    "IA3": (lesson.ia3, peft.IA3Config(feedforward_modules=["down_proj"], **ON), "ia3_l"),
+    "IA3": (
+        lesson.ia3,
+        peft.IA3Config(feedforward_modules=["down_proj"], **ON),
+        "ia3_l",
+    ),
     "LoHa": (
         lesson.loha,
         peft.LoHaConfig(r=3, alpha=5, **ON),
@@ -85,7 +89,10 @@ def test_each_method_rewrites_the_weights_as_peft_merges_them(name, small):
 @given(st.integers(0, 99), st.sampled_from([2, 4, 8]))
 def test_a_small_turn_keeps_lengths_and_its_blocks(seed, size):
     torch.manual_seed(seed)
-    W, upper = torch.randn(5, 16), 0.01 * torch.randn(16 // size, size * (size - 1) // 2)
+    W, upper = (
+        torch.randn(5, 16),
+        0.01 * torch.randn(16 // size, size * (size - 1) // 2),
+    )
     turned = lesson.oft(W, upper)
     torch.testing.assert_close(turned.norm(dim=1), W.norm(dim=1), rtol=1e-3, atol=0)
     blocks = [w.reshape(5, -1, size).norm(dim=2) for w in (turned, W)]
@@ -97,7 +104,12 @@ def test_a_small_turn_keeps_lengths_and_its_blocks(seed, size):
 def test_ranks_multiply_in_both_products(r, s):
     torch.manual_seed(r + 10 * s)
     zero = torch.zeros(24, 24)
-    pairs = torch.randn(24, r), torch.randn(r, 24), torch.randn(24, s), torch.randn(s, 24)
+    pairs = (
+        torch.randn(24, r),
+        torch.randn(r, 24),
+        torch.randn(24, s),
+        torch.randn(s, 24),
+    )
     assert torch.linalg.matrix_rank(lesson.loha(zero, 1.0, *pairs)) == r * s
     C = torch.randn(4, r) @ torch.randn(r, 4)
     product = lesson.lokr(zero, 1.0, C, torch.randn(6, s), torch.randn(s, 6))
@@ -129,7 +141,9 @@ def test_a_bottleneck_is_what_its_formula_says_behind_both_halves(small):
                 )
         model(IDS)
     places = [f"{half}.1" for half in ("self_attn.o_proj", "mlp.down_proj")]
-    assert [*seen] == [f"model.layers.{i}.{place}" for i in range(2) for place in places]
+    assert [*seen] == [
+        f"model.layers.{i}.{place}" for i in range(2) for place in places
+    ]
     for name, (h, out) in seen.items():
         part = model.get_submodule(name)
         inner = h @ part.down.weight.T + part.down.bias
