@@ -46,6 +46,13 @@ NEEDED: dict[str, dict[str, Any]] = {
     "VBLORA": {"vector_length": 192},  # its default, 256, does not divide 576
     "XLORA": {"hidden_size": 576},  # and two saved adapters of LoRA
 }
+# Of PEFT 0.21; a test says which an installed one has more.
+TYPES = """
+LORA ADALORA ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD
+GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR MISS OFT SHIRA PROMPT_TUNING
+MULTITASK_PROMPT_TUNING OSF P_TUNING PEANUT POLY PREFIX_TUNING PSOFT PVERA RANDLORA ROAD
+SHADOW SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT XLORA ADAMSS
+"""
 METRICS = ("file_bytes", "bytes_a_number", "start_change", "merge_error")
 
 
@@ -64,16 +71,13 @@ class TypeExperiment:
 
 def all_types() -> list[TypeExperiment]:
     """PEFT's types in its own order; last the one that needs scikit-learn."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as TYPES
-
-    names = sorted((kind.value for kind in TYPES), key=lambda name: name == "ADAMSS")
-    return [TypeExperiment(name, NEEDED.get(name, {})) for name in names]
+    return [TypeExperiment(name, NEEDED.get(name, {})) for name in TYPES.split()]
 
 
 def adapted(model: Any, label: str, options: Mapping[str, Any], folder: Any) -> Any:
     """A copy of the model under that type; `folder` is where X-LoRA's adapters lie."""
     from peft import LoraConfig, PeftType, get_peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as TYPES
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 
     model, options = copy.deepcopy(model), dict(options)
     if options.get("adapter_layers") == -1:
@@ -87,7 +91,7 @@ def adapted(model: Any, label: str, options: Mapping[str, Any], folder: Any) -> 
             model = lora.unload()
         options["adapters"] = {name: str(Path(folder) / name) for name in "01"}
     set_seed(0)
-    config = TYPES[PeftType(label)](task_type="CAUSAL_LM", **options)
+    config = CONFIGS[PeftType(label)](task_type="CAUSAL_LM", **options)
     return get_peft_model(model, config).eval()
 
 
