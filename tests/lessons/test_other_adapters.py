@@ -13,8 +13,7 @@ from small_models import random_llama
 
 lesson = cells(
     "09_other_adapters",
-    *("imports", "bottleneck-scratch", "bottleneck-insert", "six-scratch", "six-oft"),
-    *("six-parity", "six-random"),
+    *("imports", "bottleneck-scratch", "six-scratch", "six-parity", "six-random"),
     definitions=True,
 )
 IDS = torch.tensor([[5, 9, 33, 120, 7]])
