@@ -175,6 +175,8 @@ METRICS: dict[str, Metric] = {
     "measured_gib": _measured(lambda m: m["peak_bytes"] / 2**30),
     "step_s": _measured(lambda m: m["step_seconds"]),
     "peak_bytes": _measured(lambda m: m["peak_bytes"]),
+    # Singular values that AdaLoRA left, all layers together.
+    "ranks": _measured(lambda m: {kind: sum(n) for kind, n in m["ranks"].items()}),
 }
 
 
