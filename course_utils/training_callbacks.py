@@ -99,8 +99,9 @@ class AllocateRanks(TrainerCallback):
             config.total_step = steps
         if config.tinit + config.tfinal >= steps or config.target_r >= config.init_r:
             raise ValueError(
-                f"AdaLoRA takes no rank away in {steps} steps: tinit + tfinal must be "
-                f"fewer, and target_r less than init_r, in {config}."
+                f"AdaLoRA takes no rank away in {steps} steps: tinit + tfinal ("
+                f"{config.tinit} + {config.tfinal}) must be fewer, and target_r "
+                f"({config.target_r}) less than init_r ({config.init_r})."
             )
 
     def on_optimizer_step(self, args, state, control, **_: Any) -> None:

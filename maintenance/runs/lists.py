@@ -462,8 +462,8 @@ RANKS_LEAVE |= {"tinit": 2, "tfinal": 4}
 FAMILY = {
     "LoRA": ({"peft_type": "LORA", "r": 8, "lora_alpha": 16} | Q_AND_V, 1e-2, {}),
     "IA3": ({"peft_type": "IA3"}, 3e-2, {}),
-    "LN tuning": ({"peft_type": "LN_TUNING"}, 1e-2, {}),
     "AdaLoRA": ({"peft_type": "ADALORA", **RANKS_LEAVE} | Q_AND_V, 3e-2, {}),
+    "LN tuning": ({"peft_type": "LN_TUNING"}, 1e-2, {}),
     "OFT": ({"peft_type": "OFT"} | Q_AND_V, 3e-3, {}),
     "bottleneck": (Bottleneck(), 3e-3, {}),
     "LoHa": ({"peft_type": "LOHA"} | Q_AND_V, 3e-2, {}),
