@@ -98,11 +98,8 @@ class AllocateRanks(TrainerCallback):
             print(f"AdaLoRA's total_step is {steps}, as this run's, not the given one.")
             config.total_step = steps
         if config.tinit + config.tfinal >= steps or config.target_r >= config.init_r:
-            raise ValueError(
-                f"AdaLoRA takes no rank away in {steps} steps: tinit + tfinal ("
-                f"{config.tinit} + {config.tfinal}) must be fewer, and target_r "
-                f"({config.target_r}) less than init_r ({config.init_r})."
-            )
+            needed = f"tinit + tfinal < {steps}, the steps, and target_r < init_r"
+            raise ValueError(f"AdaLoRA takes no rank away unless {needed}.")
 
     def on_optimizer_step(self, args, state, control, **_: Any) -> None:
         self.tuner.update_and_allocate(state.global_step + 1)

@@ -97,8 +97,6 @@ def test_the_penalty_is_in_the_gradient_once_and_in_no_loss(kind, fast, tmp_path
 def test_a_schedule_that_takes_nothing_away_is_refused(wrong, tmp_path):
     trainer = build(SFTTrainer, tmp_path, adalora(total_step=50, **wrong))
     prepare_trainer(trainer)
-    with pytest.raises(
-        ValueError, match="takes no rank away in 4 steps: .* less than init_r"
-    ):
+    with pytest.raises(ValueError, match="takes no rank away unless .* < 4, the"):
         trainer.train()
     assert trainer.state.global_step == 0
