@@ -181,6 +181,8 @@ METRICS: dict[str, Metric] = {
     "bytes_a_number": _measured(lambda m: m["file_bytes"] / m["trained"]),
     "start_change": _measured(lambda m: m["start_change"]),
     "merge_error": _measured(lambda m: m["merge_error"]),
+    # Singular values that AdaLoRA left, all layers together.
+    "ranks": _measured(lambda m: {kind: sum(n) for kind, n in m["ranks"].items()}),
 }
 
 
