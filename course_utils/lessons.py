@@ -184,6 +184,8 @@ _number(
     rel_tol=1.2e-4,
 )
 _number("8.1", "Set the standard error to 0.01, and solve for n.", 0.25 / 0.01**2, 2e-4)
+_number("9.1", "2 d m + m + d in one place, and 64 places.", right=67_379_200)
+_number("9.3", "C has 64 directions, the product 8.", right=512)
 _number("10.1", "Count the biases of one layer first.", 12 * (7 * 768 + 3072))
 _number("10.2", "A sees a patch in all its colours.", 16 * (3 * 14 * 14 + 1024))
 _number("12.1", "How often does an adapter fit into the base? One more.", right=101)
@@ -216,6 +218,9 @@ _exercise("8.3", "If the lowest loss is at an edge, go one rate further.")(
     lambda answer, *, losses: math.isclose(
         answer, neighbour(best_of(losses), -1), rel_tol=0.01
     )
+)
+_exercise("9.2", "Input j meets column j of the weight.")(
+    lambda answer, *, right: answer.allclose(right, atol=1e-5)
 )
 _exercise("10.3", "Shift, then fill.")(lambda answer, *, right: right.equal(answer))
 _exercise("6.4", "Right ones of a row, divided by the sum of that row.")(

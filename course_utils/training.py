@@ -118,9 +118,10 @@ def prepare_trainer(
 
     A plain line of progress `every` so many steps (None: about eight in all); trainable
     parameters in float32; errors before step 1; a model that can generate afterwards;
-    checkpoints that resume with the same batches; advice where memory runs out. On a
-    CPU, `fast` takes what `course_utils.training_speed` lists: the same losses, within
-    1e-4 a step in float32; `int8` its `int8_products`, where one gains: near losses.
+    checkpoints that resume with the same batches; AdaLoRA's ranks taken away, its
+    penalty in no loss; advice where memory runs out. On a CPU, `fast` takes what
+    `course_utils.training_speed` lists: the same losses, within 1e-4 a step in float32;
+    `int8` its `int8_products`, where one gains: near losses.
     """
     from transformers import PrinterCallback
 
@@ -138,6 +139,8 @@ def prepare_trainer(
         if fast:
             training_speed.use_completion_loss(trainer)
             trainer.add_callback(callbacks.QuickAttention())
+    if hasattr(getattr(trainer.model, "base_model", None), "rankallocator"):
+        trainer.add_callback(callbacks.AllocateRanks(trainer))
     _wrap_train_and_evaluate(trainer, int8)
 
 

@@ -63,6 +63,48 @@ class CheckBeforeTraining(TrainerCallback):
             refuse_packed(model)
 
 
+class AllocateRanks(TrainerCallback):
+    """Calls AdaLoRA's `update_and_allocate`, which PEFT leaves to others, by the step.
+
+    Its penalty is in the gradient, once a step, and in no loss: PEFT adds it to every
+    loss, `Trainer` multiplies it by the accumulation, `SFTTrainer` leaves it out.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.tuner, self.library = trainer.model.base_model, trainer.compute_loss
+        self.name = self.tuner.trainable_adapter_name
+        self.config, self.trainer = self.tuner.peft_config[self.name], trainer
+        trainer.compute_loss = self.compute_loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        weight, self.config.orth_reg_weight = self.config.orth_reg_weight, 0.0
+        try:
+            loss = self.library(model, inputs, *args, **options)
+        finally:
+            self.config.orth_reg_weight = weight
+        if not model.training:
+            return loss
+        if options.get("num_items_in_batch") is not None:  # else Trainer divides all
+            weight = weight / self.trainer.current_gradient_accumulation_steps
+        layers = [m for m in self.tuner.modules() if hasattr(m, "lora_E")]
+        rows = [p for m in layers for p in (m.lora_A[self.name], m.lora_B[self.name].T)]
+        norms = [(p @ p.T - p.new_ones(len(p)).diag()).norm() for p in rows]
+        penalty = weight * sum(norms) / len(norms)
+        return loss + penalty - penalty.detach()
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        config, steps = self.config, state.max_steps
+        if config.total_step != steps:
+            print(f"AdaLoRA's total_step is {steps}, as this run's, not the given one.")
+            config.total_step = steps
+        if config.tinit + config.tfinal >= steps or config.target_r >= config.init_r:
+            needed = f"tinit + tfinal < {steps}, the steps, and target_r < init_r"
+            raise ValueError(f"AdaLoRA takes no rank away unless {needed}.")
+
+    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+        self.tuner.update_and_allocate(state.global_step + 1)
+
+
 def _check_trainable(model: Any, *, fp16: bool) -> None:
     """Raise unless there is something to train and all of it is float32."""
     import torch

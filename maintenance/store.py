@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import truediv
 from pathlib import Path
@@ -180,6 +181,13 @@ METRICS: dict[str, Metric] = {
     "measured_gib": _measured(lambda m: m["peak_bytes"] / 2**30),
     "step_s": _measured(lambda m: m["step_seconds"]),
     "peak_bytes": _measured(lambda m: m["peak_bytes"]),
+    # A type of adapter: its saved file, and the largest differences of a logit.
+    "file_bytes": _measured(lambda m: m["file_bytes"]),
+    "bytes_a_number": _measured(lambda m: m["file_bytes"] / m["trained"]),
+    "start_change": _measured(lambda m: m["start_change"]),
+    "merge_error": _measured(lambda m: m["merge_error"]),
+    # Singular values that AdaLoRA left, all layers together.
+    "ranks": _measured(lambda m: {kind: sum(n) for kind, n in m["ranks"].items()}),
 }
 
 
@@ -225,6 +233,14 @@ def _course_summary(runs: list[dict]) -> dict[str, Any]:
     return summary
 
 
+def _types_summary(runs: list[dict]) -> dict[str, Any]:
+    """By type of adapter, and how many types answer a question in each way."""
+    summary: dict[str, Any] = default_summary(runs) | {"types": len(runs)}
+    for question in ("merges", "mixes"):
+        summary[question] = Counter(run["measured"][question] for run in runs)
+    return summary
+
+
 def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
     """{metric: {label: mean over the seeds}}, `metric_min` and `metric_max` alike."""
     grouped: dict[str, list[dict]] = {}
@@ -255,6 +271,7 @@ def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
 SUMMARIES: dict[str, Summary] = {
     "07_card": _card_summary,
     "course_cpu": _course_summary,
+    "09_peft_types": _types_summary,
 }
 
 

@@ -20,6 +20,7 @@ from maintenance.runs.classifier import ClassifierExperiment, run_classifier
 from maintenance.runs.experiment import run_training
 from maintenance.runs.lesson import LessonExperiment, run_lesson
 from maintenance.runs.lists import LESSON_RUNS
+from maintenance.runs.peft_table import TypeExperiment, run_type
 from maintenance.runs.rounding import Rounding, run_rounding
 from maintenance.store import hardware, save_record
 
@@ -32,6 +33,8 @@ def make_run(experiment: Any) -> dict[str, Any]:
         return run_card(experiment)
     if isinstance(experiment, LessonExperiment):
         return run_lesson(experiment)
+    if isinstance(experiment, TypeExperiment):
+        return run_type(experiment)
     if isinstance(experiment.method, Rounding):
         return run_rounding(experiment)
     if isinstance(experiment.method, Prompting):

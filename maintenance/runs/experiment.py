@@ -42,10 +42,38 @@ ABSENT_WHEN_UNSET = {
 
 
 @dataclass(frozen=True)
+class Bottleneck:
+    """Houlsby's adapters, as lesson 9 builds them: two in each block of the decoder."""
+
+    width: int = 36
+
+    def stored(self, model: str | None) -> str:
+        """As a record names it."""
+        return f"bottleneck:{self.width}"
+
+    def insert(self, model: Any) -> None:
+        """Freeze the model, and put adapters behind attention and network, in place."""
+        model.requires_grad_(False)
+        for block in model.base_model.layers:
+            for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+                d = linear.out_features
+                down, up = (
+                    torch.nn.Linear(d, self.width),
+                    torch.nn.Linear(self.width, d),
+                )
+                torch.nn.init.normal_(down.weight, std=0.02)
+                for start in (down.bias, up.weight, up.bias):
+                    torch.nn.init.zeros_(start)
+                linear.adapter = torch.nn.Sequential(down, torch.nn.GELU(), up)
+                linear.register_forward_hook(lambda m, _, out: out + m.adapter(out))
+
+
+@dataclass(frozen=True)
 class RecordedExperiment(sweep_runs.Experiment):
     """A training that is recorded for a lesson, described completely.
 
-    Its method may also be `"head"` (the output layer alone) or a `Rounding`.
+    Its method may also be `"head"` (the output layer alone), a `Bottleneck` or a
+    `Rounding`.
     """
 
     forgetting: bool = False  # measure the general questions before and after
@@ -152,10 +180,23 @@ def _train_and_measure(
         change = (weight_of(model, name) - old).float().cpu()  # MPS has no SVD
         values = [six_digits(value) for value in torch.linalg.svdvals(change)]
         run["measured"].setdefault("singular_values", {})[name] = values
+    if ranks := ranks_left(model):
+        run["measured"]["ranks"] = ranks
+        run["metrics"] |= compute_metrics(run, ["ranks"])
     _add_tests(run, experiment, model)
     del model
     gc.collect()
     return run | {"seconds": before_s + time.perf_counter() - begun}
+
+
+def ranks_left(model: Any) -> dict[str, list[int]]:
+    """What AdaLoRA leaves: the singular values that are not 0, layer by layer."""
+    found: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        for values in getattr(module, "lora_E", {}).values():
+            kind = found.setdefault(name.rpartition(".")[2], [])
+            kind.append(int(values.ne(0).sum()))
+    return found
 
 
 def keep_adapter(model: Any, folder: Path, base: str) -> int:
@@ -217,6 +258,10 @@ def make_recorded_model(experiment: RecordedExperiment) -> Any:
         model.requires_grad_(False)
         model.get_output_embeddings().requires_grad_(True)
         return model
+    if isinstance(experiment.method, Bottleneck):
+        model = sweep_runs.make_model(replace(experiment, method="full"))
+        experiment.method.insert(model)
+        return model
     model = sweep_runs.make_model(experiment)
     if experiment.start:
         originals = load_model(experiment.model, dtype=torch.float32).state_dict()
@@ -235,7 +280,7 @@ def make_recorded_rows(experiment: RecordedExperiment) -> list[dict[str, Any]]:
         random.Random(seed).shuffle(completions)
         pairs = zip(rows, completions, strict=True)
         rows = [row | {"completion": other} for row, other in pairs]
-    template = sweep_runs.template_for(tokenizer)
+    template = experiment.template or sweep_runs.template_for(tokenizer)
     tokenized = list(tokenize_dataset(rows, tokenizer, template=template))
     if experiment.wrong_mask:
         for row in tokenized:

@@ -30,8 +30,10 @@ from course_utils.sweep.experiment import (
 from course_utils.sweep.results import split_label
 from maintenance.runs.card import CardExperiment
 from maintenance.runs.classifier import ClassifierExperiment
+from maintenance.runs.experiment import Bottleneck
 from maintenance.runs.experiment import RecordedExperiment as Run
 from maintenance.runs.lesson import LessonExperiment
+from maintenance.runs.peft_table import all_types
 from maintenance.runs.rounding import LoftQ, QPiSSA, Rounding
 
 Family = list[Any] | Callable[[], list[Any]]
@@ -401,22 +403,27 @@ TIMED |= {"test_examples": 0, "costs": None}
 
 
 def sweep_family(
-    record: str, methods: dict[str, Candidate], more: Sequence[Any] = ()
+    record: str,
+    methods: dict[str, Candidate],
+    more: Sequence[Any] = (),
+    *,
+    budget: dict[str, Any] = BUDGET,
+    best_also: dict[str, Any] | None = None,
 ) -> Callable[[], list[Run]]:
     """What to run so far: rates around the best, then the best with further seeds.
 
     The list grows with its record, until every best rate lies inside its grid and has
-    all seeds; `more` experiments are run last.
+    all seeds, those with `best_also`; `more` experiments are run last.
     """
 
     def experiments() -> list[Run]:
         tried, repeated = [], []
         for name, (method, first, settings) in methods.items():
             rates, inside = grid(first, _recorded_losses(record, name))
-            settings = BUDGET | settings | {"method": method}
+            settings = budget | settings | {"method": method}
             tried += _at_rates(name, rates, **settings)
             if inside:
-                settings |= {"forgetting": True}
+                settings |= {"forgetting": True} if best_also is None else best_also
                 (best,) = _at_rates(name, [best_rate(record, name)], **settings)
                 repeated += best.seeds(*SEEDS[1:])
         return [*tried, *repeated, *more]
@@ -445,6 +452,29 @@ LESSON_RUNS["08"] = {
     "08_low_rank": sweep_family("08_low_rank", low_rank(LORA)),
     "08_others": sweep_family("08_others", other_methods(LORA, PROMPT), UNTRAINED),
     "08_speed": _speed_runs(METHODS),
+}
+
+# --- lesson 9: the wider family, each at its own rate ------------------------------
+
+Q_AND_V = {"target_modules": ["q_proj", "v_proj"]}
+BRIEF = {"steps": 12, "batch_size": 4, "eval_examples": 24, "test_examples": 0}
+BRIEF |= {"template": "plain", "base_dtype": "float32"}
+RANKS_LEAVE = {"init_r": 12, "target_r": 4, "lora_alpha": 64, "total_step": 12}
+RANKS_LEAVE |= {"tinit": 2, "tfinal": 4}
+FAMILY = {
+    "LoRA": ({"peft_type": "LORA", "r": 8, "lora_alpha": 16} | Q_AND_V, 1e-2, {}),
+    "IA3": ({"peft_type": "IA3"}, 3e-2, {}),
+    "AdaLoRA": ({"peft_type": "ADALORA", **RANKS_LEAVE} | Q_AND_V, 3e-2, {}),
+    "LN tuning": ({"peft_type": "LN_TUNING"}, 1e-2, {}),
+    "OFT": ({"peft_type": "OFT"} | Q_AND_V, 3e-3, {}),
+    "bottleneck": (Bottleneck(), 3e-3, {}),
+    "LoHa": ({"peft_type": "LOHA"} | Q_AND_V, 3e-2, {}),
+    "VeRA": ({"peft_type": "VERA"} | Q_AND_V, 1e-1, {}),
+    "LoKr": ({"peft_type": "LOKR"} | Q_AND_V, 3e-2, {}),
+}
+LESSON_RUNS["09"] = {
+    "09_peft_types": all_types,
+    "09_rates": sweep_family("09_rates", FAMILY, budget=BRIEF, best_also={}),
 }
 
 # --- lesson 10: an encoder's biases, a small T5, pictures ---------------------------

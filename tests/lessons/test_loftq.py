@@ -11,7 +11,7 @@ from small_models import random_llama
 
 from maintenance.runs.rounding import LoftQ, QPiSSA, round_4bit, set_start
 
-lesson = cells("07_qlora", "imports", "loftq", "rounding")
+lesson = cells("09_other_adapters", "imports", "loftq")
 low_rank, loftq_init = lesson.low_rank, lesson.loftq_init
 
 

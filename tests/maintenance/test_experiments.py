@@ -18,6 +18,7 @@ from maintenance.runs import __main__ as command
 from maintenance.runs import experiment as runs
 from maintenance.runs.__main__ import record_family
 from maintenance.runs.experiment import (
+    Bottleneck,
     RecordedExperiment,
     make_recorded_model,
     make_recorded_rows,
@@ -74,6 +75,38 @@ def test_each_method_trains_what_it_says(small):
     for wrong in (LastLayers(3), "freeze:1", "half"):
         with pytest.raises(ValueError, match="expected 'full'"):
             make_recorded_model(quick(method=wrong))
+
+
+def test_a_bottleneck_is_the_identity_and_all_that_is_trained(small):
+    torch.manual_seed(0)
+    model, ids = (
+        make_recorded_model(quick(method=Bottleneck(3))),
+        torch.tensor([[5, 6]]),
+    )
+    d, places = model.config.hidden_size, 2 * model.config.num_hidden_layers
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == places * (2 * 3 * d + 3 + d)
+    plain = random_llama(initializer_range=0.05)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    up = model.model.layers[1].mlp.down_proj.adapter[2]
+    torch.nn.init.ones_(up.bias)
+    plain.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(d))
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    assert quick(method=Bottleneck(3)).settings()["method"] == "bottleneck:3"
+
+
+def test_a_run_of_adalora_says_which_ranks_are_left(small):
+    method = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 3}
+    method |= {"target_modules": ["q_proj", "v_proj"]}
+    run = run_training(quick("AdaLoRA", method), progress=False)
+    left, layers = run["measured"]["ranks"], random_llama().config.num_hidden_layers
+    assert {kind: len(ranks) for kind, ranks in left.items()} == {
+        "q_proj": layers,
+        "v_proj": layers,
+    }
+    assert sum(run["metrics"]["ranks"].values()) == 2 * 2 * layers
+    assert run["metrics"]["ranks"]["q_proj"] == sum(left["q_proj"])
+    assert "ranks" not in run_training(quick(), progress=False)["metrics"]
 
 
 def test_spoiled_records_are_spoiled_as_said(small):
@@ -386,6 +419,11 @@ def test_a_sweep_grows_until_each_best_rate_is_inside(monkeypatch):
     }
     assert all(e.forgetting == bool(e.seed) for e in family()[:-1])
     assert all(e.quantization == "nf4" for e in family() if "LoRA" in e.label)
+    other = {"budget": {"steps": 7}, "best_also": {"eval_examples": 5}}
+    family = sweep_family("08_try", methods, **other)()
+    assert {e.steps for e in family} == {7}
+    assert all((e.eval_examples == 5) == bool(e.seed) for e in family)
+    assert not any(e.forgetting for e in family)
 
 
 def test_costs_are_measured_in_a_step_that_has_optimizer_state(small):

@@ -16,30 +16,22 @@ from course_utils import inference
 from course_utils import training_callbacks as callbacks
 from course_utils.training import LossHistory, find_checkpoint, prepare_trainer
 from course_utils.training_speed import refuse_packed
+from maintenance.runs.peft_table import NEEDED
 
-# What a tiny Llama needs, by method: else its defaults, on three sorts of layer.
+# What a tiny Llama needs beside that: else its defaults, on three sorts of layer.
 OPTIONS = {
     "ADALORA": {"total_step": 8, "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2},
-    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2, "target_modules": None},
+    "ADAPTION_PROMPT": {"adapter_layers": 2, "target_modules": None},
     "C3A": {"block_size": 16},
-    "CARTRIDGE": {"num_virtual_tokens": 4},
-    "CPT": {
-        "cpt_token_ids": [3, 4, 5, 6],
-        "cpt_mask": [1] * 4,
-        "cpt_tokens_type_mask": [1, 2, 3, 4],
-    },
     "FOURIERFT": {"n_frequency": 20},
     "IA3": {"feedforward_modules": ["down_proj"]},
     "LN_TUNING": {"target_modules": None},
     "MISS": {"r": 4},
-    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4, "num_tasks": 2},
-    "PREFIX_TUNING": {"num_virtual_tokens": 4},
-    "PROMPT_TUNING": {"num_virtual_tokens": 4},
     "PSOFT": {"r": 4},
-    "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "P_TUNING": {"encoder_hidden_size": 16},
     "ROAD": {"group_size": 8},
     "SHIRA": {"r": 2},
-    "TRAINABLE_TOKENS": {"token_indices": [5, 6], "target_modules": None},
+    "TRAINABLE_TOKENS": {"target_modules": None},
     "VBLORA": {"num_vectors": 8, "vector_length": 4, "r": 2},
     "WAVEFT": {"n_frequency": 20},
 }
@@ -76,7 +68,7 @@ def adapted(method, options, seed):
     """A Llama under a method; only what the adapter draws depends on the seed."""
     make = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
     settings = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
-    settings |= OPTIONS.get(method, {}) | options
+    settings |= NEEDED.get(method, {}) | OPTIONS.get(method, {}) | options
     known = make.__dataclass_fields__
     settings = {k: v for k, v in settings.items() if k in known and v is not None}
     model = random_llama(initializer_range=0.05)
