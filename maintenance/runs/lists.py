@@ -487,7 +487,7 @@ WORD_RATES = {
     "prefix": (3e-1, 1.0, 3.0, 10.0),
 }
 WAY_RATES = {
-    "head alone": (1e-2, 3e-2, 1e-1, 3e-1),
+    "head alone": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "first 2 frozen": (1e-3, 3e-3, 1e-2, 3e-2),
     "all weights": (3e-4, 1e-3, 3e-3, 1e-2),
     "from scratch": (1e-3, 3e-3, 1e-2, 3e-2),
