@@ -28,7 +28,7 @@ class BatchSizes:
     batch_size: int
     seed: int = 0
     target: float = 2.2  # nats a letter, of kept letters
-    limit: int = 20_000  # steps, at most
+    limit: int = 4_000  # steps, at most
     data: str = "home_commands"
 
     @property
@@ -47,7 +47,7 @@ def _lesson() -> Any:
 
 
 def run_batch_size(experiment: BatchSizes) -> dict[str, Any]:
-    """Climb to the best rate by factors of two, and look around it; a run as recorded."""
+    """Climb to the best rate by factors of two, and look around it."""
     begun = time.perf_counter()
     lesson, batch, seed = _lesson(), experiment.batch_size, experiment.seed
     found: dict[float, int | None] = {}
@@ -59,14 +59,14 @@ def run_batch_size(experiment: BatchSizes) -> dict[str, Any]:
         reached = {rate: n for rate, n in found.items() if n}
         return min(reached, key=lambda rate: (reached[rate], rate))
 
-    rate = 2.0**-8
+    rate = 2.0**-9
     found[rate] = steps(rate)
     while missing := [r for r in (2 * best(), best() / 2) if r not in found]:
         fewest = found[best()] or experiment.limit
         found[missing[0]] = steps(missing[0], limit=2 * fewest)
     rate, fewest = best(), found[best()] or experiment.limit
-    after = {str(k): steps(k * rate, 2 * batch, 4 * fewest) for k in (1, 2, 3)}
-    off = {name: steps(k * rate, limit=4 * fewest) for name, k in _OFF.items()}
+    after = {str(k): steps(k * rate, 2 * batch, 3 * fewest) for k in (1, 2, 3)}
+    off = {name: steps(k * rate, limit=3 * fewest) for name, k in _OFF.items()}
     model = lesson.letter_model(seed)
     scales = [lesson.noise_scale(model)]
     lesson.steps_to(experiment.target, batch, rate, seed, experiment.limit, model)

@@ -451,6 +451,6 @@ LESSON_RUNS["08"] = {
 
 LESSON_RUNS["11"] = {
     "11_batch_size": [
-        BatchSizes(2**k, seed=seed) for seed in SEEDS for k in range(3, 11)
+        BatchSizes(2**k, seed=seed) for seed in SEEDS for k in range(4, 11)
     ],
 }
