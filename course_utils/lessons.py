@@ -189,6 +189,7 @@ _number(
 _number("8.1", "Set the standard error to 0.01, and solve for n.", 0.25 / 0.01**2, 2e-4)
 _number("10.1", "Count the biases of one layer first.", 12 * (7 * 768 + 3072))
 _number("10.2", "A sees a patch in all its colours.", 16 * (3 * 14 * 14 + 1024))
+_number("11.4", "How far apart are numbers from 2 to 4? Take half a gap.", 2**-7)
 _number("12.1", "How often does an adapter fit into the base? One more.", right=101)
 _number("12.3", "c takes the place of b: a was used after it.", right=4)
 
