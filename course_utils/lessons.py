@@ -188,6 +188,7 @@ _number("9.1", "2 d m + m + d in one place, and 64 places.", right=67_379_200)
 _number("9.3", "C has 64 directions, the product 8.", right=512)
 _number("10.1", "Count the biases of one layer first.", 12 * (7 * 768 + 3072))
 _number("10.2", "A sees a patch in all its colours.", 16 * (3 * 14 * 14 + 1024))
+_number("11.4", "How far apart are numbers from 2 to 4? Take half a gap.", 2**-7)
 _number("12.1", "How often does an adapter fit into the base? One more.", right=101)
 _number("12.3", "c takes the place of b: a was used after it.", right=4)
 

@@ -11,10 +11,10 @@ def test_cells_are_executed_in_order_into_one_namespace():
 
 
 def test_of_a_cell_that_also_runs_something_the_definitions_alone():
-    lesson = cells("03_lora", "step0-assert", definitions=True)
+    lesson = cells("03_lora", "step0", definitions=True)
     assert callable(lesson.logits_of) and not hasattr(lesson, "original")
     with pytest.raises(NameError):
-        cells("03_lora", "step0-assert")
+        cells("03_lora", "step0")
 
 
 def test_constants_are_definitions():
