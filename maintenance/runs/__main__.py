@@ -17,6 +17,7 @@ from course_utils.runtime import versions
 from course_utils.sweep.experiment import Prompting, run_experiment
 from maintenance.runs.card import CardExperiment, NoCard, run_card
 from maintenance.runs.classifier import ClassifierExperiment, run_classifier
+from maintenance.runs.curves import Curve, run_curve
 from maintenance.runs.experiment import run_training
 from maintenance.runs.lists import LESSON_RUNS
 from maintenance.runs.rounding import Rounding, run_rounding
@@ -29,6 +30,8 @@ def make_run(experiment: Any) -> dict[str, Any]:
         return run_classifier(experiment)
     if isinstance(experiment, CardExperiment):
         return run_card(experiment)
+    if isinstance(experiment, Curve):
+        return run_curve(experiment)
     if isinstance(experiment.method, Rounding):
         return run_rounding(experiment)
     if isinstance(experiment.method, Prompting):

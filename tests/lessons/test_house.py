@@ -32,6 +32,7 @@ LESSONS = (
     "07_qlora",
     "08_choosing_a_method",
     "10_beyond_text",
+    "11_reading_curves",
     "12_many_tasks",
 )
 
