@@ -38,8 +38,9 @@ class Curve:
     data: str = "home_commands"
 
     def settings(self) -> dict[str, Any]:
-        """What differs from the recipe: numbers, functions' names, lengths of lists."""
-        shown = {key: _shown(value) for key, value in self.changes.items()}
+        """The recipe with its changes: numbers, functions' names, lengths of lists."""
+        now = lesson().recipe | self.changes
+        shown = {key: _shown(value) for key, value in now.items() if key != "places"}
         return shown | ({"fault": self.fault} if self.fault else {})
 
 
@@ -76,7 +77,8 @@ def gallery() -> list[Curve]:
         curves[name] = changes
         if cure:
             curves[f"{name}, cured"] = cure
-    curves["many passes"] = {"steps": lesson().settings["passes"]}
+    many = {"train": lesson().train[:140], "steps": lesson().settings["passes"]}
+    curves["many passes"] = many
     return [
         Curve(label, s, changes) for label, changes in curves.items() for s in SEEDS
     ]

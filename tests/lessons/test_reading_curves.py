@@ -15,7 +15,7 @@ STEM = "11_reading_curves"
 lesson = cells(
     STEM,
     *("imports", "records", "row", "tiny", "learn", "loop", "look", "looked-at"),
-    *("ends", "evidence", "diagnose", "show", "riddle"),
+    *("ends", "evidence", "diagnose", "draw", "show", "riddle"),
     definitions=True,
 )
 more_cells(lesson, STEM, "tells", "claims")
