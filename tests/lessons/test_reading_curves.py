@@ -108,7 +108,7 @@ def test_what_is_looked_at_sees_copies_strangers_and_order():
 
 
 def test_a_spike_and_the_harm_after_it():
-    losses = [1.0] * 20 + [5.0] + [1.0] * 3 + [1.5] * 6
+    losses = [1.0] * 20 + [5.0] + [1.0] * 2 + [1.5] * 6
     assert lesson.spike_of({"loss": losses}) == (20, 5.0)
     assert lesson.harm({"loss": losses}) == pytest.approx(0.5)
     assert lesson.spike_of({"loss": [1.0, math.nan]}) == (0, 0)
