@@ -189,18 +189,19 @@ _number(
 _number("8.1", "Set the standard error to 0.01, and solve for n.", 0.25 / 0.01**2, 2e-4)
 _number("10.1", "Count the biases of one layer first.", 12 * (7 * 768 + 3072))
 _number("10.2", "A sees a patch in all its colours.", 16 * (3 * 14 * 14 + 1024))
+_number("11.4", "How far apart are numbers from 2 to 4? Take half a gap.", 2**-7)
+_number("12.1", "How often does an adapter fit into the base? One more.", right=101)
+_number("12.3", "c takes the place of b: a was used after it.", right=4)
+
+_exercise("12.2", "x A^T B^T, scaled, for row 1 alone.")(
+    lambda answer, *, right: answer.allclose(right, atol=1e-5)
+)
 for _riddle in ("11.1", "11.2"):
     _exercise(_riddle, "Which second measurement is out of the ordinary?")(
         lambda answer, *, fault: answer.strip().lower() == fault
     )
 _exercise("11.3", "The same length for each weight: how long are all together?")(
     lambda answer, *, right: math.isclose(answer, right, rel_tol=0.02)
-)
-_number("12.1", "How often does an adapter fit into the base? One more.", right=101)
-_number("12.3", "c takes the place of b: a was used after it.", right=4)
-
-_exercise("12.2", "x A^T B^T, scaled, for row 1 alone.")(
-    lambda answer, *, right: answer.allclose(right, atol=1e-5)
 )
 _exercise("0.2", "Count the pairs that are the same JSON, and divide by all.")(
     lambda answer, *, given, references: math.isclose(
