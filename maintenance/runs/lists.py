@@ -29,6 +29,7 @@ from course_utils.sweep.experiment import (
 )
 from course_utils.sweep.results import split_label
 from maintenance.runs import curves
+from maintenance.runs.batch_size import BatchSizes
 from maintenance.runs.card import CardExperiment
 from maintenance.runs.classifier import ClassifierExperiment
 from maintenance.runs.experiment import RecordedExperiment as Run
@@ -447,10 +448,13 @@ LESSON_RUNS["08"] = {
     "08_speed": _speed_runs(METHODS),
 }
 
-# --- lesson 11: curves of a tiny model, made by the lesson's cells -----------------
+# --- lesson 11: curves and batch sizes, by the lesson's own cells -------------------
 
 LESSON_RUNS["11"] = {
     "11_gallery": curves.gallery,
     "11_diagnosis": curves.trial,
     "11_divided": curves.divided,
+    "11_batch_size": [
+        BatchSizes(2**k, seed=seed) for seed in SEEDS for k in range(4, 11)
+    ],
 }
