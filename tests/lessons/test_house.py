@@ -188,7 +188,11 @@ BAD = [
     ("short_code", put("first", "x = 1\n" * 26), "26 lines"),
     ("short_code", lengthen, "median"),
     ("short_code", fold_long, None),
-    ("short_code", mark("first", metadata={"jupyter": {"source_hidden": True}}), "title"),
+    (
+        "short_code",
+        mark("first", metadata={"jupyter": {"source_hidden": True}}),
+        "title",
+    ),
     ("short_code", put("first", f"x = '{'a' * 90}'"), "columns"),
     ("short_code", add("fourth", "x = 1"), "4th code cell in a row"),
     ("short_prose", put("words", "word " * 151), "151 words"),

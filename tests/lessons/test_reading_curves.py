@@ -139,6 +139,19 @@ def test_what_was_named_on_record_is_what_the_lesson_names():
                 assert lesson.diagnose(history)[0] == history["named"]
 
 
+def test_a_fifth_of_the_rate_helps_the_faults_of_the_rate_alone():
+    nearer = {"rate too high", "no warm-up"}
+    farther = {"bad batches", "shuffled labels", "prompt in the labels"}
+    for name, histories in lesson.from_record("11_divided").items():
+        for divided, (bad, good) in zip(histories, pairs(name), strict=True):
+            change = lesson.worse(divided, good) - lesson.worse(bad, good)
+            assert name not in nearer or change < -0.05
+            assert name not in farther or change > 0.5
+    assert 0.3 / 25 == pytest.approx(
+        load_record("11_gallery")["runs"][0]["settings"]["rate"]
+    )
+
+
 def test_the_trial_has_three_seeds_of_every_fault_and_one_base_more():
     runs = load_record("11_diagnosis")["runs"]
     cases = {(run["label"], run["seed"]) for run in runs}
