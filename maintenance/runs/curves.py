@@ -20,9 +20,7 @@ from maintenance.store import compute_metrics
 LESSON = "11_reading_curves"
 MODEL = ("imports", "settings", "records", "row", "tiny", "learn", "loop", "look")
 MODEL += ("looked-at", "run", "ends", "tells")
-FAULTS = ("too-low", "no-gradient", "too-high", "shuffled", "overfit", "elsewhere")
-FAULTS += ("leak", "prompt", "warmup", "bad-batches", "order", "half")
-DIAGNOSIS = ("evidence", "diagnose", "trial", "cases")
+FAULTS = ("too-low", "too-high", "overfit", "leak", "warmup", "order")
 DIVIDED = ("rate too high", "no warm-up", "bad batches", "data in order")
 DIVIDED += ("overfitting", "shuffled labels", "prompt in the labels")
 SEEDS = (0, 1, 2)
@@ -69,7 +67,8 @@ def lesson() -> Any:
         space.shown[name] = changes, cure
 
     space.show = show
-    return more_cells(space, LESSON, *FAULTS, *DIAGNOSIS)
+    more_cells(space, LESSON, *FAULTS, "trial", "cases")
+    return more_cells(space, LESSON, "evidence", "diagnose", definitions=True)
 
 
 def gallery() -> list[Curve]:

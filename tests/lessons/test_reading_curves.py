@@ -147,8 +147,9 @@ def test_a_fifth_of_the_rate_helps_the_faults_of_the_rate_alone():
             change = lesson.worse(divided, good) - lesson.worse(bad, good)
             assert name not in nearer or change < -0.05
             assert name not in farther or change > 0.5
-    assert 0.3 / 25 == pytest.approx(
-        load_record("11_gallery")["runs"][0]["settings"]["rate"]
+    assert (
+        pytest.approx(load_record("11_gallery")["runs"][0]["settings"]["rate"])
+        == 0.3 / 25
     )
 
 
