@@ -195,6 +195,15 @@ _number("12.3", "c takes the place of b: a was used after it.", right=4)
 _exercise("12.2", "x A^T B^T, scaled, for row 1 alone.")(
     lambda answer, *, right: answer.allclose(right, atol=1e-5)
 )
+_exercise("11.1", "The loss is too high, the steps are ordinary: what else is?")(
+    lambda answer, *, fault: answer.strip().lower() == fault
+)
+_exercise("11.2", "Training goes well. Look at the kept rows themselves.")(
+    lambda answer, *, fault: answer.strip().lower() == fault
+)
+_exercise("11.3", "The same length for each weight: how long are all together?")(
+    lambda answer, *, right: math.isclose(answer, right, rel_tol=0.02)
+)
 _exercise("0.2", "Count the pairs that are the same JSON, and divide by all.")(
     lambda answer, *, given, references: math.isclose(
         answer, scoring.exact_match(given, references), rel_tol=1e-3

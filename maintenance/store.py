@@ -277,9 +277,22 @@ def default_summary(runs: list[dict]) -> dict[str, dict[str, Any]]:
     return summary
 
 
+def _diagnosis_summary(runs: list[dict]) -> dict[str, Any]:
+    """How often lesson 11's trial named the fault: `confusion[fault][named]`."""
+    confusion: dict[str, dict[str, int]] = {}
+    right = 0
+    for run in runs:
+        fault, named = run["settings"]["fault"], run["measured"]["named"]
+        row = confusion.setdefault(fault, {})
+        row[named] = row.get(named, 0) + 1
+        right += named == fault.replace("healthy", "nothing wrong")
+    return {"right": right, "of": len(runs), "confusion": confusion}
+
+
 # How the summary of a record is computed, where not by `default_summary`.
 SUMMARIES: dict[str, Summary] = {
     "07_card": _card_summary,
+    "11_diagnosis": _diagnosis_summary,
     "course_cpu": _course_summary,
     "09_peft_types": _types_summary,
 }

@@ -18,6 +18,7 @@ from maintenance.cells import source_hash
 from maintenance.runs.batch_size import BatchSizes, run_batch_size
 from maintenance.runs.card import CardExperiment, NoCard, run_card
 from maintenance.runs.classifier import ClassifierExperiment, run_classifier
+from maintenance.runs.curves import Curve, run_curve
 from maintenance.runs.experiment import run_training
 from maintenance.runs.lesson import LessonExperiment, run_lesson
 from maintenance.runs.lists import LESSON_RUNS
@@ -38,6 +39,8 @@ def make_run(experiment: Any) -> dict[str, Any]:
         return run_lesson(experiment)
     if isinstance(experiment, TypeExperiment):
         return run_type(experiment)
+    if isinstance(experiment, Curve):
+        return run_curve(experiment)
     if isinstance(experiment.method, Rounding):
         return run_rounding(experiment)
     if isinstance(experiment.method, Prompting):

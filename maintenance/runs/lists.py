@@ -28,6 +28,8 @@ from course_utils.sweep.experiment import (
     other_methods,
 )
 from course_utils.sweep.results import split_label
+from maintenance.runs import curves
+from maintenance.runs.batch_size import BatchSizes
 from maintenance.runs.card import CardExperiment
 from maintenance.runs.classifier import ClassifierExperiment
 from maintenance.runs.experiment import Bottleneck
@@ -560,6 +562,17 @@ LESSON_RUNS["10"] = {
     ],
     "10_pictures": _picture_runs,
     "10_bitfit": _bitfit_runs,
+}
+
+# --- lesson 11: curves and batch sizes, by the lesson's own cells -------------------
+
+LESSON_RUNS["11"] = {
+    "11_gallery": curves.gallery,
+    "11_diagnosis": curves.trial,
+    "11_divided": curves.divided,
+    "11_batch_size": [
+        BatchSizes(2**k, seed=seed) for seed in SEEDS for k in range(4, 11)
+    ],
 }
 
 # --- lesson 12: adapters combined, and switched ------------------------------------

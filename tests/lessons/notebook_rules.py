@@ -105,6 +105,11 @@ def source(cell: dict) -> str:
     return text if isinstance(text, str) else "".join(text)
 
 
+def folded(cell: dict) -> bool:
+    """Say whether a code cell is shown by its title alone."""
+    return bool(cell["metadata"].get("jupyter", {}).get("source_hidden"))
+
+
 def held_lines(text: str) -> list[str]:
     """Return the lines that hold something."""
     return [line for line in text.splitlines() if line.strip()]
@@ -179,12 +184,19 @@ def stable_ids(lesson: Lesson) -> list[str]:
 
 @rule
 def short_code(lesson: Lesson) -> list[str]:
-    """Median at most 5 lines, none over 25, width at most 88, three cells in a row."""
+    """Median at most 5 lines, none over 25, width at most 88, three cells in a row.
+
+    The median is that of the cells that a reader sees open.
+    """
     code = dict(lesson.of_kind("code"))
     sizes = {name: len(held_lines(text)) for name, text in code.items()}
     bad = [f"{n}: {s} lines" for n, s in sizes.items() if s > MAX_LINES]
-    if sizes and statistics.median(sizes.values()) > MEDIAN_LINES:
-        bad.append(f"median of {statistics.median(sizes.values())} lines a code cell")
+    hidden = {name for name in code if folded(lesson.cell(name))}
+    titled = {name for name, text in code.items() if text.startswith("# @title ")}
+    bad += [f"{name}: folded without a title" for name in sorted(hidden - titled)]
+    seen = [size for name, size in sizes.items() if name not in hidden]
+    if seen and statistics.median(seen) > MEDIAN_LINES:
+        bad.append(f"median of {statistics.median(seen)} lines an open code cell")
     for name, text in code.items():
         widest = max(map(len, text.splitlines()), default=0)
         if widest > MAX_WIDTH:
@@ -301,7 +313,7 @@ def set_up(lesson: Lesson) -> list[str]:
         bad.append("setup: differs from lesson 0's")
     if f'repository = "{repository()}"' not in source(cell):
         bad.append(f"setup: does not clone {repository()}; see `make links`")
-    if not cell["metadata"].get("jupyter", {}).get("source_hidden"):
+    if not folded(cell):
         bad.append("setup: not folded")
     return bad
 

@@ -32,6 +32,7 @@ LESSONS = (
     "07_qlora",
     "08_choosing_a_method",
     "10_beyond_text",
+    "11_reading_curves",
     "12_many_tasks",
 )
 
@@ -164,6 +165,14 @@ def lengthen(lesson):
             c["source"] += "\nx = 1" * 6
 
 
+def fold_long(lesson):
+    """Long cells that are folded, beside a short one that is not."""
+    for c in lesson.cells:
+        if c["cell_type"] == "code" and c["id"] not in {"setup", "first"}:
+            c["source"] = "# @title A long cell" + "\nx = 1" * 6
+            c["metadata"]["jupyter"] = {"source_hidden": True}
+
+
 MARKER = "<!-- run:99_none:x as .0% -->"
 PYTHON = "```python\nx = 1\n```\n"
 BAD = [
@@ -178,6 +187,12 @@ BAD = [
     ("stable_ids", mark("first", id="3fa85f64-5717"), "generated"),
     ("short_code", put("first", "x = 1\n" * 26), "26 lines"),
     ("short_code", lengthen, "median"),
+    ("short_code", fold_long, None),
+    (
+        "short_code",
+        mark("first", metadata={"jupyter": {"source_hidden": True}}),
+        "title",
+    ),
     ("short_code", put("first", f"x = '{'a' * 90}'"), "columns"),
     ("short_code", add("fourth", "x = 1"), "4th code cell in a row"),
     ("short_prose", put("words", "word " * 151), "151 words"),
