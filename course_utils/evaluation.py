@@ -43,10 +43,14 @@ class Evaluation:
         return scoring.by_slice(self.predictions, self.references, self.slices, score)
 
     def __str__(self) -> str:
-        text = f"exact match {self.exact_match:.1%} of {len(self.references)} · "
-        text += "" if self.as_text else f"field F1 {self.field_f1:.3f} · "
+        count, slices = len(self.references), self.by_slice()
+        error = scoring.standard_error(self.exact_match, count)
+        text = f"exact match {self.exact_match:.1%} ± {100 * error:.1f} of {count} · "
+        if not self.as_text:
+            kinds = scoring.by_kind(self.predictions, self.references)
+            text += "".join(f"{name} {share:.1%} · " for name, share in kinds.items())
+            text += f"field F1 {self.field_f1:.3f} · "
         text += f"{self.seconds:.1f} s"
-        slices = self.by_slice()
         if len(slices) > 1:
             width = max(map(len, slices))
             for name, share in slices.items():
@@ -254,9 +258,8 @@ def answer_share(
 
 def _expected(i: int, record: Mapping[str, Any]) -> list[str]:
     answers = record.get("answers") or record.get("answer")
-    texts = [answers] if isinstance(answers, str) else list(answers or ())
-    texts = [text for text in texts if text.strip()]  # a blank would stand everywhere
-    if not texts:
+    texts = [answers] if isinstance(answers, str) else answers or ()
+    if not (texts := [text for text in texts if text.strip()]):  # a blank fits anywhere
         lacks = "no 'answers' (a list of texts) and no 'answer' (a text)"
         raise ValueError(f"record {i} has {lacks}; its fields are {sorted(record)}")
     return texts

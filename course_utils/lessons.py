@@ -88,24 +88,21 @@ class Guess:
     def compare(self, actual: Any, unit: str = "") -> None:
         """Print the guess beside what was measured, both with the unit."""
         tail = f" {unit}" if unit else ""
-        if self.value is None or self.value is ...:
-            print(f"Measured: {actual}{tail}.")
-        else:
-            print(f"You guessed {self.value}{tail}; measured: {actual}{tail}.")
+        empty = self.value is None or self.value is ...
+        said = "Measured" if empty else f"You guessed {self.value}{tail}; measured"
+        print(f"{said}: {actual}{tail}.")
 
 
 def guess(value: Any, question: str) -> Guess:
-    """Note a guess (`...` means none) before the result is known, and print it.
+    """Note a guess before the result is known, and print it; dots stand for none.
 
     >>> note = guess(3, "How many layers?")
     How many layers? Your guess: 3.
     >>> note.compare(30)
     You guessed 3; measured: 30.
     """
-    if value is None or value is ...:
-        print(f"{question} No guess yet; replace the dots to make one.")
-    else:
-        print(f"{question} Your guess: {value}.")
+    empty = value is None or value is ...
+    print(question if empty else f"{question} Your guess: {value}.")
     return Guess(value)
 
 
@@ -221,6 +218,12 @@ _exercise("8.3", "If the lowest loss is at an edge, go one rate further.")(
     )
 )
 _exercise("10.3", "Shift, then fill.")(lambda answer, *, right: right.equal(answer))
+_exercise("6.4", "Right ones of a row, divided by the sum of that row.")(
+    lambda answer, *, matrix: all(
+        math.isclose(share, row[i] / sum(row), abs_tol=1e-6)
+        for i, (share, row) in enumerate(zip(answer, matrix, strict=True))
+    )
+)
 
 
 @_exercise("1.1", "Which tokens follow the word before the turn is over?")
@@ -301,13 +304,6 @@ def _(answer, *, labels, n):
 def _(answer, *, model, rows, batch, with_soft_prompt):
     loss = model(**with_soft_prompt(model, rows.flip(0), batch)).loss.item()
     return math.isclose(answer, loss, rel_tol=1e-4)
-
-
-@_exercise("6.4", "Right ones of a row, divided by the sum of that row.")
-def _(answer, *, matrix):
-    wanted = [row[i] / sum(row) for i, row in enumerate(matrix)]
-    pairs = zip(answer, wanted, strict=True)
-    return all(math.isclose(share, right, abs_tol=1e-6) for share, right in pairs)
 
 
 @_exercise("7.2", "Which weights did the adapter see while it was trained?")

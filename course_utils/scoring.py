@@ -8,6 +8,7 @@ reference is not a JSON object.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -100,6 +101,29 @@ def by_slice(
     for *pair, name in zip(predictions, references, slices, strict=True):
         pairs[name].append(pair)
     return {name: score(*zip(*rows, strict=True)) for name, rows in pairs.items()}
+
+
+def by_kind(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Score commands, and what is none (`{"action": "none"}`), apart; {} if one lacks.
+
+    >>> by_kind(['{"action": "none"}'] * 2, ['{"action": "none"}', '{"action": "go"}'])
+    {'nothing to do': 1.0, 'commands': 0.0}
+    """
+    nothing = [_answer(text) == {("action",): '"none"'} for text in references]
+    kinds = ["nothing to do" if none else "commands" for none in nothing]
+    return by_slice(predictions, references, kinds) if len(set(kinds)) > 1 else {}
+
+
+def standard_error(share: float, count: int) -> float:
+    """How far luck moves a share of `count` answers: sqrt(p (1 - p) / n).
+
+    One right and one wrong answer are added first, so that 0 of 24 is not certain.
+
+    >>> f"{standard_error(3 / 36, 36):.3f} {standard_error(0, 24):.3f}"
+    '0.050 0.038'
+    """
+    p = (share * count + 1) / (count + 2)
+    return math.sqrt(p * (1 - p) / (count + 2))
 
 
 def by_field(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -59,6 +59,7 @@ def plot_loss(
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     return finish(ax, xlabel="optimiser step", ylabel=ylabel)
 
 
@@ -216,7 +217,7 @@ def plot_comparison(
     """Draw one bar a method: {label: score, or the scores of several seeds}.
 
     Of several, the bar is the mean, each seed a dot, and a line joins the dots. With
-    `percent`, scores are 0 to 1 and shown in per cent.
+    `percent`, scores are 0 to 1 and shown in per cent. The axis ends with the data.
     """
     ax = new_axes(ax)
     ends = []
@@ -224,7 +225,7 @@ def plot_comparison(
         values = _scores(scores[label], percent)
         mean, low, high = sum(values) / len(values), min(values), max(values)
         ax.barh(row, mean, color=style["color"], height=0.62, alpha=0.85)
-        text = f"{mean:.0f} %" if percent else f"{mean:,.3g}"
+        text = f"{mean:.0f} %" if percent else f"{mean:,.2f}"
         if len(values) > 1:
             rows = [row] * len(values)
             dots = {"markersize": 3.5, "markerfacecolor": "white"}
@@ -234,9 +235,8 @@ def plot_comparison(
         ax.annotate(text, (max(high, 0), row), va="center", **_BESIDE)
         ends.append(high)
     _rows(ax, [display_name(label) for label in scores], least=4)
-    ax.set_xlim(0, 100 * 1.18 if percent else max(ends) * 1.25 or 1)
-    if percent:
-        ax.set_xticks(range(0, 101, 20))
+    most = max(ends) * 1.25 or 1
+    ax.set_xlim(0, min(max(most, 12), 118) if percent else most)
     return finish(ax, xlabel=xlabel)
 
 

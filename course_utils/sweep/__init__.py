@@ -15,7 +15,6 @@ from course_utils.sweep.experiment import (
 from course_utils.sweep.results import (
     agreement,
     compare_on,
-    long_runs,
     methods_table,
     recorded_methods,
 )

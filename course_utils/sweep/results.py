@@ -26,13 +26,6 @@ from course_utils.sweep.experiment import (
 
 FAMILIES = ("08_low_rank", "08_others")
 SPEED = "08_speed"  # a few steps of each method, nothing else on the machine
-# Longer runs of other lessons, on the same data: record, label of the run.
-LONG = (
-    ("02_full", "full"),
-    ("03_lora", "LoRA"),
-    ("05_long", "prompt"),
-    ("06_prefix", "prefix"),
-)
 BUILTIN_PARAMETERS = 134_515_008
 NONE = "–"
 OWN_BATCH = 4  # examples in a step of `compare_on`
@@ -183,21 +176,6 @@ def recorded_methods() -> list[MethodResult]:
             result = replace(result, seconds=timed * runs[0]["settings"]["steps"])
         results.append(result)
     return results
-
-
-def long_runs() -> dict[str, float]:
-    """Exact match of other lessons' runs: longer, one seed, other test sentences.
-
-    Of the form {"LoRA, long (150 x 8)": share}, after optimiser steps and batch size.
-    """
-    scores = {}
-    for record, label in LONG:
-        for run in _runs(record):
-            if run["label"] == label and "exact_match" in run["metrics"]:
-                made = run["settings"]
-                key = f"{label}, long ({made['steps']} x {made['batch_size']})"
-                scores[key] = run["metrics"]["exact_match"]
-    return scores
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -283,6 +283,10 @@ def test_the_map_has_each_method_in_its_own_colour():
     for key in keys:
         assert f"#methods .{key} {{ fill: {METHOD_COLOURS[key]}; }}" in picture
         assert picture.count(f'<circle class="{key}"') == 2
+    first = (PICTURES / "map.svg").read_text(encoding="utf-8")  # lesson 0's
+    for key in ("baseline", "full", "lora", "prompt", "prefix"):
+        assert f"#map .{key} {{ fill: {METHOD_COLOURS[key]}; }}" in first
+        assert first.count(f'<circle class="{key}"') == 2
     prefix = (PICTURES / "prefix.svg").read_text(encoding="utf-8")
     assert METHOD_COLOURS["prompt"] in prefix and METHOD_COLOURS["prefix"] in prefix
 

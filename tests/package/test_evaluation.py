@@ -65,7 +65,9 @@ def test_evaluate_scores_what_the_model_generates(monkeypatch):
     longest = max(len(r["completion"].encode()) for r in RECORDS)  # one token a byte
     assert asked["max_new_tokens"] == longest + 8
     text = str(result)
-    assert text.startswith("exact match 50.0% of 4 · field F1 0.667 · ")
+    # Of 4, one right and one wrong more: the root of 3/6 * 3/6 / 6.
+    start = "exact match 50.0% ± 20.4 of 4 · commands 33.3% · nothing to do 100.0% · "
+    assert text.startswith(start + "field F1 0.667 · ")
     assert text.splitlines()[1:] == ["  s0  100.0% of 2", "  s1    0.0% of 2"]
     with pytest.raises(AttributeError):
         result.exact_match = 1.0
@@ -103,7 +105,7 @@ def test_evaluate_compares_free_answers_as_text(monkeypatch):
     result = evaluate(None, byte_tokenizer(), rows, as_text=True)
     assert result.exact_match == 0.75 and math.isnan(result.field_f1)
     assert result.by_slice() == {"s0": 1.0, "s1": 0.5}
-    assert str(result).startswith("exact match 75.0% of 4 · 0.")
+    assert str(result).startswith("exact match 75.0% ± 19.2 of 4 · 0.")
 
 
 def test_a_limit_takes_each_slice_in_its_share_and_the_same_records_every_time():

@@ -179,7 +179,7 @@ def test_guess_and_compare(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "How many layers? Your guess: 12.",
         "You guessed 12; measured: 30.",
-        "How large? No guess yet; replace the dots to make one.",
+        "How large?",
         "Measured: 269 MB.",
     ]
 

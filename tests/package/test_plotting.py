@@ -160,6 +160,8 @@ def test_the_loss_lines_hold_the_numbers():
     assert list(lines["training"].get_ydata()) == [3.0, 2.0, 1.0]
     [marks] = [line for line in ax.lines if list(line.get_xdata()) == [10, 30]]
     assert list(marks.get_ydata()) == [2.9, 1.2]
+    ax = plotting.plot_loss([3.0, 2.0, 1.0])
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
     ax = plotting.plot_loss({"lora": [2.0]}, recorded={"lora": {"loss": [3.0]}})
     live = [line for line in ax.lines if line.get_label() == "LoRA"]
     old = [line for line in ax.lines if "recorded" in str(line.get_label())]
@@ -174,6 +176,11 @@ def test_comparison_and_memory_write_their_values():
     texts = [text.get_text() for text in ax.texts]
     assert texts == ["12 %", "93 % (90 to 96)"]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([12, 93])
+    assert ax.get_xlim() == (0, 118)
+    assert plotting.plot_comparison({"full": 0.2, "lora": 0.1}).get_xlim() == (0, 25)
+    assert plotting.plot_comparison({"full": 0.0}).get_xlim() == (0, 12)
+    ax = plotting.plot_comparison({"full": 0.457, "lora": 1.07}, percent=False)
+    assert [text.get_text() for text in ax.texts] == ["0.46", "1.07"]
     parts = {name: 2**30 * size / 1e9 for name, size in PARTS.items()}
     ax = plotting.plot_memory(parts, limit=14 * 2**30, limit_name="T4")
     assert [t.get_text() for t in ax.texts] == ["11 GiB", "T4: 14 GiB"]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from course_utils import scoring
 from course_utils.scoring import (
+    by_kind,
     by_slice,
     exact_match,
     field_f1,
@@ -50,6 +51,20 @@ def test_exact_match_is_json_equality(guess, truth, right):
     assert matches([guess], [truth]) == [right]
     assert exact_match([guess, truth], [truth, truth]) == (1.0 if right else 0.5)
     assert (field_f1([guess], [truth]) == 1.0) == right
+
+
+def test_commands_are_scored_apart_from_nothing_to_do():
+    truths = ['{"action": "none"}', '{"action":"stop"}', '{"action": "none", "a": 1}']
+    assert by_kind(truths[:1] * 3, truths) == {"nothing to do": 1.0, "commands": 0.0}
+    assert by_kind(truths, truths) == {"nothing to do": 1.0, "commands": 1.0}
+    assert by_kind(truths[1:], truths[1:]) == by_kind(truths[:1], truths[:1]) == {}
+
+
+def test_a_standard_error_knows_its_count_and_is_never_nothing():
+    error = scoring.standard_error
+    assert error(0.5, 96) == pytest.approx(0.0505, abs=1e-4)
+    assert 0 < error(0.0, 96) < error(0.0, 24) == pytest.approx(error(1.0, 24))
+    assert error(0.3, 400) == pytest.approx(error(0.3, 100) / 2, rel=0.02)
 
 
 def test_order_of_actions_matters():

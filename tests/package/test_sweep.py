@@ -18,7 +18,6 @@ from course_utils.sweep import (
     agreement,
     compare_on,
     experiment,
-    long_runs,
     methods_table,
     recorded_methods,
     results,
@@ -173,7 +172,7 @@ def test_bytes_and_seconds_are_of_the_records_own_machine(folder):
 
 
 def test_no_record_and_half_a_record_are_read_too(folder):
-    assert recorded_methods() == [] and long_runs() == {}
+    assert recorded_methods() == []
     save("08_low_rank", LORA_RUNS[:2] + [made_up("full", 1e-3, 0, math.nan, 0)])
     lora, full = recorded_methods()
     assert lora.learning_rate == 1e-2 and not lora.complete  # at the edge
@@ -200,14 +199,6 @@ def test_no_record_and_half_a_record_are_read_too(folder):
 def test_complete_is_inside_the_grid_with_every_seed(folder, left, complete):
     save("08_others", left)
     assert recorded_methods()[0].complete == complete
-
-
-def test_long_runs_are_named_with_their_size(folder):
-    run = made_up("", 3e-3, 0, 0.2, 3)
-    run["settings"] |= {"steps": 150, "batch_size": 8}
-    save("03_lora", [run | {"label": "LoRA"}])
-    save("06_prefix", [run | {"label": "prefix from text lr 0.01"}])
-    assert long_runs() == {"LoRA, long (150 x 8)": 0.75}
 
 
 ONE = MethodResult(
