@@ -144,6 +144,12 @@ def _measured(function: Callable[[dict], float]) -> Metric:
     return lambda run: function(run["measured"])
 
 
+def _best_rate(measured: Mapping[str, Any]) -> float:
+    """The lowest of the rates that came to the loss in the fewest steps."""
+    reached = ((n, float(rate)) for rate, n in measured["steps"].items() if n)
+    return min(reached)[1]
+
+
 # How each metric of a run is computed from the run.
 METRICS: dict[str, Metric] = {
     "final_loss": lambda run: _last_known(run["loss"]),
@@ -167,6 +173,10 @@ METRICS: dict[str, Metric] = {
     "loss_change": _of_texts(
         lambda _, n, old, new: (math.fsum(new) - math.fsum(old)) / sum(n)
     ),
+    # Lesson 11's trainings to a loss.
+    "best_rate": _measured(_best_rate),
+    "fewest_steps": _measured(lambda m: min(n for n in m["steps"].values() if n)),
+    "noise_scale": _measured(lambda m: m["noise"][-1]),
     # A step on a card: predicted bytes through measured ones, at its peak and between
     # steps; GiB = 2**30 bytes.
     "memory_ratio": _measured(lambda m: m["predicted_bytes"] / m["peak_bytes"]),

@@ -15,6 +15,7 @@ from course_utils import records
 from course_utils.data import data_hash
 from course_utils.runtime import versions
 from course_utils.sweep.experiment import Prompting, run_experiment
+from maintenance.runs.batch_size import BatchSizes, run_batch_size
 from maintenance.runs.card import CardExperiment, NoCard, run_card
 from maintenance.runs.classifier import ClassifierExperiment, run_classifier
 from maintenance.runs.experiment import run_training
@@ -27,6 +28,8 @@ def make_run(experiment: Any) -> dict[str, Any]:
     """Make the run that an experiment of any class of `maintenance.runs` describes."""
     if isinstance(experiment, ClassifierExperiment):
         return run_classifier(experiment)
+    if isinstance(experiment, BatchSizes):
+        return run_batch_size(experiment)
     if isinstance(experiment, CardExperiment):
         return run_card(experiment)
     if isinstance(experiment.method, Rounding):

@@ -28,6 +28,7 @@ from course_utils.sweep.experiment import (
     other_methods,
 )
 from course_utils.sweep.results import split_label
+from maintenance.runs.batch_size import BatchSizes
 from maintenance.runs.card import CardExperiment
 from maintenance.runs.classifier import ClassifierExperiment
 from maintenance.runs.experiment import RecordedExperiment as Run
@@ -444,4 +445,12 @@ LESSON_RUNS["08"] = {
     "08_low_rank": sweep_family("08_low_rank", low_rank(LORA)),
     "08_others": sweep_family("08_others", other_methods(LORA, PROMPT), UNTRAINED),
     "08_speed": _speed_runs(METHODS),
+}
+
+# --- lesson 11: steps to a loss, by batch size --------------------------------------
+
+LESSON_RUNS["11"] = {
+    "11_batch_size": [
+        BatchSizes(2**k, seed=seed) for seed in SEEDS for k in range(4, 11)
+    ],
 }
