@@ -85,11 +85,11 @@ class Guess:
     def _ipython_display_(self) -> None:
         """Show nothing: `guess` has already printed its line."""
 
-    def compare(self, actual: Any, unit: str = "") -> None:
-        """Print the guess beside what was measured, both with the unit."""
+    def compare(self, actual: Any, unit: str = "", *, word: str = "measured") -> None:
+        """Print the guess beside what was measured (or `word`), both with the unit."""
         tail = f" {unit}" if unit else ""
         empty = self.value is None or self.value is ...
-        said = "Measured" if empty else f"You guessed {self.value}{tail}; measured"
+        said = word.capitalize() if empty else f"You guessed {self.value}{tail}; {word}"
         print(f"{said}: {actual}{tail}.")
 
 

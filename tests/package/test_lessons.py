@@ -176,11 +176,14 @@ def test_a_notebook_does_not_echo_the_verdict(capsys):
 def test_guess_and_compare(capsys):
     lessons.guess(12, "How many layers?").compare(30)
     lessons.guess(..., "How large?").compare(269, "MB")
+    lessons.guess(7, "On a card?").compare(6.8, "GiB", word="predicted")
     assert capsys.readouterr().out.splitlines() == [
         "How many layers? Your guess: 12.",
         "You guessed 12; measured: 30.",
         "How large?",
         "Measured: 269 MB.",
+        "On a card? Your guess: 7.",
+        "You guessed 7 GiB; predicted: 6.8 GiB.",
     ]
 
 
