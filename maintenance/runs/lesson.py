@@ -85,8 +85,12 @@ def _prepared(name: str, seed: int) -> ModuleType:
     lesson.time = SimpleNamespace(perf_counter=time.process_time)
     set_seed(seed)
     more_cells(lesson, part.stem, *part.defined.split(), definitions=True)
+    *before, last = part.cells.split()
     with contextlib.redirect_stdout(io.StringIO()):
-        return more_cells(lesson, part.stem, *part.cells.split())
+        more_cells(lesson, part.stem, *before)
+        if hasattr(lesson, "model"):
+            lesson.model.eval()  # as the lesson's own training leaves it
+        return more_cells(lesson, part.stem, last)
 
 
 def _scored(model: Any, losses: list, validation: dict, test: dict) -> dict[str, Any]:
