@@ -31,6 +31,7 @@ LESSONS = (
     "06_prefix_tuning",
     "07_qlora",
     "08_choosing_a_method",
+    "09_other_adapters",
     "10_beyond_text",
     "11_reading_curves",
     "12_many_tasks",
