@@ -481,7 +481,7 @@ LESSON_RUNS["09"] = {
 
 # --- lesson 10: an encoder's biases, a small T5, pictures ---------------------------
 
-BIAS_RATES = (1e-3, 3e-3, 1e-2)
+BIAS_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WORD_RATES = {
     "full": (1e-3, 3e-3, 1e-2, 3e-2),
     "LoRA": (3e-3, 1e-2, 3e-2, 1e-1),

@@ -1,7 +1,6 @@
 """Lesson 11: gradient noise, steps to a loss, formats bit by bit, 16-bit weights."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -146,4 +145,4 @@ def test_of_small_moves_plain_rounding_keeps_none_and_the_others_all():
 
 
 def test_the_lesson_runs_without_the_libraries_it_is_compared_with():
-    assert "optimi" not in vars(numbers) and "torchao" not in sys.modules
+    assert not {"optimi", "torchao"} & vars(numbers).keys()
