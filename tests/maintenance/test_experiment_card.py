@@ -161,7 +161,7 @@ def test_without_a_card_a_run_says_so(folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NoCard, match="measured on a CUDA card"):
         run_card(card_cases()[0])
-    monkeypatch.setattr(command, "data_hash", lambda name: "0")
+    monkeypatch.setattr(command, "source_hash", lambda name: "0")
     command.main(["07", "--only", "07_card"])
     said = capsys.readouterr().out
     assert "07_card: this is measured on a CUDA card, and there is none here" in said

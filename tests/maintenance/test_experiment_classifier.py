@@ -127,7 +127,7 @@ def test_a_recorded_run_recomputes_its_scores(small):
 
 
 def test_an_unknown_method_is_refused(small):
-    with pytest.raises(ValueError, match="expected 'full', 'head' or a dict"):
+    with pytest.raises(ValueError, match="expected 'full', 'head', 'biases' or a dict"):
         runs.make_classifier("half", 3)
 
 

@@ -312,7 +312,7 @@ def test_a_run_made_on_another_machine_says_so(small, monkeypatch):
 def test_a_record_against_other_data_is_not_continued(small, monkeypatch):
     options = {"command": "x", "run": fake([]), "say": lambda line: None}
     record_family("02_try", [quick()], **options)
-    monkeypatch.setattr(command, "data_hash", lambda name: "f" * 64)
+    monkeypatch.setattr(command, "source_hash", lambda name: "f" * 64)
     with pytest.raises(ValueError, match="recorded against other data"):
         record_family("02_try", [quick()], **options)
 
@@ -325,7 +325,7 @@ def test_a_record_holds_the_second_data_set_too(small, monkeypatch):
     assert source["also"] == {"name": "reviews", "sha256": data_hash("reviews")}
     hashes = {"reviews": "f" * 64}
     now = lambda name: hashes.get(name) or data_hash(name)  # noqa: E731
-    monkeypatch.setattr(command, "data_hash", now)
+    monkeypatch.setattr(command, "source_hash", now)
     with pytest.raises(ValueError, match="recorded against other data"):
         record_family("02_both", family, **options)
     with pytest.raises(ValueError, match="one data set a record"):
@@ -374,8 +374,11 @@ def test_the_lists_are_well_formed():
                 continue
             keys = [(e.label, e.seed) for e in family]
             assert len(set(keys)) == len(keys), name
-            assert all(e.learning_rate > 0 for e in family)
-            assert all(e.steps > 0 or isinstance(e.method, UNTRAINED) for e in family)
+            for experiment in family:
+                settings = experiment.settings()
+                assert settings.get("learning_rate", 1) > 0
+                untrained = isinstance(getattr(experiment, "method", None), UNTRAINED)
+                assert settings.get("steps", 1) > 0 or untrained
 
 
 def sweep_run(experiment, loss):
