@@ -26,26 +26,25 @@ from maintenance.runs.peft_table import TypeExperiment, run_type
 from maintenance.runs.rounding import Rounding, run_rounding
 from maintenance.store import hardware, save_record
 
+# Who makes a run: asked of an experiment first, then of its method.
+MAKERS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    BatchSizes: run_batch_size,
+    CardExperiment: run_card,
+    ClassifierExperiment: run_classifier,
+    Curve: run_curve,
+    LessonExperiment: run_lesson,
+    TypeExperiment: run_type,
+    Prompting: run_experiment,
+}
+
 
 def make_run(experiment: Any) -> dict[str, Any]:
     """Make the run that an experiment of any class of `maintenance.runs` describes."""
-    if isinstance(experiment, ClassifierExperiment):
-        return run_classifier(experiment)
-    if isinstance(experiment, BatchSizes):
-        return run_batch_size(experiment)
-    if isinstance(experiment, CardExperiment):
-        return run_card(experiment)
-    if isinstance(experiment, LessonExperiment):
-        return run_lesson(experiment)
-    if isinstance(experiment, TypeExperiment):
-        return run_type(experiment)
-    if isinstance(experiment, Curve):
-        return run_curve(experiment)
-    if isinstance(experiment.method, Rounding):
+    method = getattr(experiment, "method", None)
+    if isinstance(method, Rounding):
         return run_rounding(experiment)
-    if isinstance(experiment.method, Prompting):
-        return run_experiment(experiment)
-    return run_training(experiment)
+    make = MAKERS.get(type(experiment)) or MAKERS.get(type(method), run_training)
+    return make(experiment)
 
 
 def record_family(
